@@ -1,0 +1,780 @@
+"""The wire: frames, connections, tensor codecs, and a model as one flat vector.
+
+Notable:
+- A message is exactly a safetensors file: an 8-byte little-endian header length, a JSON header,
+  the raw bytes. Its own fields are one JSON string under `__metadata__["diloco"]`. Checkpoints are
+  written and read by the same code, and nothing is ever pickled.
+- Tensor bytes go from the tensor's memory to the socket and back without a copy on the way.
+- A header is checked before one byte of payload is read, and nothing is allocated for a payload
+  that has not been checked.
+- A stall is a lack of progress in bytes, never a total time: a slow transfer that moves is fine.
+
+What a malformed message gets: an `error` message that names the broken rule, then the end of the
+connection. The rules stand in `parse_header` and `Message.field`, one line each.
+
+Needs torch and nothing else, so that it can be copied into other projects.
+"""
+
+import bisect
+import contextlib
+import ctypes
+import hashlib
+import ipaddress
+import itertools
+import json
+import math
+import os
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+PROTOCOL_VERSION = 1
+PORT = 8512
+MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
+MAX_HELLO_BYTES = 64 << 10  # a peer that has not said hello gets no more than this read
+MAX_FILES_BYTES = 64 << 20  # descriptive files, all together; the largest tokenizers are near 35 MB
+MAX_DISCARD_BYTES = 64 << 20  # read on after an error, so that the sender gets to see why
+HELLO_SECONDS = 10.0  # a peer that connects says hello at once
+STALL_SECONDS = 60.0  # no byte for so long means that the peer or the line is gone
+WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for others
+CHUNK = 1 << 17  # elements worked on at once: 512 KiB of float32, a few of which fit in a cache
+MAX_ABS = 1e30  # larger numbers count as not finite: a sum of a million of them still is
+
+# The descriptive files that may travel with a model. Nothing else is ever written by name.
+FILE_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ProtocolError(Exception):
+    """A message or file breaks a rule of the format; the text says which."""
+
+
+class Refused(Exception):
+    """One side says no, the other hears it: the same request, tried again, fares no better.
+
+    `code` is one word for programs: address, busy, version, id, setting, model, size, stopping,
+    rejoin, protocol.
+    """
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+# --- Frames ---------------------------------------------------------------------------------
+
+
+class TensorSpec(NamedTuple):
+    """What a header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple
+
+    @property
+    def numel(self):
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        return self.numel * self.dtype.itemsize
+
+
+def payload_bytes(specs):
+    """The bytes that follow a header with these tensors."""
+    return sum(spec.nbytes for spec in specs)
+
+
+def encode_header(fields, specs, **metadata):
+    """The length and the JSON header of a frame, padded to a multiple of 8 bytes.
+
+    `fields` is any JSON object; `metadata` are further strings for `__metadata__`. Raises
+    ProtocolError when the header would be longer than MAX_HEADER_BYTES.
+    """
+    header = {"__metadata__": {"diloco": json.dumps(fields, allow_nan=False), **metadata}}
+    start = 0
+    for spec in specs:
+        end = start + spec.nbytes
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(raw):,} bytes is over {MAX_HEADER_BYTES:,}")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _unique(pairs):
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return keys
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def parse_json(raw, what):
+    """A JSON object from untrusted bytes or text. Raises ProtocolError."""
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes | bytearray) else raw
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{what} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{what} is not a JSON object")
+    return value
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def parse_header(raw, in_order=True):
+    """Check a header and return (fields, specs), the specs in the order of their bytes.
+
+    With `in_order` (the wire) the header must name the tensors in that order; files by other
+    programs may name them in any. Raises ProtocolError, whose text names the broken rule.
+    """
+    if raw[:1] != b"{":
+        raise ProtocolError("the header does not begin with '{'")
+    header = parse_json(raw, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ProtocolError("__metadata__ is not an object of strings")
+    fields = parse_json(metadata.get("diloco", "{}"), "the diloco field")
+
+    entries = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ProtocolError(f"tensor {name!r}: needs dtype, shape and data_offsets, no more")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ProtocolError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
+            raise ProtocolError(f"tensor {name!r}: the shape is not a list of up to 32 counts")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+            raise ProtocolError(f"tensor {name!r}: data_offsets is not a pair of counts")
+        spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
+        if spec.nbytes != offsets[1] - offsets[0]:
+            raise ProtocolError(
+                f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, but data_offsets "
+                f"spans {offsets[1] - offsets[0]}"
+            )
+        entries.append((offsets[0], offsets[1], spec))
+    if not in_order:
+        entries.sort(key=lambda entry: entry[:2])
+    end = 0
+    for first, last, spec in entries:
+        if first != end:
+            raise ProtocolError(
+                f"tensor {spec.name!r}: its bytes begin at {first}, not where the one before "
+                f"ends, at {end}: ranges must be in order, without overlap or gap"
+            )
+        end = last
+    return fields, [spec for _, _, spec in entries]
+
+
+def header_length(raw):
+    """The length that the first 8 bytes name. Raises ProtocolError if it is out of range."""
+    (length,) = struct.unpack("<Q", raw)
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise ProtocolError(
+            f"a header of {length:,} bytes (allowed: 2 to {MAX_HEADER_BYTES:,}); "
+            "is this peer speaking DiLoCo?"
+        )
+    return length
+
+
+def memory(tensor):
+    """The bytes of a contiguous CPU tensor: a writable memoryview of its own memory, no copy."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError("only a contiguous tensor on the CPU has its bytes in one place")
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # the view must not outlive the memory
+    return memoryview(array).cast("B")
+
+
+class Buffer:
+    """Memory for the payload of one frame: `raw` holds its bytes, `tensors` views them by name."""
+
+    def __init__(self, specs):
+        self.specs = list(specs)
+        self.raw = torch.empty(payload_bytes(specs), dtype=torch.uint8)
+        self.tensors, start = {}, 0
+        for spec in specs:
+            part = self.raw[start : start + spec.nbytes]
+            self.tensors[spec.name] = part.view(spec.dtype).view(spec.shape)
+            start += spec.nbytes
+
+
+# --- Files ----------------------------------------------------------------------------------
+
+
+def write_frame(file, fields, specs, tensors, **metadata):
+    """Write one frame to an open binary file. `tensors`: CPU tensors whose bytes, one after the
+    other, are the payload that `specs` announces; they are taken one at a time."""
+    file.write(encode_header(fields, specs, **metadata))
+    left = payload_bytes(specs)
+    for tensor in tensors:
+        left -= file.write(memory(tensor))
+    if left:
+        raise ValueError(f"the tensors differ from their specs by {left} bytes")
+
+
+def read_file_header(file, in_order=False):
+    """(fields, specs) of the frame in an open binary file, which then stands at its payload.
+
+    Raises ProtocolError also where the file is shorter or longer than its header says.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if len(start) < 8:
+        raise ProtocolError(f"{file.name}: too short to be a safetensors file")
+    length = header_length(start)
+    if 8 + length > size:
+        raise ProtocolError(f"{file.name}: ends within its header")
+    fields, specs = parse_header(file.read(length), in_order)
+    if 8 + length + payload_bytes(specs) != size:
+        raise ProtocolError(
+            f"{file.name}: {size:,} bytes, but its header announces "
+            f"{8 + length + payload_bytes(specs):,}: the file is not whole"
+        )
+    return fields, specs
+
+
+def sync_folder(folder):
+    """Make renames within a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_beside(path, write):
+    """Write a file as a whole or not at all: `write(file)` fills a file beside it, which is
+    synced, then renamed. On an error the file beside is removed and `path` is as it was."""
+    beside = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.exists(beside):
+            os.unlink(beside)
+        raise
+    sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def save_file(path, tensors, fields=None):
+    """Write named tensors (on any device) as a safetensors file, whole or not at all."""
+    specs = specs_of(tensors.items())
+    cpu = (tensor.detach().cpu().contiguous() for tensor in tensors.values())
+    write_beside(path, lambda file: write_frame(file, fields or {}, specs, cpu, format="pt"))
+
+
+def load_file(path):
+    """(fields, {name: CPU tensor}) of a safetensors file. Raises ProtocolError, OSError.
+
+    The tensors are views of the mapped file, private to this process: they cost memory and time
+    when they are read, not before.
+    """
+    with open(path, "rb") as file:
+        fields, specs = read_file_header(file)
+        start = file.tell()
+    size = start + payload_bytes(specs)
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    tensors = {}
+    for spec in specs:
+        raw = mapped[start : start + spec.nbytes]
+        if start % spec.dtype.itemsize:  # other programs may lay tensors at any byte
+            raw = raw.clone()
+        tensors[spec.name] = raw.view(spec.dtype).view(spec.shape)
+        start += spec.nbytes
+    return fields, tensors
+
+
+# --- Connections ----------------------------------------------------------------------------
+
+REQUIRED = object()
+
+
+@dataclass
+class Message:
+    """A received header. Its payload, if any, waits in the connection to be read."""
+
+    type: str
+    fields: dict
+    specs: list
+
+    def field(self, name, kind, default=REQUIRED, low=0, high=1 << 53):
+        """A checked field: `kind` is int, float, str, bool, list or dict; numbers lie within
+        `low` and `high`, texts are of at most 256 printable characters. Raises ProtocolError."""
+        value = self.fields.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        good = type(value) is kind
+        if good and kind in (int, float):
+            good = low <= value <= high
+        if good and kind is str:
+            good = len(value) <= 256 and (value.isprintable())
+        if not good:
+            shown = repr(value)[:80]
+            raise ProtocolError(
+                f"{self.type}: field {name!r} is {shown}, not a valid {kind.__name__}"
+            )
+        return value
+
+    def expect(self, specs):
+        """Raise ProtocolError unless the payload is announced as exactly these tensors."""
+        if self.specs != list(specs):
+            shown = ", ".join(describe(spec) for spec in self.specs[:4]) or "nothing"
+            wanted = ", ".join(describe(spec) for spec in specs) or "nothing"
+            raise ProtocolError(f"{self.type}: carries {shown}; expected {wanted}")
+
+
+def describe(spec):
+    """A tensor in words, as `name F32[3, 4]`."""
+    return f"{spec.name} {DTYPE_NAMES[spec.dtype]}{list(spec.shape)}"
+
+
+class Connection:
+    """One TCP connection that carries frames, for one thread at a time.
+
+    Every method raises ConnectionError when the peer is gone or no byte has moved for `stall`
+    seconds, and ProtocolError when the peer breaks a rule.
+    """
+
+    def __init__(self, sock, peer, stall=STALL_SECONDS):
+        self.sock, self.peer, self.stall = sock, peer.removeprefix("::ffff:"), stall
+        self.worker = "", ""  # (worker id, session) that the peer has said hello with
+        self.max_header = MAX_HEADER_BYTES
+        self.unread = 0  # payload bytes of the last message that are still in the socket
+        self.bytes_in = self.bytes_out = 0
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def send(self, type, fields=None, specs=(), tensors=()):
+        """Send a message whose payload is the bytes of `tensors` (CPU, contiguous), one after the
+        other, as `specs` announces them. They are taken one at a time, so may be made on the way."""
+        header = encode_header({"type": type, **(fields or {})}, specs)
+        left = payload_bytes(specs)
+        views = [memoryview(header)]
+        for tensor in tensors:
+            left -= tensor.nbytes
+            views.append(memory(tensor))
+            self._send_all(views)
+            views = []
+        self._send_all(views)
+        if left:
+            raise ValueError(f"the tensors differ from their specs by {left} bytes")
+
+    def _send_all(self, views):
+        # Not socket.sendall: its timeout is for the whole, and a slow transfer is no stall.
+        self.sock.settimeout(self.stall)
+        while views:
+            try:
+                sent = self.sock.sendmsg(views)
+            except TimeoutError:
+                raise ConnectionError(f"{self.peer} took no byte for {self.stall:.0f} s") from None
+            self.bytes_out += sent
+            while views and sent >= views[0].nbytes:
+                sent -= views.pop(0).nbytes
+            if views:
+                views[0] = views[0][sent:]
+
+    def receive(self, idle=STALL_SECONDS):
+        """The next message's header. `idle`: seconds to wait for its first byte, None for ever."""
+        if self.unread:
+            raise RuntimeError(f"{self.unread} bytes of the last message have not been read")
+        start = bytearray(8)
+        self._receive_into(memoryview(start), idle)
+        length = header_length(start)
+        if length > self.max_header:
+            raise ProtocolError(f"a header of {length:,} bytes before the peer has said hello")
+        raw = bytearray()
+        while len(raw) < length:  # grows with what arrives, not with what was announced
+            part = bytearray(min(length - len(raw), 1 << 16))
+            self._receive_into(memoryview(part), self.stall)
+            raw += part
+        fields, specs = parse_header(bytes(raw))
+        self.unread = payload_bytes(specs)
+        type = fields.pop("type", None)
+        if not isinstance(type, str) or len(type) > 32:
+            raise ProtocolError("a message without a type")
+        return Message(type, fields, specs)
+
+    def read(self, tensor):
+        """Fill a contiguous CPU tensor from the payload of the last message."""
+        if tensor.nbytes > self.unread:
+            raise RuntimeError(f"{tensor.nbytes} bytes wanted, {self.unread} are left")
+        self._receive_into(memory(tensor), self.stall)
+        self.unread -= tensor.nbytes
+
+    def _receive_into(self, view, idle):
+        self.sock.settimeout(idle)
+        while view.nbytes:
+            try:
+                count = self.sock.recv_into(view)
+            except TimeoutError:
+                seconds = self.sock.gettimeout()
+                raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
+            if not count:
+                raise ConnectionError(f"{self.peer} closed the connection")
+            self.sock.settimeout(self.stall)
+            self.bytes_in += count
+            view = view[count:]
+
+    def discard(self):
+        """Read the payload of the last message and throw it away."""
+        scratch = torch.empty(1 << 16, dtype=torch.uint8)
+        while self.unread:
+            self.read(scratch[: min(self.unread, scratch.numel())])
+
+    def request(self, type, fields=None, specs=(), tensors=(), on_wait=None):
+        """Send a request and return the reply, past any `wait` messages (each is passed to
+        `on_wait`). Raises Refused when the reply is an `error`."""
+        try:
+            self.send(type, fields, specs, tensors)
+        except ConnectionError:
+            self._raise_last_words()
+            raise
+        while True:
+            reply = self.receive()
+            if reply.type == "wait":
+                if on_wait:
+                    on_wait(reply.fields)
+            elif reply.type == "error":
+                self._raise_refused(reply)
+            else:
+                return reply
+
+    def _raise_refused(self, reply):
+        text = reply.fields.get("message", "refused without a reason")
+        raise Refused(reply.fields.get("code", ""), f"server {self.peer}: {text}")
+
+    def _raise_last_words(self):
+        # A server that refuses in the middle of our payload says why before it hangs up.
+        try:
+            reply = self.receive(idle=1.0)
+        except (OSError, ProtocolError):
+            return
+        if reply.type == "error":
+            self._raise_refused(reply)
+
+    def greet(self, fields):
+        """The server's side of hello: check who is there, note (worker id, session) as `worker`,
+        both empty for a peer that only looks, and answer with `fields`."""
+        address = ipaddress.ip_address(self.peer.partition("%")[0])
+        if not (address.is_loopback or address.is_private):
+            raise Refused(
+                "address",
+                f"{address} is neither a loopback nor a private address, and this server cannot "
+                "yet tell friend from stranger; connect through a VPN or an ssh tunnel",
+            )
+        self.max_header = MAX_HELLO_BYTES
+        hello = self.receive(idle=HELLO_SECONDS)
+        if hello.type != "hello":
+            raise ProtocolError(f"the first message is {hello.type!r}, not 'hello'")
+        hello.expect([])
+        version = hello.field("protocol", int)
+        if version != PROTOCOL_VERSION:
+            raise Refused(
+                "version",
+                f"this server speaks version {PROTOCOL_VERSION} of the protocol, you {version}; "
+                "take the same version of the files on both machines",
+            )
+        if name := hello.field("worker", str, ""):
+            self.worker = name, hello.field("session", str)
+            self.max_header = MAX_HEADER_BYTES
+        self.send("hello", {"protocol": PROTOCOL_VERSION, **fields})
+
+    def refuse(self, error):
+        """Tell the peer why, then read on for a while: a reset would overtake the message."""
+        with contextlib.suppress(OSError, ProtocolError):
+            self.stall = 2.0
+            self.send("error", {"message": str(error), "code": getattr(error, "code", "protocol")})
+            self.sock.shutdown(socket.SHUT_WR)
+            self.unread = MAX_DISCARD_BYTES
+            self.discard()
+
+    def close(self):
+        with contextlib.suppress(OSError):  # the peer may have been faster
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def closed_by_peer(self):
+        """Whether the peer has hung up, as far as this side knows; moves no byte."""
+        try:
+            poller = select.poll()  # recv alone would wait, whatever its flags
+            poller.register(self.sock, select.POLLIN)
+            return bool(poller.poll(0)) and self.sock.recv(1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):  # a closed socket has no number to register
+            return True
+
+
+def parse_address(text, port=PORT):
+    """("host", port) from "host", "host:port", "[v6]:port" or a bare IPv6 address."""
+    host, number = text, ""
+    if text.startswith("["):
+        host, _, number = text[1:].partition("]")
+        number = number.removeprefix(":")
+    elif text.count(":") == 1:
+        host, number = text.split(":")
+    if not host or (number and not (number.isdecimal() and 0 < int(number) < 65536)):
+        raise ValueError(f"{text!r} is not an address; write host:port, for example host:{PORT}")
+    return host, int(number or port)
+
+
+def connect(server, session_fields, timeout=10.0):
+    """Connect to "host:port", say hello and return (Connection, the server's hello fields).
+
+    `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
+    when there is nobody, Refused when the server says no.
+    """
+    host, port = parse_address(server)
+    conn = Connection(socket.create_connection((host, port), timeout), server)
+    try:
+        reply = conn.request("hello", {"protocol": PROTOCOL_VERSION, **session_fields})
+    except BaseException:
+        conn.close()
+        raise
+    return conn, reply.fields
+
+
+# --- The model as one flat vector -----------------------------------------------------------
+
+
+def specs_of(named_tensors):
+    """The manifest of (name, tensor) pairs, in their order."""
+    return [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in named_tensors]
+
+
+def manifest_to_json(specs):
+    """The manifest as [[name, dtype, shape], ...]."""
+    return [[spec.name, DTYPE_NAMES[spec.dtype], list(spec.shape)] for spec in specs]
+
+
+def manifest_from_json(listed):
+    """The specs of an untrusted manifest. Raises ProtocolError unless it has at least one tensor,
+    all are floating-point, and no name stands twice."""
+    try:
+        specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in listed]
+        parse_header(encode_header({}, specs)[8:])
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ProtocolError(f"the manifest is malformed: {error!r}") from None
+    if not specs or len({spec.name for spec in specs}) != len(specs):
+        raise ProtocolError("the manifest is empty or names a tensor twice")
+    for spec in specs:
+        if not spec.dtype.is_floating_point:
+            raise ProtocolError(f"the manifest has {describe(spec)}, which is not floating-point")
+    return specs
+
+
+def explain_mismatch(server, worker):
+    """What keeps a worker's tensors from being the server's, in words, or "" if nothing does."""
+    ours = {spec.name: spec for spec in server}
+    theirs = {spec.name: spec for spec in worker}
+    faults = [
+        f"tensor {name!r} is {list(ours[name].shape)} on the server and {list(spec.shape)} here"
+        for name, spec in theirs.items()
+        if name in ours and spec.shape != ours[name].shape
+    ]
+    faults += [
+        f"tensor {n!r} {list(s.shape)} of the server is missing here"
+        for n, s in ours.items()
+        if n not in theirs
+    ]
+    faults += [
+        f"tensor {n!r} {list(s.shape)} is not in the server's model"
+        for n, s in theirs.items()
+        if n not in ours
+    ]
+    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return "; ".join(faults[:3]) + more
+
+
+def fragment_bounds(total, count):
+    """The borders of `count` slices of a vector of `total` elements, equal to an element."""
+    return [k * total // count for k in range(count + 1)]
+
+
+def ranges(specs):
+    """(spec, start, stop) of each tensor in the flat vector, in elements."""
+    start = 0
+    for spec in specs:
+        yield spec, start, start + spec.numel
+        start += spec.numel
+
+
+class FlatModel:
+    """Parameters, wherever they live and whatever their dtype, seen as one flat float32 vector.
+
+    `parameters`: tensors in the order of the manifest. Elements are addressed as in the manifest,
+    row by row, also where a tensor's memory is laid out in another order.
+    """
+
+    def __init__(self, parameters):
+        self.parts, start = [], 0
+        for parameter in parameters:
+            self.parts.append((parameter, start, start + parameter.numel()))
+            start += parameter.numel()
+        self.numel = start
+
+    def spans(self, start, stop):
+        """(parameter, slice within it, slice within [start, stop)) of all that overlap."""
+        first = bisect.bisect_right(self.parts, start, key=lambda part: part[2])
+        for parameter, a, b in itertools.islice(self.parts, first, None):
+            if a >= stop:
+                return
+            low, high = max(a, start), min(b, stop)
+            yield parameter.detach(), slice(low - a, high - a), slice(low - start, high - start)
+
+    def read(self, start, out):
+        """Copy elements from `start` on into the float32 tensor `out`."""
+        for parameter, inside, outside in self.spans(start, start + out.numel()):
+            out[outside].copy_(parameter.reshape(-1)[inside])
+
+    def write(self, start, values):
+        """Set elements from `start` on, rounded to each parameter's dtype."""
+        for parameter, inside, outside in self.spans(start, start + values.numel()):
+            if parameter.is_contiguous():
+                parameter.view(-1)[inside].copy_(values[outside])
+            else:
+                flat = parameter.reshape(-1)  # a copy in row order
+                flat[inside].copy_(values[outside])
+                parameter.copy_(flat.view(parameter.shape))
+
+    def rounded(self, start, values):
+        """`values`, for elements from `start` on, rounded to the parameters' dtypes, as float32."""
+        if all(p.dtype == torch.float32 for p, _, _ in self.spans(start, start + values.numel())):
+            return values
+        rounded = values.clone()
+        for parameter, _, outside in self.spans(start, start + values.numel()):
+            rounded[outside].copy_(values[outside].to(parameter.dtype))
+        return rounded
+
+
+def chunks(count):
+    """(start, stop) of the pieces in which a slice of `count` elements is worked on."""
+    return ((a, min(a + CHUNK, count)) for a in range(0, count, CHUNK))
+
+
+class Checksum:
+    """A checksum of float32 bits that any device computes at the speed of its memory.
+
+    The bits of each chunk of CHUNK elements are added up as integers (exact, so in any order), and
+    the list of sums is hashed. Guards against faults, not against forgery.
+    """
+
+    SPEC = TensorSpec("checksum", torch.uint8, (16,))
+
+    def __init__(self):
+        self.sums = []
+
+    def add(self, chunk):
+        self.sums.append(chunk.view(torch.int32).sum(dtype=torch.int64))
+
+    def digest(self):
+        """16 bytes, as a uint8 tensor."""
+        sums = torch.stack(self.sums).tolist() if self.sums else []
+        raw = struct.pack(f"<{len(sums)}q", *sums)
+        return torch.frombuffer(
+            bytearray(hashlib.blake2b(raw, digest_size=16).digest()), dtype=torch.uint8
+        )
+
+
+def checksum_of(numbers):
+    """The Checksum of a whole float32 slice."""
+    checksum = Checksum()
+    for start, stop in chunks(numbers.numel()):
+        checksum.add(numbers[start:stop])
+    return checksum.digest()
+
+
+# --- Codecs ---------------------------------------------------------------------------------
+
+
+class Cast:
+    """A codec that stores each number in another float dtype, rounded to nearest even."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.lossy = dtype != torch.float32
+
+    def layout(self, count):
+        """The tensors that `count` float32 numbers become."""
+        return [TensorSpec("values", self.dtype, (count,))]
+
+    def encode(self, numbers, tensors, start):
+        """Encode a float32 chunk into the message's tensors, at element `start`."""
+        tensors["values"][start : start + numbers.numel()].copy_(numbers)
+
+    def decode(self, tensors, start, out):
+        """Decode elements from `start` on into the float32 chunk `out`."""
+        out.copy_(tensors["values"][start : start + out.numel()])
+
+
+# A codec works on chunks that begin at multiples of CHUNK, so it may have blocks that divide that.
+CODECS = {"fp32": Cast(torch.float32), "bf16": Cast(torch.bfloat16)}
+
+
+def finite(numbers):
+    """Whether all numbers are finite and at most MAX_ABS in size."""
+    low, high = torch.aminmax(numbers)
+    return bool(low >= -MAX_ABS and high <= MAX_ABS)
+
+
+def all_finite(codec, tensors, count):
+    """The same of an encoded slice of `count` elements."""
+    scratch = torch.empty(CHUNK)
+    for start, stop in chunks(count):
+        codec.decode(tensors, start, scratch[: stop - start])
+        if not finite(scratch[: stop - start]):
+            return False
+    return True
