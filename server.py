@@ -1,0 +1,1246 @@
+"""The DiLoCo server: holds the global model, averages what workers send, steps the outer optimizer.
+
+    python server.py -m model -n 2                          # on any machine, no GPU needed
+    python server.py -m model -n 2 --spawn default.yaml     # and both workers on this machine
+    python server.py -m path/to/hf_model -n 4               # from pretrained weights
+    python server.py -m model -n 2 --until-done             # ends when the last worker has left
+
+Notable:
+- It knows no architecture: a model is names, shapes and numbers, one flat float32 vector.
+- One thread a connection. The one lock is held for bookkeeping only; arithmetic, disk and network
+  happen outside it, on slices that are marked busy.
+- `round_closes` is the only place that says when a round is over.
+- The thread whose push is the last of a round takes the outer step; all others wait for it.
+- The same command after a crash goes on from the newest whole checkpoint.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import glob
+import itertools
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+
+import protocol
+from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
+
+MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
+LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
+DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
+
+
+def log(text):
+    print(f"{time.strftime('%H:%M:%S')} server: {text}", flush=True)
+
+
+# --- State: all of it is guarded by Server.lock, but for the numbers of a busy fragment ------
+
+
+@dataclass
+class Member:
+    """A worker that has joined, or waits to."""
+
+    id: str
+    session: str
+    host: str
+    conn: protocol.Connection  # its control connection
+    manifest: list  # its tensors, in its own order
+    sync_every: int
+    source: str
+    step: int = 0
+    index: int = -1
+    position: int = 0  # steps since its cycle began
+    steps_per_second: float = 0.0
+    loss: float | None = None
+    heard: float = field(default_factory=time.monotonic)
+    buffers: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
+
+
+@dataclass
+class Push:
+    """One push of the open round. An empty one, or a refused one, has no buffer."""
+
+    worker: str
+    index: int
+    seq: int
+    step: int
+    steps: int
+    tokens: int
+    loss: float | None
+    closing: bool
+    nbytes: int
+    buffer: Buffer | None
+    refused: str = ""
+    arrived: float = field(default_factory=time.monotonic)
+    waiting: bool = True  # a connection waits for the reply
+
+
+@dataclass
+class Update:
+    """The latest update of a fragment, as it is sent."""
+
+    base: list  # the version, as [origin, number], that it leads on from
+    buffer: Buffer | None  # None: no numbers, the slice did not change
+    checksum: torch.Tensor  # of the slice after adding
+    fields: dict
+    line: dict  # of rounds.jsonl, written when the last reply has gone out
+    unanswered: list  # pushes whose connections wait for this
+    made: float = field(default_factory=time.monotonic)
+    readers: int = 0  # replies being sent from `buffer`
+
+
+@dataclass
+class Fragment:
+    """A slice [start, stop) of the flat vector with a version and a round of its own."""
+
+    index: int
+    start: int
+    stop: int
+    version: int = 0
+    origin: str = ""  # the incarnation that made this version
+    folded: dict = field(default_factory=dict)  # worker id -> highest sequence number folded
+    pushes: dict = field(default_factory=dict)  # worker id -> Push of the open round
+    update: Update | None = None
+    busy: bool = False  # being stepped or copied: nobody else may touch its numbers
+
+    @property
+    def label(self):
+        """The version as it is named on the wire: a number means nothing without its origin."""
+        return [self.origin, self.version]
+
+
+@dataclass
+class Snapshot:
+    """A copy of the parameters at some versions, shared by all who join at those."""
+
+    params: torch.Tensor
+    versions: list
+
+
+def round_closes(members, pushes):
+    """Whether the open round of a fragment is over: every member has pushed."""
+    return bool(pushes) and all(worker in pushes for worker in members)
+
+
+# --- The outer optimizer ----------------------------------------------------------------------
+
+
+def momentum_at(round, momentum, warmup):
+    """The momentum of round r = 0, 1, ...: min(momentum, r / (r + 3)) while it warms up."""
+    return min(momentum, round / (round + 3)) if warmup else momentum
+
+
+def outer_step(params, momentum, residual, pushes, up, down, update, lr, mu, nesterov, plain):
+    """Fold encoded pushes in their order, step `params` in place and encode the update.
+
+    `params`, `momentum`, `residual`: float32 slices of one length (`residual` is None where the
+    download codec loses nothing). `pushes`: lists of tensors encoded with `up`. `update`: tensors
+    of `down`, which are filled. SGD with Nesterov momentum as torch.optim.SGD defines it, the
+    pseudo-gradient in the gradient's place:
+
+        v = mu * v + g;  d = g + mu * v if nesterov else v;  update = -lr * d
+
+    `plain` takes the mean as it is (lr 1, momentum untouched). What the codec rounds off is kept
+    in `residual` and added next time. Returns (checksum tensor, norm of the mean).
+    """
+    checksum, square = Checksum(), 0.0
+    mean_scratch, other_scratch = torch.empty(CHUNK), torch.empty(CHUNK)
+    for start, stop in protocol.chunks(params.numel()):
+        mean, other = mean_scratch[: stop - start], other_scratch[: stop - start]
+        up.decode(pushes[0], start, mean)
+        for push in pushes[1:]:
+            up.decode(push, start, other)
+            mean.add_(other)
+        mean.div_(len(pushes))
+        square += mean.dot(mean).item()
+        if plain:
+            delta = mean.neg_()
+        else:
+            velocity = momentum[start:stop].mul_(mu).add_(mean)
+            delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
+            delta.mul_(-lr)
+        if residual is not None:
+            delta.add_(residual[start:stop])
+        down.encode(delta, update, start)
+        down.decode(update, start, other)
+        if residual is not None:
+            torch.sub(delta, other, out=residual[start:stop])
+        checksum.add(params[start:stop].add_(other))
+    return checksum.digest(), square**0.5
+
+
+# --- Where the model comes from, and where it goes --------------------------------------------
+
+
+def is_ours(path):
+    """Whether this program wrote the safetensors file at `path`."""
+    try:
+        with open(path, "rb") as file:
+            return protocol.read_file_header(file)[0].get("program") == "diloco"
+    except (OSError, ProtocolError):
+        return False
+
+
+def checkpoints(folder):
+    """[(round, path)] of this program's checkpoints in a folder, newest first."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
+        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(path))
+        if number and is_ours(os.path.join(path, "outer.safetensors")):
+            found.append((int(number[1]), path))
+    return sorted(found, reverse=True)
+
+
+def foreign_weights(folder):
+    """Weight files in a folder, or in its checkpoint folders, that this program did not write."""
+    patterns = ("*.safetensors", "*.bin", "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
+    paths = [p for g in patterns for p in glob.glob(os.path.join(glob.escape(folder), g))]
+    return [path for path in paths if not is_ours(path)]
+
+
+def read_descriptive_files(folder):
+    """{name: bytes} of the descriptive files (protocol.FILE_NAMES) in a folder."""
+    files = {}
+    for name in protocol.FILE_NAMES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                files[name] = file.read(protocol.MAX_FILES_BYTES + 1)
+    if sum(map(len, files.values())) > protocol.MAX_FILES_BYTES:
+        raise SystemExit(f"{folder}: its descriptive files are over {protocol.MAX_FILES_BYTES:,} B")
+    return files
+
+
+def load_weights(path):
+    """{name: tensor} of a file, or of a folder in the Hugging Face layout: one safetensors file,
+    shards with an index, or `pytorch_model.bin` (plain tensors only). Files are mapped, not read.
+
+    Raises SystemExit with one line where they cannot be used.
+    """
+    paths = [path] if os.path.isfile(path) else []
+    for name in () if paths else ("model.safetensors", "pytorch_model.bin"):
+        file = os.path.join(path, name)
+        if os.path.isfile(file + ".index.json"):
+            with open(file + ".index.json", encoding="utf-8") as index:
+                shards = sorted(set(json.load(index)["weight_map"].values()))
+            if any(os.path.basename(shard) != shard for shard in shards):
+                raise SystemExit(f"{file}.index.json names files outside its folder")
+            paths = [os.path.join(path, shard) for shard in shards]
+        elif os.path.isfile(file):
+            paths = [file]
+        if paths:
+            break
+    paths = paths or sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    if not paths:
+        raise SystemExit(f"{path} has no weights of its own; name one of {foreign_weights(path)}")
+    weights = {}
+    for file in paths:
+        try:
+            if file.endswith(".bin"):
+                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                weights |= protocol.load_file(file)[1]
+        except (OSError, ProtocolError, RuntimeError, pickle.UnpicklingError) as error:
+            raise SystemExit(f"cannot use the weights in {file}: {error}") from None
+    return {name: t for name, t in weights.items() if isinstance(t, torch.Tensor)}
+
+
+def choose_output(model, output_dir):
+    """(output folder, folder or file with weights or None) for `-m` and `--output-dir`."""
+    if output_dir and foreign_weights(output_dir):
+        raise SystemExit(
+            f"--output-dir {output_dir} holds weights of another program; name another"
+        )
+    if os.path.isfile(model):
+        return output_dir or os.path.splitext(model)[0] + "-diloco", model
+    if foreign_weights(model):
+        return output_dir or model.rstrip("/\\") + "-diloco", model
+    own = os.path.isfile(os.path.join(model, "model.safetensors"))
+    return output_dir or model, model if own else None
+
+
+# --- The server -------------------------------------------------------------------------------
+
+
+class Server:
+    """The global model of one run, its members and its rounds.
+
+    `args`: the parsed command line. `run` serves until the run or the process is told to end.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.incarnation = secrets.token_hex(8)
+        self.lock = threading.Condition()
+        self.members = {}  # worker id -> Member whose pushes are awaited
+        self.joining = {}  # worker id -> Member that waits for the run to start
+        self.indices = {}  # worker id -> the index it last had
+        self.uploader = None  # id of the joining worker that was asked for the model
+        self.running = False  # from the start of the run until the last member has left
+        self.stopping = False  # workers are told to finish
+        self.ended = threading.Event()  # the process is to end
+        self.save_wanted = set()  # of "checkpoint", "final"
+        self.saved = self.final = None  # versions in the newest checkpoint and the final model
+        self.save_error = ""
+        self.started = time.monotonic()
+        self.last_round = None
+        self.step = 0  # of the run: that of the worker which is furthest
+        self.connections = 0
+        self.manifest = None  # specs, with the dtypes of the final model
+        self.params = self.momentum = self.residual = None
+        self.fragments = []
+        self.files = {}  # descriptive files: name -> bytes
+        self.weights = None  # {name: tensor} of -m, until the first worker names its tensors
+        self.snapshot = lambda: None  # weak: joiners at one version share a copy
+        self.settings = {key: getattr(args, key) for key in DEFAULTS}
+        self.output, source = choose_output(args.model, args.output_dir)
+        self._open(source)
+        for key, value in DEFAULTS.items():
+            if self.settings[key] is None:
+                self.settings[key] = value
+
+    # --- Opening and saving ---
+
+    def _open(self, source):
+        where = os.path.abspath(self.output)
+        for _, path in checkpoints(self.output):
+            try:
+                self._load(path)
+            except (OSError, ProtocolError, KeyError, TypeError, ValueError) as error:
+                log(f"WARNING: {path} is not usable, trying the one before: {error!r}")
+                continue
+            log(f"continuing from {os.path.abspath(path)} (round {self.round}, step {self.step})")
+            return
+        if source:
+            self.weights = load_weights(source)
+            self.files = read_descriptive_files(
+                source if os.path.isdir(source) else os.path.dirname(source)
+            )
+            log(f"starting from the weights in {source}; output goes to {where}")
+            return
+        log(f"*** NO WEIGHTS in {where}: the first worker will upload a new model. ***")
+        log("*** If you meant to continue or to fine-tune one, check the path of -m. ***")
+
+    def _load(self, path):
+        """Take model, outer optimizer and rounds from a checkpoint folder."""
+        _, params = protocol.load_file(os.path.join(path, "model.safetensors"))
+        state, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
+        self._allocate(
+            [
+                TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
+                for name, tensor in params.items()
+            ]
+        )
+        torch.cat([tensor.reshape(-1) for tensor in params.values()], out=self.params)
+        self.momentum.copy_(outer["momentum"])
+        if self.residual is not None and "residual" in outer:
+            self.residual.copy_(outer["residual"])
+        for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
+            fragment.origin, fragment.version = saved["label"]
+            fragment.folded = saved["folded"]
+        self.step, self.indices = state["step"], state["indices"]
+        self.files, self.saved = read_descriptive_files(path), self._labels()
+        for key, saved in state["settings"].items():
+            if self.settings[key] is None:
+                self.settings[key] = saved
+            elif self.settings[key] != saved:
+                log(f"{key} {self.settings[key]} from the command line replaces {saved} of the run")
+
+    def _allocate(self, manifest):
+        """Set up the flat vectors, 12 bytes a parameter, for a checked manifest."""
+        total = sum(spec.numel for spec in manifest)
+        self.params, self.momentum = torch.empty(total), torch.zeros(total)
+        self.residual = torch.zeros(total) if CODECS[self.args.download_codec].lossy else None
+        bounds = protocol.fragment_bounds(total, 1)
+        self.fragments = [
+            Fragment(k, start, stop, origin=self.incarnation)
+            for k, (start, stop) in enumerate(itertools.pairwise(bounds))
+        ]
+        self.manifest = manifest
+
+    def _labels(self):
+        return [fragment.label for fragment in self.fragments]
+
+    @property
+    def round(self):
+        """Rounds that every fragment has closed."""
+        return min((fragment.version for fragment in self.fragments), default=0)
+
+    def _save_loop(self):
+        while not self.ended.is_set():
+            with self.lock:
+                self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set())
+                wanted, self.save_wanted = self.save_wanted, set()
+            self.save("final" in wanted)
+            if "final" in wanted and self.args.until_done:
+                self.ended.set()
+
+    def save(self, final):
+        """Write a checkpoint where there is something new, and the final model too if `final`.
+        A full disk is said, and survived."""
+        if self.manifest is None:
+            return
+        try:
+            os.makedirs(self.output, exist_ok=True)
+            if self._labels() != self.saved:
+                self._write_checkpoint()
+            if final and self.final != self.saved:
+                self._write_final()
+                self.final = self.saved
+            self.save_error = ""
+        except OSError as error:
+            self.save_error = f"saving to {os.path.abspath(self.output)} failed: {error}"
+            log(f"WARNING: {self.save_error}; the last good checkpoint is kept, training goes on")
+
+    def _write_checkpoint(self):
+        """Write `checkpoint-ROUND/` beside, sync it, rename it, and remove the oldest ones."""
+        beside = os.path.join(self.output, ".tmp-checkpoint")
+        shutil.rmtree(beside, ignore_errors=True)
+        os.mkdir(beside)
+        try:
+            with contextlib.ExitStack() as files:
+                model, outer = (
+                    files.enter_context(open(os.path.join(beside, name), "wb", buffering=0))
+                    for name in ("model.safetensors", "outer.safetensors")
+                )
+                with self.hold(*self.fragments):
+                    path = os.path.join(self.output, f"checkpoint-{self.round}")
+                    labels = self._labels()
+                    self._write_vectors(model, outer)
+                for file in (model, outer):
+                    os.fsync(file.fileno())
+            self._write_files(beside)
+            if os.path.exists(path):  # of the same round, but not of the same versions
+                shutil.rmtree(path)
+            os.rename(beside, path)
+            protocol.sync_folder(self.output)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        self.saved = labels
+        log(f"saved {os.path.abspath(path)}")
+        for _, old in checkpoints(self.output)[self.args.save_total_limit :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _write_vectors(self, model, outer):
+        """Write both safetensors files of a checkpoint, straight from the live vectors."""
+        with self.lock:
+            state = {
+                "program": "diloco",
+                "step": self.step,
+                "settings": self.settings,
+                "indices": self.indices,
+                "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
+                "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
+            }
+        vectors = {"momentum": self.momentum, "residual": self.residual}
+        vectors = {name: vector for name, vector in vectors.items() if vector is not None}
+        program = {"program": "diloco"}
+        protocol.write_frame(model, program, self._flat_specs(), [self.params], format="pt")
+        protocol.write_frame(outer, state, protocol.specs_of(vectors.items()), vectors.values())
+
+    def _flat_specs(self):
+        """The manifest as the flat vector holds it, in float32."""
+        return [TensorSpec(spec.name, torch.float32, spec.shape) for spec in self.manifest]
+
+    def _write_files(self, folder):
+        for name, text in self.files.items():
+            protocol.write_beside(os.path.join(folder, name), lambda file, t=text: file.write(t))
+
+    def _write_final(self):
+        """Write the model in the manifest's dtypes, and its files, into the output folder."""
+
+        def write(file):
+            parts = (
+                self.params[a:b].to(spec.dtype) for spec, a, b in protocol.ranges(self.manifest)
+            )
+            protocol.write_frame(file, {"program": "diloco"}, self.manifest, parts, format="pt")
+
+        self._write_files(self.output)
+        with self.hold(*self.fragments):
+            protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
+        log(f"the model of round {self.round} is in {os.path.abspath(self.output)}")
+
+    @contextlib.contextmanager
+    def hold(self, *fragments):
+        """Have the numbers of some fragments to oneself."""
+        with self.lock:
+            self.lock.wait_for(lambda: not any(fragment.busy for fragment in fragments))
+            for fragment in fragments:
+                fragment.busy = True
+        try:
+            yield
+        finally:
+            with self.lock:
+                for fragment in fragments:
+                    fragment.busy = False
+                self.lock.notify_all()
+
+    # --- Connections ---
+
+    def run(self):
+        """Serve until `--until-done` is met, the spawned workers are done, or a signal comes.
+        Returns the exit code."""
+        host, signals = self.args.host, []
+        six = ":" in host or (not host and socket.has_dualstack_ipv6())
+        family = socket.AF_INET6 if six else socket.AF_INET
+        try:
+            listener = socket.create_server(
+                (host, self.args.port), family=family, backlog=256, dualstack_ipv6=six and not host
+            )
+        except OSError as error:
+            raise SystemExit(
+                f"cannot listen on {host or 'port'} {self.args.port}: {error.strerror or error}; "
+                "is another server running? Try another --port"
+            ) from None
+        self.port = listener.getsockname()[1]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (signals.append(n), self.ended.set()))
+        for target, argument in ((self._accept_loop, [listener]), (self._reap_loop, [])):
+            threading.Thread(target=target, args=argument, daemon=True).start()
+        saver = threading.Thread(target=self._save_loop, daemon=True)
+        saver.start()
+        log(f"listening on port {self.port}; the run starts with {self.args.n} worker(s)")
+        code = Spawn(self).wait() if self.args.spawn else 0
+        self.ended.wait()
+        listener.close()
+        with self.lock:
+            self.lock.notify_all()
+        saver.join()
+        self.save(final=not self.members)
+        for _, newest in checkpoints(self.output)[:1]:
+            log(f"ends; the newest checkpoint is {os.path.abspath(newest)}")
+        return 128 + signals[0] if signals and self.args.spawn else code
+
+    def _accept_loop(self, listener):
+        while not self.ended.is_set():
+            try:
+                sock, address = listener.accept()
+            except OSError as error:  # too many open files, for one, which passes
+                if not self.ended.wait(0.1):
+                    log(f"WARNING: accept failed: {error}")
+                continue
+            threading.Thread(target=self._serve, args=[sock, address[0]], daemon=True).start()
+
+    def _serve(self, sock, address):
+        """One connection, from hello to its end."""
+        conn = protocol.Connection(sock, address)
+        with self.lock:
+            self.connections += 1
+        try:
+            if self.connections > MAX_CONNECTIONS:
+                raise Refused("busy", f"the server has {MAX_CONNECTIONS} connections, its limit")
+            conn.greet({"incarnation": self.incarnation})
+            while True:
+                message = conn.receive(idle=None)
+                handler = getattr(self, f"on_{message.type}", None)
+                if handler is None:
+                    raise ProtocolError(f"no request is called {message.type!r}")
+                handler(conn, message)
+        except (Refused, ProtocolError) as error:
+            log(f"{conn.worker[0] or conn.peer} is refused: {error}")
+            conn.refuse(error)
+        except OSError as error:
+            if conn.worker[0] in self.members:
+                log(f"a connection to {conn.worker[0]} ended: {error}")
+        finally:
+            with self.lock:
+                self.connections -= 1
+                for worker, member in list(self.joining.items()):
+                    if member.conn is conn:
+                        self._forget_joining(worker)
+            conn.close()
+
+    def _member(self, conn):
+        """The member that speaks on this connection. Raises Refused if it is none."""
+        worker, session = conn.worker
+        member = self.members.get(worker)
+        if member is None or member.session != session:
+            raise Refused("rejoin", f"worker {worker!r} is not a member of the run; join again")
+        member.heard = time.monotonic()
+        return member
+
+    def _fragment(self, message):
+        return self.fragments[message.field("fragment", int, high=len(self.fragments) - 1)]
+
+    def _wait(self, conn, condition, awaited):
+        """Wait for `condition()`, called with the lock held. Every WAIT_SECONDS the peer gets a
+        `wait` message with `awaited()`. Raises ConnectionError when the peer hangs up."""
+        said = time.monotonic()
+        while True:
+            with self.lock:
+                if self.lock.wait_for(condition, timeout=0.5):
+                    return
+                text = awaited()
+            if conn.closed_by_peer():
+                raise ConnectionError(f"{conn.peer} closed the connection")
+            if time.monotonic() - said >= protocol.WAIT_SECONDS:
+                conn.send("wait", {"awaited": text})
+                said = time.monotonic()
+
+    # --- Joining and leaving ---
+
+    def on_join(self, conn, message):
+        """Admit a worker: at once to a running run, else when `-n` workers wait."""
+        message.expect([])
+        if not conn.worker[0]:
+            raise ProtocolError("join: hello named no worker")
+        if self.stopping or self.ended.is_set():
+            raise Refused("stopping", "this run is being stopped")
+        member = Member(
+            *conn.worker,
+            message.field("host", str),
+            conn,
+            protocol.manifest_from_json(message.field("manifest", list)),
+            message.field("sync_every", int, low=1),
+            message.field("source", str, ""),
+            message.field("step", int, 0),
+        )
+        size = 4 * sum(spec.numel for spec in member.manifest)
+        if size > self.args.max_model_gb * 1e9:
+            raise Refused(
+                "size",
+                f"the model takes {size / 1e9:.2f} GB as float32, over --max-model-gb "
+                f"{self.args.max_model_gb:g}; raise it if the server has three times that in memory",
+            )
+        with self.lock:
+            self._check_id(member)
+            self._check_settings(member, message.field("num_fragments", int))
+            self._check_model(member)
+            self.joining[member.id] = member
+            self.lock.notify_all()
+        log(f"{member.id} on {member.host} ({conn.peer}) asks to join")
+        self._admit(conn, member)
+
+    def _check_id(self, member):
+        for other in (self.members.get(member.id), self.joining.get(member.id)):
+            if other and other.session != member.session and not other.conn.closed_by_peer():
+                raise Refused(
+                    "id",
+                    f"worker id {member.id!r} is held by a live process on {other.host} "
+                    f"({other.conn.peer}); give this one another --worker-id",
+                )
+
+    def _check_settings(self, member, num_fragments):
+        here = len(self.fragments) or 1
+        if num_fragments != here:
+            raise Refused("setting", f"num_fragments is {num_fragments} here, {here} in this run")
+        for other in [*self.members.values(), *self.joining.values()]:
+            if other.id != member.id and other.source != member.source:
+                raise Refused(
+                    "setting",
+                    f"data.source is {member.source!r} here and {other.source!r} in {other.id!r} "
+                    f"on {other.host}; all workers of a run read the same text: set it alike",
+                )
+
+    def _check_model(self, member):
+        if self.manifest and (fault := protocol.explain_mismatch(self.manifest, member.manifest)):
+            raise Refused("model", f"this worker's model is not the one of the run: {fault}")
+
+    def _admit(self, conn, member):
+        """Wait until the run starts, then answer a join with the parameters, or with `init` where
+        this worker is to bring them."""
+        while True:
+            self._wait(conn, lambda: self._may_enter(member), self._awaited_to_start)
+            with self.lock:
+                self._check_model(member)
+                if member not in (self.joining.get(member.id), self.members.get(member.id)):
+                    raise Refused("id", "another connection of this worker has taken its place")
+                if self.manifest is None and self._is_first(member):
+                    self.uploader = member.id
+                    break
+                if self.manifest is None or not (self.running or self._start()):
+                    continue
+            return self._send_model(conn, member)
+        if self.weights is None:
+            return conn.send("init")
+        self._take_weights(member)
+        self._admit(conn, member)
+
+    def _may_enter(self, member):
+        if self.joining.get(member.id) is not member or self.running:
+            return True
+        ready = self.manifest is not None or self._is_first(member)
+        return ready and len(self.joining) >= self.args.n
+
+    def _is_first(self, member):
+        return self.uploader is None and member.id == min(self.joining)
+
+    def _awaited_to_start(self):
+        missing = self.args.n - len(self.joining)
+        return f"{missing} more worker(s) to join" if missing > 0 else f"{self.uploader}'s upload"
+
+    def _start(self):
+        """Make members of all that wait. Needs the lock; False if too few are left."""
+        for worker, member in list(self.joining.items()):
+            misfit = protocol.explain_mismatch(self.manifest, member.manifest)
+            if misfit or member.conn.closed_by_peer():
+                self._forget_joining(worker)
+        if len(self.joining) < self.args.n:
+            return False
+        for index, worker in enumerate(sorted(self.joining)):
+            self._make_member(self.joining[worker], index)
+        self.running = True
+        log(f"the run starts at round {self.round} with {', '.join(self.members)}")
+        self.lock.notify_all()
+        return True
+
+    def _make_member(self, member, index):
+        member.index = self.indices[member.id] = index
+        member.heard = time.monotonic()
+        member.step = max(member.step, self.step)
+        self.joining.pop(member.id, None)
+        self.members[member.id] = member
+
+    def _forget_joining(self, worker):
+        self.joining.pop(worker, None)
+        if self.uploader == worker:
+            self.uploader = None
+        self.lock.notify_all()
+
+    def _free_index(self, worker):
+        """Its own index for an id that comes back, else the lowest that is free."""
+        taken = {member.index for member in self.members.values() if member.id != worker}
+        own = self.indices.get(worker)
+        return own if own is not None and own not in taken else min(set(range(51)) - taken)
+
+    def _send_model(self, conn, member):
+        """The reply to join: a place in the run, and the parameters in full."""
+        with self.hold(*self.fragments):
+            with self.lock:
+                due = None
+                if self.members.get(member.id) is not member:
+                    due = self._steps_until_due(member)
+                    self._make_member(member, self._free_index(member.id))
+                    log(f"{member.id} joins the run as worker {member.index}")
+                fields = {
+                    "index": member.index,
+                    **self._share(member),
+                    "shares": self.args.shares,
+                    "upload_codec": self.args.upload_codec,
+                    "download_codec": self.args.download_codec,
+                    "step": member.step,
+                    "due": due,
+                    "versions": self._labels(),
+                    "seqs": [f.folded.get(member.id, 0) for f in self.fragments],
+                }
+                snapshot = self.snapshot()
+            if snapshot is None or snapshot.versions != fields["versions"]:
+                snapshot = Snapshot(self.params.clone(), fields["versions"])
+                self.snapshot = weakref.ref(snapshot)
+        conn.send("join", fields, self._flat_specs(), [snapshot.params])
+
+    def _steps_until_due(self, member):
+        """Steps until a late joiner pushes with the others: 0 where the round is already open.
+        Derived from what the members last said of their place in the cycle."""
+        if any(fragment.pushes for fragment in self.fragments):
+            return 0
+        now = time.monotonic()
+        left = [
+            1 - (m.position + m.steps_per_second * (now - m.heard)) / m.sync_every
+            for m in self.members.values()
+            if m.id != member.id
+        ]
+        return max(1, round(max(0.0, min(left, default=1.0)) * member.sync_every))
+
+    def _share(self, member):
+        """Its place among the live members, and their number: who reads which part of the data."""
+        live = sorted(other.index for other in self.members.values())
+        return {"rank": live.index(member.index), "world": len(live)}
+
+    def _take_weights(self, member):
+        """Fill the parameters from the weights that `-m` names, in the member's layout."""
+        have = [spec._replace(shape=tuple(self.weights[spec.name].shape))
+                for spec in member.manifest if spec.name in self.weights]  # fmt: skip
+        if fault := protocol.explain_mismatch(have, member.manifest):
+            raise Refused("model", f"the weights in -m do not fit this worker's model: {fault}")
+        params = [self.weights[spec.name].reshape(-1).float() for spec in member.manifest]
+        self._take_model(member, torch.cat(params), self.files)
+
+    def on_init(self, conn, message):
+        """The upload of the model by the worker that was asked for it: the tensors of its
+        manifest, then the descriptive files."""
+        with self.lock:
+            member = self.joining.get(conn.worker[0])
+            if member is None or member.conn is not conn or self.uploader != member.id:
+                raise ProtocolError("init: this worker was not asked for it")
+        sizes = message.field("files", dict, {})
+        for name, size in sizes.items():
+            if name not in protocol.FILE_NAMES or type(size) is not int or size < 0:
+                raise ProtocolError(f"init: file {name!r} is not one of {protocol.FILE_NAMES}")
+        if sum(sizes.values()) > protocol.MAX_FILES_BYTES:
+            raise ProtocolError(f"init: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
+        file_specs = [TensorSpec(f"file:{n}", torch.uint8, (s,)) for n, s in sizes.items()]
+        message.expect(member.manifest + file_specs)
+        params = torch.empty(sum(spec.numel for spec in member.manifest))
+        for spec, start, stop in protocol.ranges(member.manifest):
+            part = params[start:stop]
+            raw = part if spec.dtype == torch.float32 else torch.empty_like(part, dtype=spec.dtype)
+            conn.read(raw)
+            part.copy_(raw)
+        files = {}
+        for name, size in sizes.items():
+            raw = torch.empty(size, dtype=torch.uint8)
+            conn.read(raw)
+            files[name] = bytes(protocol.memory(raw))
+        self._take_model(member, params, files)
+        self._admit(conn, member)
+
+    def _take_model(self, member, params, files):
+        """The first parameters of a run, from a worker or from the disk."""
+        if not all(protocol.finite(part) for part in params.split(CHUNK)):
+            raise Refused("model", "the parameters to start from are not all finite")
+        with self.lock:
+            self._allocate(member.manifest)
+            self.params, self.files = params, files
+            self.uploader = self.weights = None
+            self.lock.notify_all()
+        log(f"{params.numel():,} parameters in {len(member.manifest)} tensors, as {member.id} has")
+
+    def on_heartbeat(self, conn, message):
+        message.expect([])
+        with self.lock:
+            member = self._member(conn)
+            member.step = message.field("step", int)
+            member.position = message.field("position", int, 0)
+            member.steps_per_second = message.field("steps_per_second", float, 0.0)
+            member.loss = message.field("loss", float, None, low=-1e30, high=1e30)
+            fields = {
+                "round": self.round,
+                **self._share(member),
+                "members": sorted(self.members),
+                "orders": ["stop"] if self.stopping else [],
+            }
+        conn.send("heartbeat", fields)
+
+    def on_leave(self, conn, message):
+        message.expect([])
+        with self.lock:
+            self._remove(self._member(conn), f"leaves: {message.field('reason', str, 'done')}")
+        self.advance()
+        conn.send("leave")
+
+    def _remove(self, member, why):
+        """Drop a member; the rounds it was awaited in go on without it. Needs the lock."""
+        del self.members[member.id]
+        log(f"{member.id} {why}")
+        if not self.members:
+            self.running = self.stopping = False
+            self.save_wanted.add("final")
+        self.lock.notify_all()
+
+    def _reap_loop(self):
+        """Drop members that have not been heard of for --worker-timeout."""
+        limit = self.args.worker_timeout
+        while not self.ended.wait(min(1.0, limit / 4)):
+            with self.lock:
+                for member in list(self.members.values()):
+                    if time.monotonic() - member.heard > limit:
+                        self._remove(member, f"is gone: not heard of for {limit:g} s")
+            self.advance()
+
+    # --- Rounds ---
+
+    def on_push(self, conn, message):
+        """Take a push, wait until its round is over, and answer with the update."""
+        codec = CODECS[self.args.upload_codec]
+        with self.lock:
+            member, fragment = self._member(conn), self._fragment(message)
+            layout = codec.layout(fragment.stop - fragment.start)
+            if message.specs:
+                message.expect(layout)
+            push = Push(
+                member.id,
+                member.index,
+                message.field("seq", int, low=1),
+                message.field("step", int),
+                message.field("steps", int),
+                message.field("tokens", int, 0),
+                message.field("loss", float, None, low=-1e30, high=1e30),
+                message.field("closing", bool, False),
+                protocol.payload_bytes(message.specs),
+                member.buffers.pop(fragment.index, None) if message.specs else None,
+            )
+            base = message.field("base", list)
+        if message.specs:
+            push.buffer = push.buffer or Buffer(layout)
+            conn.read(push.buffer.raw)
+            if not protocol.all_finite(codec, push.buffer.tensors, fragment.stop - fragment.start):
+                push.refused = "the pseudo-gradient is not finite"
+                log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
+        with self.lock:
+            member = self._member(conn)
+            member.step, member.position, member.loss = push.step, 0, push.loss
+            new = push.seq > fragment.folded.get(push.worker, 0)
+            if new:
+                if base != fragment.label:
+                    raise Refused("rejoin", f"version {base} of the slice is not the current one")
+                fragment.pushes[push.worker] = push
+                self.lock.notify_all()
+        try:
+            while new and fragment.label == base:
+                self._wait(
+                    conn,
+                    lambda: fragment.label != base or self._closable(fragment),
+                    lambda: ", ".join(sorted(self.members.keys() - fragment.pushes)),
+                )
+                self.advance()
+        except BaseException:
+            push.waiting = False
+            raise
+        self._answer_push(conn, fragment, push, base)
+
+    def _closable(self, fragment):
+        return not fragment.busy and round_closes(self.members, fragment.pushes)
+
+    def advance(self):
+        """Take the outer step of every fragment whose round is over."""
+        while True:
+            with self.lock:
+                fragment = next(filter(self._closable, self.fragments), None)
+                if fragment is None:
+                    return
+                fragment.busy = True
+                pushes, fragment.pushes = fragment.pushes, {}
+            self._close_round(fragment, sorted(pushes.values(), key=lambda push: push.index))
+
+    def _close_round(self, fragment, pushes):
+        """Fold the pushes, step the slice, publish the update. The fragment is busy throughout."""
+        began = time.monotonic()
+        part, down = slice(fragment.start, fragment.stop), CODECS[self.args.download_codec]
+        counted = [push for push in pushes if push.buffer and not push.refused]
+        buffer, norm = None, 0.0
+        if counted:
+            with self.lock:
+                old, fragment.update = fragment.update, None
+                buffer = old.buffer if old and not old.readers else None
+            buffer = buffer or Buffer([*down.layout(part.stop - part.start), Checksum.SPEC])
+            settings, round = self.settings, fragment.version
+            checksum, norm = outer_step(
+                self.params[part],
+                self.momentum[part],
+                None if self.residual is None else self.residual[part],
+                [push.buffer.tensors for push in counted],
+                CODECS[self.args.upload_codec],
+                down,
+                buffer.tensors,
+                settings["outer_lr"],
+                momentum_at(round, settings["outer_momentum"], settings["momentum_warmup"]),
+                settings["nesterov"],
+                plain=all(push.closing for push in pushes),
+            )
+            buffer.tensors["checksum"].copy_(checksum)
+        else:
+            checksum = protocol.checksum_of(self.params[part])
+        with self.lock:
+            line = self._round_line(fragment, pushes, counted, began, norm)
+            self._publish(fragment, pushes, buffer, checksum, line)
+
+    def _publish(self, fragment, pushes, buffer, checksum, line):
+        """Make a new version of a slice known. Needs the lock."""
+        base = fragment.label
+        fragment.version, fragment.origin = fragment.version + 1, self.incarnation
+        for push in pushes:
+            fragment.folded[push.worker] = push.seq
+            if push.buffer and push.worker in self.members:
+                self.members[push.worker].buffers[fragment.index] = push.buffer
+        self.step = max([self.step, *(push.step for push in pushes)])
+        fields = {
+            "fragment": fragment.index,
+            "version": fragment.label,
+            "folded": {push.worker: push.seq for push in pushes},
+            "step": self.step,
+        }
+        waiting = [push for push in pushes if push.waiting]
+        fragment.update = Update(base, buffer, checksum, fields, line, waiting)
+        fragment.busy = False
+        self.last_round = line
+        if not waiting:
+            self._write_line(line)
+        if self.args.save_every and self.round % self.args.save_every == 0:
+            self.save_wanted.add("checkpoint")
+        self.lock.notify_all()
+
+    def _round_line(self, fragment, pushes, counted, began, norm):
+        """What rounds.jsonl and the status say of a round; the sending is added as it is done."""
+        return {
+            "time": round(time.time(), 3),
+            "round": fragment.version + 1,
+            "fragment": fragment.index,
+            "members": sorted(self.members),
+            "steps": sum(push.steps for push in counted),
+            "tokens": sum(push.tokens for push in counted),
+            "losses": {push.worker: push.loss for push in pushes},
+            "refused": [push.worker for push in pushes if push.refused],
+            "closing": all(push.closing for push in pushes),
+            "norm": norm,
+            "bytes_up": sum(push.nbytes for push in pushes),
+            "bytes_down": 0,
+            "seconds_waiting": round(began - min(push.arrived for push in pushes), 4),
+            "seconds_folding": round(time.monotonic() - began, 4),
+            "seconds_sending": 0.0,
+        }
+
+    def _write_line(self, line):
+        """Append a finished round to rounds.jsonl and say it. Needs the lock."""
+        losses = [loss for loss in line["losses"].values() if loss is not None]
+        mean = f"loss {sum(losses) / len(losses):.4f} | " if losses else ""
+        log(
+            f"round {line['round']} | {len(line['losses'])} pushes | {mean}norm {line['norm']:.4g} "
+            f"| waited {line['seconds_waiting']:.2f} s, folded {line['seconds_folding']:.2f} s, "
+            f"sent {line['seconds_sending']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
+            f"down {line['bytes_down'] / 1e6:.2f} MB"
+        )
+        try:
+            os.makedirs(self.output, exist_ok=True)
+            with open(os.path.join(self.output, "rounds.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log(f"WARNING: cannot write rounds.jsonl: {error}")
+
+    def _answer_push(self, conn, fragment, push, base):
+        """Send the update that leads on from the pusher's version, or the slice in full."""
+        with self.lock:
+            update, member = fragment.update, self.members.get(push.worker)
+            fields = {"refused": push.refused, **(self._share(member) if member else {})}
+            if update and update.base == base:
+                update.readers += 1
+            else:
+                update = None
+        if update is None:
+            return self._send_slice(conn, "push", fragment, fields)
+        fields, before = {**update.fields, **fields}, conn.bytes_out
+        try:
+            if update.buffer is None:
+                conn.send("push", fields, [Checksum.SPEC], [update.checksum])
+            else:
+                conn.send("push", fields, update.buffer.specs, [update.buffer.raw])
+        finally:
+            with self.lock:
+                update.readers -= 1
+                update.line["bytes_down"] += conn.bytes_out - before
+                update.line["seconds_sending"] = round(time.monotonic() - update.made, 4)
+                if push in update.unanswered:
+                    update.unanswered.remove(push)
+                    if not update.unanswered:
+                        self._write_line(update.line)
+
+    def _send_slice(self, conn, type, fragment, fields):
+        """Reply with a slice in full and its checksum."""
+        with self.hold(fragment):
+            copy, label = self.params[fragment.start : fragment.stop].clone(), fragment.label
+        specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
+        fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
+        conn.send(type, fields, specs, [copy, protocol.checksum_of(copy)])
+
+    def on_fetch(self, conn, message):
+        """A slice in full, or the model's descriptive files (`"files": true`)."""
+        message.expect([])
+        if message.field("files", bool, False):
+            raw = {
+                name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                for name, text in self.files.items()
+                if text
+            }
+            return conn.send("fetch", {}, protocol.specs_of(raw.items()), raw.values())
+        with self.lock:
+            self._member(conn)
+            fragment = self._fragment(message)
+        self._send_slice(conn, "fetch", fragment, {})
+
+    # --- What people ask ---
+
+    def on_status(self, conn, message):
+        """Everything that status.py shows."""
+        message.expect([])
+        now, shown = time.monotonic(), ("id", "index", "host", "step", "sync_every", "loss")
+        with self.lock:
+            workers = [
+                {
+                    **{name: getattr(member, name) for name in shown},
+                    "address": member.conn.peer,
+                    "steps_per_second": round(member.steps_per_second, 3),
+                    "heard_seconds_ago": round(now - member.heard, 1),
+                }
+                for member in sorted(self.members.values(), key=lambda member: member.index)
+            ]
+            everyone = [*self.members.values(), *self.joining.values()]
+            awaited = {
+                w for f in self.fragments if f.pushes for w in self.members.keys() - f.pushes
+            }
+            fields = {
+                "mode": "sync",
+                "state": "running" if self.running else "waiting for workers",
+                "round": self.round,
+                "step": self.step,
+                "uptime_seconds": round(now - self.started, 1),
+                "parameters": 0 if self.params is None else self.params.numel(),
+                "workers_wanted": self.args.n,
+                "workers": workers,
+                "joining": sorted(self.joining),
+                "awaited": sorted(awaited),
+                "source": min((member.source for member in everyone), default=None),
+                "shares": self.args.shares,
+                "settings": self.settings,
+                "upload_codec": self.args.upload_codec,
+                "download_codec": self.args.download_codec,
+                "fragments": [
+                    {"version": f.version, "pushes": len(f.pushes)} for f in self.fragments
+                ],
+                "last_round": self.last_round,
+                "output": os.path.abspath(self.output),
+                "save_error": self.save_error,
+                "incarnation": self.incarnation,
+            }
+        conn.send("status", fields)
+
+    def on_save(self, conn, message):
+        """Write a checkpoint soon."""
+        message.expect([])
+        with self.lock:
+            self.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        conn.send("save")
+
+    def on_stop(self, conn, message):
+        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
+        message.expect([])
+        with self.lock:
+            self.stopping = bool(self.members)
+        log(f"{conn.peer} asks to stop: the workers are told to finish")
+        conn.send("stop")
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+class Spawn:
+    """The workers that `--spawn` starts on this machine, and their output."""
+
+    def __init__(self, server):
+        self.server = server
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
+        host = server.args.host or "127.0.0.1"
+        address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+        threads = str(max(1, (os.cpu_count() or 1) // server.args.n))
+        self.workers, self.readers = {}, []
+        for name in (f"worker-{number}" for number in range(server.args.n)):
+            command = [sys.executable, script, "--server", address, "--worker-id", name]
+            process = self.workers[name] = subprocess.Popen(
+                [*command, server.args.spawn],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ},
+                start_new_session=True,  # a Ctrl-C here is passed on once, not twice
+                preexec_fn=_end_with_parent,
+            )
+            reader = threading.Thread(target=self._pass_on, args=[name, process.stdout])
+            reader.start()
+            self.readers.append(reader)
+
+    @staticmethod
+    def _pass_on(name, pipe):
+        for line in pipe:
+            print(f"{name}: {line.decode(errors='replace').rstrip()}", flush=True)
+
+    def wait(self):
+        """Wait until all have ended, or the server is told to end; 0 if all went well."""
+        ended, processes = self.server.ended, self.workers.values()
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes) and not self.server.running:
+                ended.set()  # it failed before the start: the others would wait for it for ever
+            if ended.wait(0.2):
+                self._stop()
+        for name, process in self.workers.items():
+            if process.returncode:
+                log(f"{name} ended with exit code {process.returncode}")
+        for reader in self.readers:
+            reader.join()
+        ended.set()
+        return int(any(process.returncode for process in processes))
+
+    def _stop(self):
+        for number in (signal.SIGINT, signal.SIGKILL):
+            left = [process for process in self.workers.values() if process.poll() is None]
+            for process in left:
+                process.send_signal(number)
+            deadline = time.monotonic() + LEAVE_SECONDS
+            for process in left:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _end_with_parent():
+    """In a spawned worker: end when the server is killed, so that its command can start anew."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a finite number within bounds."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# fmt: off
+def parse_args(argv=None):
+    """The command line; every option has a word on what it does."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, count, real = parser.add_argument, number(int, 0), number(float, 0)
+    add("-m", "--model", required=True, metavar="DIR",
+        help="the run's folder, a pretrained model (folder or file), or a new folder")
+    add("-n", type=number(int, 1), default=1, help="workers that must join before the run starts")
+    add("--spawn", metavar="CONFIG", help="start the -n workers here too, and end with them")
+    add("--host", default="", help="address to listen on (all interfaces)")
+    add("--port", type=number(int, 0, 65535), default=protocol.PORT, help="(%(default)s)")
+    add("--output-dir", metavar="DIR", help="where checkpoints go (-m itself, or DIR-diloco where "
+        "-m holds weights that this program did not write)")
+    add("--outer-lr", type=real, help="(0.7, or the resumed run's)")
+    add("--outer-momentum", type=number(float, 0, 0.9999), help="(0.9, or the resumed run's)")
+    add("--no-nesterov", dest="nesterov", action="store_false", default=None, help="plain momentum")
+    add("--no-momentum-warmup", dest="momentum_warmup", action="store_false", default=None,
+        help="full momentum from the first round on, as in the paper")
+    add("--upload-codec", choices=CODECS, default="bf16", help="of pseudo-gradients (%(default)s)")
+    add("--download-codec", choices=CODECS, default="bf16", help="of updates (%(default)s)")
+    add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
+    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only at the end")
+    add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
+    add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
+    add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",
+        help="a worker not heard of for so long is no longer waited for (%(default)s)")
+    add("--until-done", action="store_true", help="end when the last worker has left")
+    args = parser.parse_args(argv)
+    args.shares = args.shares or max(args.n, 8)
+    if args.shares < args.n:
+        parser.error(f"--shares {args.shares} is less than -n {args.n}: some would have no data")
+    if args.spawn and not os.path.isfile(args.spawn):
+        parser.error(f"--spawn: there is no file {args.spawn}")
+    return args
+# fmt: on
+
+
+if __name__ == "__main__":
+    sys.exit(Server(parse_args()).run())
