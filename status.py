@@ -1,0 +1,127 @@
+"""What a DiLoCo run is doing, on one screen.
+
+    python status.py                              # --server localhost:8512
+    python status.py --server host:8512 --watch   # again every two seconds
+    python status.py --json                       # for programs
+    python status.py --save                       # have a checkpoint written
+    python status.py --stop                       # have the workers finish, send and leave
+
+Exit code 1, and one line that says why, where there is no server.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+
+import protocol
+
+
+def ask(server, request="status"):
+    """The fields of a server's reply. Raises OSError, protocol.Refused, protocol.ProtocolError."""
+    conn, _ = protocol.connect(server, {})
+    with contextlib.closing(conn):
+        return conn.request(request).fields
+
+
+def duration(seconds):
+    """Seconds as 4s, 3m 20s or 2h 05m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02d}s"
+    return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+
+
+def table(rows):
+    """Rows of texts as lines of aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def render(status):
+    """The screen, as a list of lines, of a server's status."""
+    outer = status["settings"]
+    lines = [
+        f"DiLoCo {status['mode']}, {status['state']}: round {status['round']}, step "
+        f"{status['step']}, up {duration(status['uptime_seconds'])}",
+        f"model: {status['parameters']:,} parameters, output {status['output']}",
+        f"outer: lr {outer['outer_lr']:g}, momentum {outer['outer_momentum']:g}"
+        f"{' (warmed up)' if outer['momentum_warmup'] else ''}, up {status['upload_codec']}, "
+        f"down {status['download_codec']}; data: {status['source'] or 'none yet'}",
+        "",
+    ]
+    rows = [("#", "worker", "host", "step", "steps/s", "loss", "sync_every", "heard")]
+    for worker in status["workers"]:
+        loss = "-" if worker["loss"] is None else f"{worker['loss']:.4f}"
+        rows.append(
+            (
+                str(worker["index"]),
+                worker["id"],
+                worker["host"],
+                str(worker["step"]),
+                f"{worker['steps_per_second']:.2f}",
+                loss,
+                str(worker["sync_every"]),
+                f"{worker['heard_seconds_ago']:.0f}s ago",
+            )
+        )
+    lines += table(rows) if status["workers"] else ["  no workers"]
+    lines.append("")
+    if status["state"] != "running":
+        there = ", ".join(status["joining"]) or "none"
+        lines.append(f"the run starts with {status['workers_wanted']} workers; there: {there}")
+    if status["awaited"]:
+        lines.append(f"the round waits for: {', '.join(status['awaited'])}")
+    if last := status["last_round"]:
+        lines.append(
+            f"last round: waited {last['seconds_waiting']:.2f} s, folded "
+            f"{last['seconds_folding']:.2f} s, sent {last['seconds_sending']:.2f} s; up "
+            f"{last['bytes_up'] / 1e6:.2f} MB, down {last['bytes_down'] / 1e6:.2f} MB; "
+            f"{last['steps']} steps, {last['tokens']:,} tokens"
+        )
+    if status["save_error"]:
+        lines.append(f"WARNING: {status['save_error']}")
+    return lines
+
+
+def main(argv=None):
+    """Print the status once, or until Ctrl-C; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--server", help=f"host:port (DILOCO_SERVER or localhost:{protocol.PORT})")
+    parser.add_argument("--json", action="store_true", help="all that the server says, as JSON")
+    parser.add_argument("--watch", action="store_true", help="again every two seconds")
+    parser.add_argument("--save", action="store_true", help="have the server write a checkpoint")
+    parser.add_argument("--stop", action="store_true", help="have the workers finish and leave")
+    args = parser.parse_args(argv)
+    server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
+    try:
+        for request in ("save", "stop"):
+            if getattr(args, request):
+                ask(server, request)
+                print(f"{server}: {request} is under way")
+        while not (args.save or args.stop):
+            status = ask(server)
+            clear = "\x1b[H\x1b[J" if args.watch and sys.stdout.isatty() else ""
+            text = json.dumps(status) if args.json else "\n".join(render(status))
+            print(clear + text, flush=True)
+            if not args.watch:
+                break
+            time.sleep(2.0)
+    except (OSError, ValueError, protocol.Refused, protocol.ProtocolError) as error:
+        print(f"no DiLoCo server answers at {server}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

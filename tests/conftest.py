@@ -1,0 +1,158 @@
+"""What the tests share: a real server as a process, toy workers as processes, and deadlines.
+
+Run all of them:  pip install -r requirements.txt -r tests/requirements.txt && python -m pytest
+"""
+
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+torch.set_num_threads(1)
+DEADLINE = 60.0  # seconds after which an awaited event counts as missing, on a busy machine too
+ENV = {
+    **{k: v for k, v in os.environ.items() if not k.startswith("DILOCO_")},
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": ROOT,
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def until(condition, what, seconds=DEADLINE):
+    """Poll `condition` until it is true and return its value; fail after a deadline."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    pytest.fail(f"not within {seconds:.0f} s: {what}")
+
+
+class Process:
+    """A script of the project as a process whose output can be waited for."""
+
+    def __init__(self, *command, env=None, cwd=None):
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**ENV, **(env or {})},
+            cwd=cwd or ROOT,
+        )
+        self.lines, self.queue = [], queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            self.queue.put(line)
+        self.queue.put(None)
+
+    @property
+    def output(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, seconds=DEADLINE):
+        """The match of a regular expression with a line of output, past or to come."""
+        end, seen = time.monotonic() + seconds, 0
+        while True:
+            for line in self.lines[seen:]:
+                seen += 1
+                if match := re.search(pattern, line):
+                    return match
+            left = end - time.monotonic()
+            try:
+                ended = self.queue.get(timeout=max(0.0, left)) is None
+            except queue.Empty:
+                pytest.fail(f"no line matches {pattern!r} in:\n{self.output}")
+            if ended and seen == len(self.lines):
+                pytest.fail(f"ended without a line that matches {pattern!r}:\n{self.output}")
+
+    def wait(self, seconds=DEADLINE):
+        """The exit code."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {seconds:.0f} s:\n{self.output}")
+        self.reader.join(5)
+        return code
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        """End it at once, whatever it is doing."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start():
+    """start(script, *args): a Process that is ended with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def run(*command, **options):
+            process = Process(*command, **options)
+            stack.callback(process.kill)
+            return process
+
+        yield run
+
+
+@pytest.fixture
+def serve(start, tmp_path):
+    """serve(*args): a server on a free port, with `.port` and `.address`. `-m` is the folder
+    `model` in the test's folder unless it is among the arguments."""
+
+    def run(*args, **options):
+        folder = [] if "-m" in args else ["-m", tmp_path / "model"]
+        server = start(os.path.join(ROOT, "server.py"), *folder, "--port", 0, *args, **options)
+        server.port = int(server.wait_for(r"listening on port (\d+)")[1])
+        server.address = f"127.0.0.1:{server.port}"
+        return server
+
+    return run
+
+
+@pytest.fixture
+def toy(start):
+    """toy(server, worker_id, **options): tests/toy_worker.py as a process; see there. Its last
+    line is JSON, which `result(process)` returns."""
+
+    def run(server, worker_id, **options):
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        script = os.path.join(ROOT, "tests", "toy_worker.py")
+        return start(script, "--server", server.address, "--worker-id", worker_id, *arguments)
+
+    return run
+
+
+def result(process):
+    """What a toy worker that has ended well says of itself."""
+    assert process.wait() == 0, process.output
+    return json.loads(process.lines[-1])
+
+
+def status(server):
+    """What the server tells status.py."""
+    import protocol
+
+    conn, _ = protocol.connect(server.address, {})
+    with contextlib.closing(conn):
+        return conn.request("status").fields
