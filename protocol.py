@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import select
 import socket
 import struct
@@ -145,6 +146,7 @@ def _unique(pairs):
     keys = dict(pairs)
     if len(keys) != len(pairs):
         raise ValueError("a name stands twice in one object")
+    "".join([*keys, *(v for v in keys.values() if isinstance(v, str))]).encode()  # no surrogates
     return keys
 
 
@@ -199,6 +201,8 @@ def parse_header(raw, in_order=True):
                 f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, but data_offsets "
                 f"spans {offsets[1] - offsets[0]}"
             )
+        if math.prod(filter(None, shape)) >= 1 << 53:  # torch multiplies before it meets a zero
+            raise ProtocolError(f"tensor {name!r}: the counts of shape {shape} are too large")
         entries.append((offsets[0], offsets[1], spec))
     if not in_order:
         entries.sort(key=lambda entry: entry[:2])
@@ -240,9 +244,9 @@ class Buffer:
 
     def __init__(self, specs):
         self.specs = list(specs)
-        self.raw = torch.empty(payload_bytes(specs), dtype=torch.uint8)
+        self.raw = torch.empty(payload_bytes(self.specs), dtype=torch.uint8)
         self.tensors, start = {}, 0
-        for spec in specs:
+        for spec in self.specs:
             part = self.raw[start : start + spec.nbytes]
             self.tensors[spec.name] = part.view(spec.dtype).view(spec.shape)
             start += spec.nbytes
@@ -356,7 +360,7 @@ class Message:
         value = self.fields.get(name)
         if value is None and default is not REQUIRED:
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= 1 << 53:
             value = float(value)
         good = type(value) is kind
         if good and kind in (int, float):
@@ -428,7 +432,7 @@ class Connection:
             if views:
                 views[0] = views[0][sent:]
 
-    def receive(self, idle=STALL_SECONDS):
+    def receive(self, idle):
         """The next message's header. `idle`: seconds to wait for its first byte, None for ever."""
         if self.unread:
             raise RuntimeError(f"{self.unread} bytes of the last message have not been read")
@@ -462,7 +466,7 @@ class Connection:
             try:
                 count = self.sock.recv_into(view)
             except TimeoutError:
-                seconds = self.sock.gettimeout()
+                seconds = self.sock.gettimeout() or 0  # 0: the keep-alive noticed
                 raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
             if not count:
                 raise ConnectionError(f"{self.peer} closed the connection")
@@ -485,7 +489,7 @@ class Connection:
             self._raise_last_words()
             raise
         while True:
-            reply = self.receive()
+            reply = self.receive(self.stall)
             if reply.type == "wait":
                 if on_wait:
                     on_wait(reply.fields)
@@ -560,15 +564,13 @@ class Connection:
 
 def parse_address(text, port=PORT):
     """("host", port) from "host", "host:port", "[v6]:port" or a bare IPv6 address."""
-    host, number = text, ""
-    if text.startswith("["):
-        host, _, number = text[1:].partition("]")
-        number = number.removeprefix(":")
-    elif text.count(":") == 1:
-        host, number = text.split(":")
-    if not host or (number and not (number.isdecimal() and 0 < int(number) < 65536)):
+    bracketed, named = r"\[([\w:.%-]+)\](?::(\d+))?", r"([\w.-]+)(?::(\d+))?"
+    match = re.fullmatch(rf"{bracketed}|{named}|((?:[\w.%]*:){{2,}}[\w.%-]*)", text)
+    host = match and (match[1] or match[3] or match[5])
+    number = int(match[2] or match[4] or port) if match else 0
+    if not 0 < number < 65536:
         raise ValueError(f"{text!r} is not an address; write host:port, for example host:{PORT}")
-    return host, int(number or port)
+    return host, number
 
 
 def connect(server, session_fields, timeout=10.0):
@@ -604,6 +606,9 @@ def manifest_from_json(listed):
     """The specs of an untrusted manifest. Raises ProtocolError unless it has at least one tensor,
     all are floating-point, and no name stands twice."""
     try:
+        for name, _, shape in listed:  # before anything is multiplied
+            if not isinstance(name, str) or len(shape) > 32 or not all(map(_is_count, shape)):
+                raise ValueError("a tensor needs a name and a shape of up to 32 counts")
         specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in listed]
         parse_header(encode_header({}, specs)[8:])
     except (TypeError, ValueError, KeyError, OverflowError) as error:

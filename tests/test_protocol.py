@@ -1,0 +1,886 @@
+"""The wire, with the safetensors library as the judge of frames and loopback TCP as the line.
+
+python -m pytest tests/test_protocol.py
+"""
+
+import concurrent.futures
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import socket
+import struct
+import time
+import tracemalloc
+import weakref
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import protocol
+from protocol import (
+    CHUNK,
+    CODECS,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Buffer,
+    Connection,
+    Message,
+    ProtocolError,
+    Refused,
+    TensorSpec,
+    encode_header,
+    load_file,
+    memory,
+)
+
+# Files of examples are overwritten, so that one folder serves for all.
+once = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+SHAPES = [(3, 4), (), (0, 5), (7,), (1, 2, 3)]
+
+
+def random_bits(dtype, shape, seed=0):
+    """A tensor of any bits, NaN and denormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+    high = 2 if dtype == torch.bool else 256
+    size = (math.prod(shape) * dtype.itemsize,)
+    raw = torch.randint(0, high, size, dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(shape)
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def assert_same(ours, theirs):
+    """Equal names, dtypes, shapes and bits."""
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert bits(ours[name]) == bits(tensor), name
+
+
+def frame(header, payload=b""):
+    """A frame by hand, for headers that encode_header would not write."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + payload
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def payload(tensors):
+    return b"".join(bytes(memory(tensor)) for tensor in tensors)
+
+
+@contextlib.contextmanager
+def allocates_under(limit):
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < limit
+
+
+# --- Frames against the safetensors library -------------------------------------------------
+
+
+def test_every_dtype_and_shape_is_read_by_the_library_and_back(tmp_path):
+    tensors = {
+        f"{name}{list(shape)}": random_bits(dtype, shape, seed)
+        for seed, (name, dtype) in enumerate(DTYPES.items())
+        for shape in SHAPES
+    }
+    specs = protocol.specs_of(tensors.items())
+    header = encode_header({}, specs)
+    assert len(header) % 8 == 0
+    assert_same(safetensors.torch.load(header + payload(tensors.values())), tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "theirs")
+    assert_same(load_file(tmp_path / "theirs")[1], tensors)
+    protocol.save_file(tmp_path / "ours", tensors)
+    assert_same(load_file(tmp_path / "ours")[1], tensors)
+
+
+NAMES = st.text(max_size=12).filter(lambda name: name != "__metadata__")
+TENSORS = st.dictionaries(
+    NAMES,
+    st.builds(
+        random_bits,
+        st.sampled_from(list(DTYPES.values())),
+        st.lists(st.integers(0, 4), max_size=4).map(tuple),
+        st.integers(0, 99),
+    ),
+    max_size=6,
+)
+VALUES = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.text(max_size=9)
+VALUES |= st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.text(max_size=3))
+
+
+@once
+@given(TENSORS, st.dictionaries(st.text(max_size=9), VALUES, max_size=4))
+def test_round_trip(tmp_path, tensors, fields):
+    specs = protocol.specs_of(tensors.items())
+    header = encode_header(fields, specs)
+    assert protocol.header_length(header[:8]) == len(header) - 8
+    assert protocol.parse_header(header[8:]) == (fields, specs)
+    raw = header + payload(tensors.values())
+    assert_same(safetensors.torch.load(raw), tensors)
+    (tmp_path / "f").write_bytes(raw)
+    read, loaded = load_file(tmp_path / "f")
+    assert read == fields
+    assert_same(loaded, tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "f", {"format": "pt"})
+    assert_same(load_file(tmp_path / "f")[1], tensors)
+
+
+def test_the_library_opens_our_file_with_its_metadata(tmp_path):
+    strided = torch.arange(12.0).view(3, 4).t()
+    tensors = {"ä": strided, "p": torch.nn.Parameter(torch.ones(2))}
+    protocol.save_file(tmp_path / "f", tensors, {"round": 3})
+    with safetensors.safe_open(tmp_path / "f", "pt") as file:
+        assert file.metadata() == {"format": "pt", "diloco": '{"round": 3}'}
+        assert_same({name: file.get_tensor(name) for name in file.keys()}, tensors)  # noqa: SIM118
+    fields, loaded = load_file(tmp_path / "f")
+    assert fields == {"round": 3}
+    loaded["p"].fill_(7)  # the mapped file is private to this process
+    assert_same(load_file(tmp_path / "f")[1], tensors)
+
+
+def test_files_of_other_programs_have_any_order_and_alignment(tmp_path):
+    z, a = random_bits(torch.uint8, (3,)), random_bits(torch.float64, (2,))
+    e, b = torch.empty(0), random_bits(torch.bfloat16, (5,))
+    header = {
+        "a": entry("F64", (2,), (3, 19)),
+        "b": entry("BF16", (5,), (19, 29)),
+        "z": entry("U8", (3,), (0, 3)),
+        "e": entry("F32", (0,), (3, 3)),
+    }
+    raw = frame(header, payload([z, a, b]))
+    (tmp_path / "f").write_bytes(raw)
+    assert_same(load_file(tmp_path / "f")[1], {"z": z, "a": a, "b": b, "e": e})
+    assert_same(safetensors.torch.load(raw), {"z": z, "a": a, "b": b, "e": e})
+    with pytest.raises(ProtocolError, match="in order"):  # the wire is stricter
+        protocol.parse_header(raw[8:-29])
+
+
+def test_what_the_library_refuses_is_refused(tmp_path):
+    tensors = {"é": torch.rand(2, 3), "b": torch.rand(10).bfloat16(), "c": torch.tensor(True)}
+    header = encode_header({"step": 10}, protocol.specs_of(tensors.items()), format="pt")
+    whole = header + payload(tensors.values())
+    chance, path, accepted = random.Random(0), tmp_path / "f", 0
+    for _ in range(400):
+        raw, at = bytearray(whole), chance.randrange(len(header))
+        kind = chance.randrange(8)
+        if kind == 0:
+            del raw[chance.choice([at, len(whole) - 1]) :]
+        elif kind == 1:
+            raw[at] ^= 1 << chance.randrange(8)
+        else:  # a character that means something to JSON gets further than a random bit
+            raw[at] = chance.choice(b'"{}[],:\\ 0123456789-+.eEdDuFB\x00\xff')
+        path.write_bytes(raw)
+        try:
+            ours = load_file(path)[1]
+        except ProtocolError:
+            continue
+        accepted += 1
+        with safetensors.safe_open(path, "pt") as file:
+            assert_same(ours, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    assert 20 < accepted < 200
+
+
+@pytest.mark.parametrize(
+    "header, size",
+    [
+        (rb'{"\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
+        (rb'{"__metadata__":{"a":"\ud800"}}', 0),  # half of a pair of surrogates
+        ({"a": entry(shape=[1 << 52, 1 << 52, 0], offsets=[0, 0])}, 0),
+        (b'{"a\n":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
+    ],
+    ids=["name", "metadata", "shape", "control"],
+)
+def test_rare_rules_of_the_library_are_ours(tmp_path, header, size):
+    (tmp_path / "f").write_bytes(frame(header, bytes(size)))
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(tmp_path / "f")
+    with pytest.raises(ProtocolError):
+        load_file(tmp_path / "f")
+
+
+# --- Malformed headers ----------------------------------------------------------------------
+
+MALFORMED = {
+    "empty": (b"", "begin with '{'"),
+    "not_json": (b"{nonsense}", "not JSON"),
+    "not_utf8": (b'{"\xff":1}', "not JSON"),
+    "not_object": (b"[1,2]", "begin with '{'"),
+    "space_first": (b" {}", "begin with '{'"),
+    "bytes_after": (b"{}x", "not JSON"),
+    "twice": (b'{"a":1,"a":1}', "stands twice"),
+    "twice_inside": (b'{"__metadata__":{"a":"","a":""}}', "stands twice"),
+    "nan": (b'{"a":NaN}', "NaN is not"),
+    "infinity": (b'{"a":-Infinity}', "-Infinity is not"),
+    "deep": (b'{"a":' + b"[" * 100_000, "not JSON"),
+    "huge_int": (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
+    "metadata_list": ({"__metadata__": []}, "__metadata__ is not"),
+    "metadata_number": ({"__metadata__": {"a": 1}}, "__metadata__ is not"),
+    "diloco_not_json": ({"__metadata__": {"diloco": "{"}}, "diloco field is not JSON"),
+    "diloco_list": ({"__metadata__": {"diloco": "[]"}}, "diloco field is not a JSON object"),
+    "diloco_nan": ({"__metadata__": {"diloco": '{"a":NaN}'}}, "diloco field is not JSON"),
+    "diloco_twice": ({"__metadata__": {"diloco": '{"a":1,"a":1}'}}, "stands twice"),
+    "entry_list": ({"a": []}, "'a': needs dtype"),
+    "entry_short": ({"a": {"dtype": "F32", "shape": []}}, "'a': needs dtype"),
+    "entry_more": ({"a": {**entry(), "more": 1}}, "'a': needs dtype"),
+    "dtype_unknown": ({"a": entry("F128")}, "'F128' is not one of"),
+    "dtype_number": ({"a": entry(4)}, "4 is not one of"),
+    "dtype_list": ({"a": entry(["F32"])}, "is not one of"),
+    "shape_number": ({"a": {**entry(), "shape": 1}}, "the shape"),
+    "shape_bool": ({"a": entry(shape=[True])}, "the shape"),
+    "shape_float": ({"a": entry(shape=[1.0])}, "the shape"),
+    "shape_text": ({"a": entry(shape=["1"])}, "the shape"),
+    "shape_negative": ({"a": entry(shape=[-1, -1])}, "the shape"),
+    "shape_huge": ({"a": entry(shape=[0, 1 << 53], offsets=[0, 0])}, "the shape"),
+    "shape_long": ({"a": entry(shape=[1] * 33)}, "the shape"),
+    "offsets_object": ({"a": {**entry(), "data_offsets": {}}}, "data_offsets is not"),
+    "offsets_three": ({"a": entry(offsets=[0, 4, 4])}, "data_offsets is not"),
+    "offsets_bool": ({"a": entry("U8", offsets=[False, True])}, "data_offsets is not"),
+    "offsets_negative": ({"a": entry(offsets=[-4, 0])}, "data_offsets is not"),
+    "offsets_huge": ({"a": entry("U8", [4], [1 << 53, (1 << 53) + 4])}, "data_offsets is not"),
+    "bytes_too_few": ({"a": entry(shape=[2])}, "takes 8 bytes, but .* spans 4"),
+    "bytes_too_many": ({"a": entry(offsets=[0, 8])}, "takes 4 bytes, but .* spans 8"),
+    "bytes_backward": ({"a": entry(offsets=[8, 4])}, "takes 4 bytes"),
+    "product_huge": ({"a": entry(shape=[(1 << 53) - 1] * 32)}, "takes .* bytes"),
+    "gap_first": ({"a": entry(offsets=[4, 8])}, "'a': its bytes begin at 4.* at 0"),
+    "gap": ({"a": entry(), "b": entry(offsets=[8, 12])}, "'b': its bytes begin at 8.* at 4"),
+    "overlap": ({"a": entry(), "b": entry(offsets=[2, 6])}, "'b': its bytes begin at 2"),
+    "same_bytes": ({"a": entry(), "b": entry()}, "'b': its bytes begin at 0"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_malformed_header_is_refused_by_its_rule(name, in_order):
+    header, rule = MALFORMED[name]
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with allocates_under(2 << 20), pytest.raises(ProtocolError, match=rule):
+        protocol.parse_header(raw, in_order)
+
+
+def test_limits_are_checked_and_allowed():
+    for length in (0, 1, MAX_HEADER_BYTES + 1, 1 << 63, (1 << 64) - 1):
+        with pytest.raises(ProtocolError, match="allowed: 2 to"):
+            protocol.header_length(struct.pack("<Q", length))
+    assert protocol.header_length(struct.pack("<Q", MAX_HEADER_BYTES)) == MAX_HEADER_BYTES
+    assert protocol.parse_header(b"{}") == ({}, [])
+    specs = [TensorSpec("a", torch.float32, (1,) * 32), TensorSpec("b", torch.uint8, (1 << 50,))]
+    with allocates_under(1 << 20):
+        assert protocol.parse_header(encode_header({}, specs)[8:]) == ({}, specs)
+    with pytest.raises(ProtocolError, match="is over"):  # nor is such a header sent
+        encode_header({"text": "x" * MAX_HEADER_BYTES}, [])
+    with pytest.raises(ValueError, match="JSON"):
+        encode_header({"loss": math.nan}, [])
+
+
+WHOLE = frame({"a": entry()}, b"1234")
+BAD_FILES = {
+    "empty": (b"", "too short"),
+    "seven_bytes": (WHOLE[:7], "too short"),
+    "length_huge": (struct.pack("<Q", 1 << 63) + b"{}", "allowed: 2 to"),
+    "cut_in_header": (WHOLE[:30], "ends within its header"),
+    "header_of_16_MiB": (struct.pack("<Q", MAX_HEADER_BYTES) + b"{}", "ends within its header"),
+    "cut_in_payload": (WHOLE[:-1], "not whole"),
+    "longer": (WHOLE + b"5", "not whole"),
+    "payload_of_a_PiB": (frame({"a": entry("U8", [1 << 50], [0, 1 << 50])}, b"1"), "not whole"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_not_whole_is_refused(tmp_path, name):
+    raw, rule = BAD_FILES[name]
+    (tmp_path / "f").write_bytes(raw)
+    with allocates_under(1 << 20), pytest.raises(ProtocolError, match=rule):
+        load_file(tmp_path / "f")
+
+
+BAD_FIELDS = [
+    (int, None), (int, True), (int, 1.0), (int, "1"), (int, -1), (int, (1 << 53) + 1),
+    (int, 10**400), (float, True), (float, "1"), (float, -0.5), (float, math.inf),
+    (float, 10**400), (str, 1), (str, "x" * 257), (str, "a\nb"), (str, "\x1b[2J"),
+    (str, "\ud800"), (bool, 1), (bool, "true"), (list, {}), (list, "ab"), (dict, []),
+]  # fmt: skip
+
+
+def test_fields():
+    message = Message("push", {"i": 3, "f": 0.5, "s": "é" * 256, "b": False, "n": None}, [])
+    assert message.field("i", int, low=3, high=3) == 3
+    assert type(message.field("i", float)) is float
+    assert [message.field(*f) for f in (("f", float), ("b", bool))] == [0.5, False]
+    assert message.field("s", str) == "é" * 256
+    assert message.field("n", int, 7) == message.field("absent", int, 7) == 7
+    for kind, value in BAD_FIELDS:
+        with pytest.raises(ProtocolError, match=f"push: field 'f' .* valid {kind.__name__}"):
+            Message("push", {"f": value}, []).field("f", kind)
+    for low, high in [(4, 9), (0, 2)]:
+        with pytest.raises(ProtocolError, match="'i'"):
+            message.field("i", int, low=low, high=high)
+
+
+def test_expect_names_both_sides():
+    a, b = TensorSpec("a", torch.float32, (2,)), TensorSpec("b", torch.bfloat16, (3, 4))
+    Message("push", {}, [a, b]).expect(iter([a, b]))
+    for sent, wanted, words in [
+        ([a], [b], "carries a F32[2]; expected b BF16[3, 4]"),
+        ([], [a], "carries nothing; expected a F32[2]"),
+        ([a], [], "carries a F32[2]; expected nothing"),
+        ([b, a], [a, b], "carries b BF16[3, 4], a F32[2]; expected a"),
+        ([a], [a._replace(dtype=torch.int32)], "carries a F32[2]; expected a I32[2]"),
+    ]:
+        with pytest.raises(ProtocolError, match=re.escape(f"push: {words}")):
+            Message("push", {}, sent).expect(wanted)
+
+
+# --- Memory and files -----------------------------------------------------------------------
+
+
+def test_memory_is_shared_and_keeps_its_tensor():
+    tensor = torch.zeros(2, 3)
+    view = memory(tensor)
+    view[4:8] = struct.pack("<f", 1.5)
+    assert tensor.tolist() == [[0, 1.5, 0], [0, 0, 0]]
+    assert (view.nbytes, view.format, view.readonly) == (24, "B", False)
+    alive = weakref.ref(tensor)
+    part = view[8:]
+    del tensor, view
+    gc.collect()
+    assert alive() is not None
+    del part
+    gc.collect()
+    assert alive() is None
+
+
+def test_memory_of_a_slice_nothing_and_the_unfit():
+    tensor = torch.arange(6.0)
+    assert bytes(memory(tensor[2:4])) == struct.pack("<2f", 2, 3)
+    assert memory(torch.empty(0, 3)).nbytes == 0
+    for unfit in (torch.zeros(2, 3).t(), torch.zeros(4)[::2], torch.zeros(2, device="meta")):
+        with pytest.raises(ValueError, match="contiguous"):
+            memory(unfit)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        protocol.write_beside(path, fail)
+    with pytest.raises(ValueError, match="differ from their specs by -4"):
+        specs = [TensorSpec("a", torch.float32, (1,))]
+        protocol.write_beside(path, lambda f: protocol.write_frame(f, {}, specs, [torch.ones(2)]))
+    assert os.listdir(tmp_path) == ["f"]
+    assert path.read_bytes() == b"old"
+    protocol.write_beside(path, lambda file: file.write(b"new"))
+    assert os.listdir(tmp_path) == ["f"]
+    assert path.read_bytes() == b"new"
+
+
+# --- Connections ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    """pair(stall=..., buffers=...): two Connections that are each other's peers."""
+    with contextlib.ExitStack() as stack:
+
+        def make(stall=10.0, buffers=None):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                if buffers:  # before connecting: the receive window is agreed on then
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+                near = socket.create_connection(listener.getsockname())
+                far, _ = listener.accept()
+            for sock in (near, far):
+                stack.callback(sock.close)
+                if buffers:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
+            return Connection(near, "127.0.0.1", stall), Connection(far, "127.0.0.1", stall)
+
+        yield make
+
+
+@pytest.fixture
+def run():
+    """run(function, *args): a future of a call in another thread; failures are not lost."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        futures = []
+
+        def submit(function, *args):
+            futures.append(pool.submit(function, *args))
+            return futures[-1]
+
+        yield submit
+        for future in futures:
+            future.result(30)
+
+
+@pytest.mark.parametrize("buffers", [None, 4096])
+def test_a_message_arrives_bit_for_bit(pair, run, buffers):
+    near, far = pair(buffers=buffers)
+    tensors = {
+        "v": random_bits(torch.bfloat16, (300_001,)),
+        "e": torch.empty(0),
+        "s": random_bits(torch.float64, ()),
+        "u": random_bits(torch.uint8, (3,)),
+    }
+    specs = protocol.specs_of(tensors.items())
+    made = (tensor for tensor in tensors.values())  # may be made on the way
+    sent = run(near.send, "push", {"loss": 0.1, "text": "é\n"}, specs, made)
+    message = far.receive(idle=10)
+    assert (message.type, message.fields) == ("push", {"loss": 0.1, "text": "é\n"})
+    message.expect(specs)
+    assert far.unread == protocol.payload_bytes(specs)
+    received = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+    for tensor in received.values():
+        far.read(tensor)
+    sent.result(30)
+    assert_same(received, tensors)
+    assert far.unread == 0
+    assert far.bytes_in == near.bytes_out > protocol.payload_bytes(specs)
+
+
+def test_a_buffer_is_filled_in_place_and_nothing_is_allocated(pair, run):
+    near, far = pair()
+    specs = [TensorSpec("values", torch.float32, (1 << 18,))]
+    numbers, buffer = torch.zeros(1 << 18), Buffer(specs)
+    place = buffer.tensors["values"].data_ptr()
+
+    def send():
+        for k in range(50):
+            near.send("push", {}, specs, [numbers.fill_(k)])
+            assert near.receive(idle=10).type == "ok"
+
+    with allocates_under(100_000):
+        run(send)
+        for k in range(50):
+            far.receive(idle=10).expect(specs)
+            far.read(buffer.raw)
+            assert buffer.tensors["values"].sum() == k * (1 << 18)
+            far.send("ok")
+    assert buffer.tensors["values"].data_ptr() == buffer.raw.data_ptr() == place
+
+
+def test_a_payload_is_read_once_and_whole(pair):
+    near, far = pair()
+    near.send("a", {}, [TensorSpec("x", torch.uint8, (200_000,))], [torch.zeros(200_000).byte()])
+    near.send("b")
+    far.receive(idle=10)
+    with pytest.raises(RuntimeError, match="200001 bytes wanted, 200000 are left"):
+        far.read(torch.empty(200_001, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="have not been read"):
+        far.receive(idle=10)
+    far.discard()
+    assert far.receive(idle=10).type == "b"
+    with pytest.raises(ValueError, match="by 4 bytes"):
+        near.send("a", {}, [TensorSpec("x", torch.uint8, (8,))], [torch.zeros(1)])
+
+
+@pytest.mark.parametrize("rest", [12, 20], ids=["payload", "header"])
+def test_a_slow_sender_is_no_stall_a_silent_one_is(pair, run, rest):
+    near, far = pair(stall=0.5)
+    raw = encode_header({"type": "a"}, [TensorSpec("x", torch.uint8, (12,))]) + bytes(12)
+
+    def trickle(last):
+        near.sock.sendall(raw[:-rest])
+        for byte in raw[-rest:last]:
+            time.sleep(0.05)
+            near.sock.sendall(bytes([byte]))
+
+    run(trickle, None)
+    began = time.monotonic()
+    assert far.receive(idle=10).type == "a"
+    far.discard()
+    assert time.monotonic() - began > 0.5
+    run(trickle, -2)
+    with pytest.raises(ConnectionError, match="sent no byte"):
+        far.receive(idle=10)
+        far.discard()
+
+
+def test_a_slow_receiver_is_no_stall_a_silent_one_is(pair, run):
+    near, far = pair(stall=0.5, buffers=32768)
+    numbers = torch.zeros(2 << 20, dtype=torch.uint8)
+
+    def take():
+        for _ in range(20):
+            time.sleep(0.05)
+            far.sock.recv(65536, socket.MSG_WAITALL)
+
+    slow = run(take)
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="took no byte"):
+        near.send("a", {}, protocol.specs_of([("x", numbers)]), [numbers])
+    assert slow.done()
+    assert 1.0 + 0.4 < time.monotonic() - began < 5.0
+
+
+def test_idle_is_for_the_first_byte_only(pair, run):
+    near, far = pair(stall=0.2)
+
+    def later(action, *args):
+        time.sleep(0.5)
+        action(*args)
+
+    run(later, near.send, "a")
+    assert far.receive(idle=None).type == "a"
+    with pytest.raises(ConnectionError, match="sent no byte"):
+        far.receive(idle=0.1)
+    near.sock.sendall(b"1")
+    run(later, near.close)
+    with pytest.raises(ConnectionError, match="sent no byte"):
+        far.receive(idle=None)  # a message that has begun has to move
+
+
+@pytest.mark.parametrize("cut", [0, 3, 8, 40, -1])
+def test_a_peer_that_closes_on_the_way_is_an_error(pair, cut):
+    near, far = pair()
+    raw = encode_header({"type": "a"}, [TensorSpec("x", torch.float32, (1,))]) + bytes(4)
+    near.sock.sendall(raw[:cut])
+    near.close()
+    with pytest.raises(ConnectionError, match="closed the connection"):
+        far.receive(idle=10)
+        far.read(torch.empty(1))
+
+
+def test_nothing_is_believed_that_is_only_announced(pair):
+    near, far = pair()
+    near.sock.sendall(struct.pack("<Q", MAX_HEADER_BYTES) + b"{}")
+    near.close()
+    with allocates_under(1 << 20), pytest.raises(ConnectionError, match="closed"):
+        far.receive(idle=10)
+    near, far = pair()
+    near.sock.sendall(encode_header({"type": "a"}, [TensorSpec("x", torch.uint8, (1 << 50,))]))
+    with allocates_under(1 << 20):
+        assert far.receive(idle=10).specs[0].nbytes == far.unread == 1 << 50
+    for fields in ({}, {"type": 1}, {"type": "x" * 33}):
+        near, far = pair()
+        near.sock.sendall(encode_header(fields, []))
+        with pytest.raises(ProtocolError, match="without a type"):
+            far.receive(idle=10)
+
+
+def test_request_passes_waits_on_and_raises_refusals(pair, run):
+    near, far = pair()
+
+    def serve():
+        for reply in (("wait", {"for": ["w1"]}), ("wait", {"for": []}), ("ok", {"x": 1})):
+            far.send(*reply)
+        far.send("error", {"message": "your model differs", "code": "model"})
+
+    run(serve)
+    waits = []
+    assert near.request("push", on_wait=waits.append).fields == {"x": 1}
+    assert waits == [{"for": ["w1"]}, {"for": []}]
+    with pytest.raises(Refused, match="your model differs") as refusal:
+        near.request("join")
+    assert refusal.value.code == "model"
+
+
+@pytest.mark.parametrize("hang_up", [False, True])
+def test_a_refusal_in_the_middle_of_a_payload_is_heard(pair, run, hang_up):
+    near, far = pair()
+    numbers = torch.zeros(32 << 20, dtype=torch.uint8)
+
+    def serve():
+        far.receive(idle=10)
+        far.read(torch.empty(1000))
+        if hang_up:  # unread bytes make this a reset, so that sending fails
+            far.send("error", {"message": "too big", "code": "size"})
+        else:
+            far.refuse(Refused("size", "too big"))
+        far.close()
+
+    run(serve)
+    with pytest.raises(Refused, match="too big") as refusal:
+        near.request("push", {}, protocol.specs_of([("x", numbers)]), [numbers])
+    assert refusal.value.code == "size"
+    assert (near.bytes_out > numbers.nbytes) != hang_up  # a refusal comes without a reset
+    near.close()
+
+
+def test_hello_says_who_is_there_and_opens_the_limit(pair, run):
+    hello = {"protocol": protocol.PROTOCOL_VERSION}
+    for fields, worker in [({"worker": "w", "session": "s"}, ("w", "s")), ({}, ("", ""))]:
+        near, far = pair()
+        answer = run(near.request, "hello", {**hello, **fields})
+        far.greet({"incarnation": "i"})
+        assert answer.result(30).fields == {**hello, "incarnation": "i"}
+        assert far.worker == worker
+        near.sock.sendall(struct.pack("<Q", protocol.MAX_HELLO_BYTES + 1) + b"{}")
+        near.close()
+        error = ConnectionError if fields else ProtocolError  # who only looks needs no more
+        with pytest.raises(error):
+            far.receive(idle=10)
+
+
+def test_hello_refuses_strangers_versions_and_anything_else(pair):
+    for peer, type, fields, error, words in [
+        ("8.8.8.8", "hello", {"protocol": 1}, Refused, "8.8.8.8 is neither a loopback"),
+        ("2a00::1", "hello", {"protocol": 1}, Refused, "neither a loopback"),
+        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 1 of the protocol, you 99"),
+        ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
+        ("::1", "hello", {}, ProtocolError, "'protocol'"),
+        ("::1", "hello", {"protocol": 1, "worker": "w"}, ProtocolError, "'session'"),
+        ("::1", "hello", {"x": "y" * protocol.MAX_HELLO_BYTES}, ProtocolError, "said hello"),
+    ]:
+        near, far = pair()
+        far.peer = peer
+        near.send(type, fields)
+        with pytest.raises(error, match=words):
+            far.greet({})
+
+
+def test_connect_says_hello_and_hears_a_refusal(run):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = f"127.0.0.1:{listener.getsockname()[1]}"
+
+        def serve(peer):
+            conn = Connection(listener.accept()[0], peer)
+            try:
+                conn.greet({"x": 1})
+            except Refused as error:
+                conn.refuse(error)
+            conn.close()
+
+        run(serve, "::ffff:127.0.0.1")
+        conn, fields = protocol.connect(server, {"worker": "w", "session": "s"})
+        conn.close()
+        assert fields == {"protocol": protocol.PROTOCOL_VERSION, "x": 1}
+        run(serve, "8.8.8.8")
+        with pytest.raises(Refused, match="neither a loopback") as refusal:
+            protocol.connect(server, {})
+        assert refusal.value.code == "address"
+    with pytest.raises(OSError):
+        protocol.connect(server, {})
+
+
+def test_closed_by_peer_moves_no_byte(pair):
+    near, far = pair()
+    assert not far.closed_by_peer()
+    near.send("a")
+    near.sock.shutdown(socket.SHUT_WR)
+    time.sleep(0.05)
+    assert not far.closed_by_peer()  # a message is still to be read
+    assert far.receive(idle=10).type == "a"
+    assert far.closed_by_peer()
+    far.close()
+    assert far.closed_by_peer()
+
+
+def test_addresses():
+    for text, host, port in [
+        ("host", "host", 8512), ("host:1", "host", 1), ("10.0.0.1:65535", "10.0.0.1", 65535),
+        ("[::1]:99", "::1", 99), ("[::1]", "::1", 8512), ("fe80::1%eth0", "fe80::1%eth0", 8512),
+    ]:  # fmt: skip
+        assert protocol.parse_address(text) == (host, port)
+    for text in "", ":80", "[]:80", "h:0", "h:65536", "h:x", "h:-1", "[::1]:x", "h:1.0":
+        with pytest.raises(ValueError, match="write host:port"):
+            protocol.parse_address(text)
+
+
+# --- Codecs and the checksum ----------------------------------------------------------------
+
+
+def test_bf16_rounds_to_nearest_even():
+    cases = {
+        0x3F800000: 0x3F80,  # 1.0, exact
+        0x3F808000: 0x3F80,  # a tie: down to even
+        0x3F818000: 0x3F82,  # a tie: up to even
+        0x3F808001: 0x3F81,  # just over the tie
+        0x3F817FFF: 0x3F81,  # just under it
+        0xBF818000: 0xBF82,  # the same for negative numbers
+        0x3FFF8000: 0x4000,  # a carry into the exponent
+        0x80000000: 0x8000,  # -0.0
+        0x00000001: 0x0000,  # a denormal
+        0x7F7FFFFF: 0x7F80,  # the largest float32 becomes infinite
+    }
+    numbers = torch.frombuffer(bytearray(struct.pack("<10I", *cases)), dtype=torch.float32)
+    buffer = Buffer(CODECS["bf16"].layout(10))
+    CODECS["bf16"].encode(numbers, buffer.tensors, 0)
+    assert struct.unpack("<10H", bytes(memory(buffer.raw))) == tuple(cases.values())
+    decoded = torch.empty(10)
+    CODECS["bf16"].decode(buffer.tensors, 0, decoded)
+    wide = struct.pack("<10I", *(b << 16 for b in cases.values()))
+    assert bytes(memory(decoded)) == wide
+
+
+@pytest.mark.parametrize("name, width", [("fp32", 4), ("bf16", 2)])
+def test_a_codec_in_chunks_equals_the_whole(name, width):
+    codec, count = CODECS[name], 2 * CHUNK + 3
+    assert (codec.lossy, protocol.payload_bytes(codec.layout(count))) == (width < 4, width * count)
+    numbers, buffer = torch.randn(count), Buffer(codec.layout(count))
+    decoded = torch.empty(count)
+    for a, b in protocol.chunks(count):
+        codec.encode(numbers[a:b], buffer.tensors, a)
+    for a, b in protocol.chunks(count):
+        codec.decode(buffer.tensors, a, decoded[a:b])
+    exact = {4: torch.float32, 2: torch.bfloat16}[width]
+    assert bits(buffer.raw) == bits(numbers.to(exact))
+    assert bits(decoded) == bits(numbers.to(exact).float())
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK, CHUNK + 4])
+def test_one_number_that_is_not_finite_is_found(codec, at):
+    values = Buffer(codec.layout(CHUNK + 5)).tensors
+    values["values"].fill_(-9e29)
+    assert protocol.all_finite(codec, values, CHUNK + 5)
+    for bad in (math.nan, math.inf, -math.inf, 1.1e30, -1.1e30):
+        values["values"][at] = bad
+        assert not protocol.all_finite(codec, values, CHUNK + 5)
+        assert not protocol.finite(torch.tensor([0.0, bad, 1.0]))
+    assert protocol.all_finite(codec, values, at)  # counts the slice's elements only
+    assert protocol.finite(torch.tensor([-1e30, 1e30, 0.0]))
+
+
+def checksum_by_hand(numbers):
+    raw, sums = bytes(memory(numbers)), []
+    for start in range(0, len(raw), 4 * CHUNK):
+        part = raw[start : start + 4 * CHUNK]
+        sums.append(sum(struct.unpack(f"<{len(part) // 4}i", part)))
+    return list(hashlib.blake2b(struct.pack(f"<{len(sums)}q", *sums), digest_size=16).digest())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
+def test_checksum_is_as_worked_out_by_hand(count):
+    numbers = random_bits(torch.float32, (count,), count)
+    digest = protocol.checksum_of(numbers)
+    assert protocol.specs_of([("checksum", digest)]) == [protocol.Checksum.SPEC]
+    assert (
+        digest.tolist()
+        == checksum_by_hand(numbers)
+        == protocol.checksum_of(numbers.clone()).tolist()
+    )
+
+
+@once
+@given(st.integers(0, 299), st.integers(0, 31))
+def test_checksum_changes_with_any_bit(at, bit):  # so -0.0 is not 0.0, and a NaN not another
+    numbers = random_bits(torch.float32, (300,))
+    before = protocol.checksum_of(numbers).tolist()
+    memory(numbers)[4 * at + bit // 8] ^= 1 << bit % 8
+    assert protocol.checksum_of(numbers).tolist() != before
+
+
+# --- The flat vector ------------------------------------------------------------------------
+
+
+def odd_parameters():
+    """Two of each trouble: dtypes, scalars, nothing, and memory in another order than rows."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    tensors = [torch.empty(0, 5), torch.randn(3, 4), torch.tensor(1.5), torch.randn(7).bfloat16()]
+    tensors += [torch.empty(0), image, torch.randn(4, 3).t(), torch.randn(3).half(), torch.empty(0)]
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+TOTAL = 12 + 1 + 7 + 24 + 12 + 3
+SLICES = [(a, b) for a in range(0, TOTAL + 1, 3) for b in range(a, TOTAL + 1, 2)] + [(0, TOTAL)]
+
+
+def test_flat_model_reads_writes_and_rounds_any_slice():
+    parameters = odd_parameters()
+    flat = protocol.FlatModel(parameters)
+    assert flat.numel == TOTAL
+    expected = torch.cat([p.detach().reshape(-1).float() for p in parameters])
+    places = [(p.data_ptr(), p.stride()) for p in parameters]
+    for start, stop in SLICES:
+        out = torch.full((stop - start,), math.nan)
+        flat.read(start, out)
+        assert bits(out) == bits(expected[start:stop])
+
+        values = torch.randn(stop - start)
+        wished = torch.cat([expected[:start], values, expected[stop:]])
+        parts = wished.split([p.numel() for p in parameters])
+        rounded = [part.to(p.dtype) for p, part in zip(parameters, parts, strict=True)]
+        expected = torch.cat([part.float() for part in rounded])
+        kept = values.clone()
+        assert bits(flat.rounded(start, values)) == bits(expected[start:stop])
+        assert torch.equal(values, kept)
+        flat.write(start, values)
+        for parameter, part in zip(parameters, rounded, strict=True):
+            assert bits(parameter.detach().reshape(-1)) == bits(part)
+    assert [(p.data_ptr(), p.stride()) for p in parameters] == places
+    assert all(p.requires_grad and p.grad_fn is None for p in parameters)
+
+
+def test_manifest_ranges_and_fragments_cover_the_vector():
+    specs = protocol.specs_of((f"p{k}", p) for k, p in enumerate(odd_parameters()))
+    listed = json.loads(json.dumps(protocol.manifest_to_json(specs)))
+    assert protocol.manifest_from_json(listed) == specs
+    borders = [(start, stop) for _, start, stop in protocol.ranges(specs)]
+    assert borders[:4] == [(0, 0), (0, 12), (12, 13), (13, 20)]
+    assert borders[-1] == (TOTAL, TOTAL)
+    for total in (0, 1, 5, TOTAL, 10**12 + 7):
+        for count in (1, 2, 3, 8, 100):
+            bounds = protocol.fragment_bounds(total, count)
+            sizes = [b - a for a, b in itertools.pairwise(bounds)]
+            assert (bounds[0], bounds[-1], len(sizes)) == (0, total, count)
+            assert min(sizes) >= 0
+            assert max(sizes) - min(sizes) <= 1
+    spans = list(protocol.chunks(2 * CHUNK + 1))
+    assert spans == [(0, CHUNK), (CHUNK, 2 * CHUNK), (2 * CHUNK, 2 * CHUNK + 1)]
+    assert list(protocol.chunks(0)) == []
+
+
+BAD_MANIFESTS = [
+    None, 3, "abc", [], {}, [None], [["a", "F32"]], [["a", "F32", [1], 1]],
+    [["a", "F128", [1]]], [["a", ["F32"], [1]]], [["a", "I64", [1]]],
+    [["a", "F32", 1]], [["a", "F32", "1"]], [["a", "F32", [1.0]]], [["a", "F32", [True]]],
+    [["a", "F32", [-1]]], [["a", "F32", [[1]]]], [["a", "F32", [1] * 33]],
+    [["a", "F32", [1 << 53, 0]]], [["a", "F32", [1 << 52]]], [["a", "F32", [1e308, 1e308]]],
+    [["a", "F32", [1]], ["a", "F32", [1]]], [["a", "F32", [0]], ["a", "F32", [0]]],
+    [["__metadata__", "F32", [1]]], [[["a"], "F32", [1]]],
+    [[None, "F32", [1]]], [[1, "F32", [1]]], [[True, "F32", [1]]],
+    [["a", "F32", [9999] * 100_000]],  # its product takes seconds
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("listed", BAD_MANIFESTS, ids=lambda listed: str(listed)[:40])
+def test_a_malformed_manifest_is_refused(listed):
+    began = time.thread_time()
+    with pytest.raises(ProtocolError):
+        protocol.manifest_from_json(listed)
+    assert time.thread_time() - began < 0.5
+
+
+def test_a_mismatch_is_explained_by_name_and_shapes():
+    def manifest(**shapes):
+        return [TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()]
+
+    server = manifest(a=(2, 3), b=(4,))
+    assert protocol.explain_mismatch(server, server[::-1]) == ""  # found by name, in any order
+    narrow = [spec._replace(dtype=torch.bfloat16) for spec in server]
+    assert protocol.explain_mismatch(server, narrow) == ""
+    words = protocol.explain_mismatch(server, manifest(a=(3, 2), c=(5,)))
+    assert "'a' is [2, 3] on the server and [3, 2] here" in words
+    assert "'b' [4] of the server is missing here" in words
+    assert "'c' [5] is not in the server's model" in words
+    many = protocol.explain_mismatch(manifest(**{f"t{k}": (k,) for k in range(9)}), [])
+    assert many.endswith("; and 6 more")
