@@ -156,3 +156,81 @@ def status(server):
     conn, _ = protocol.connect(server.address, {})
     with contextlib.closing(conn):
         return conn.request("status").fields
+
+
+# --- What a run should come to, worked out in one process on whole tensors -------------------
+
+
+def flat(model):
+    """All parameters of a model as one float32 vector."""
+    return torch.cat([p.detach().float().reshape(-1) for p in model.parameters()])
+
+
+def put(model, vector):
+    """Fill the parameters of a model from a vector, in place."""
+    parts = vector.split([p.numel() for p in model.parameters()])
+    with torch.no_grad():
+        for parameter, part in zip(model.parameters(), parts, strict=True):
+            parameter.copy_(part.view(parameter.shape))
+    return model
+
+
+class Outer:
+    """The server's arithmetic written out: the mean of the pushes, SGD with Nesterov momentum,
+    and an update in the download codec with error feedback."""
+
+    def __init__(self, params, codec="bf16", lr=0.7, momentum=0.9, nesterov=True, warmup=True):
+        self.params, self.codec, self.lr, self.nesterov = params.clone(), codec, lr, nesterov
+        self.momentum, self.warmup, self.round = momentum, warmup, 0
+        self.velocity, self.residual = torch.zeros_like(params), torch.zeros_like(params)
+
+    def step(self, pushes, closing=False):
+        """One round of pushes that are not empty; `closing`: a plain mean."""
+        mu = min(self.momentum, self.round / (self.round + 3)) if self.warmup else self.momentum
+        self.round += 1
+        if not pushes:
+            return self
+        mean = sum([p.float() for p in pushes[1:]], pushes[0].float()) / len(pushes)
+        if closing:
+            update = -mean
+        else:
+            self.velocity = self.velocity * mu + mean
+            update = mean.add(self.velocity, alpha=mu) if self.nesterov else self.velocity
+            update = update * -self.lr
+        if self.codec == "bf16":
+            update = update + self.residual
+            self.residual = update - update.bfloat16().float()
+            update = update.bfloat16().float()
+        self.params = self.params + update
+        return self
+
+
+def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 7, 2)):
+    """The run of toy workers with these data seeds: (Outer, a model with the final parameters)."""
+    import toy_worker
+
+    models = [toy_worker.build(sizes, dtype) for _ in seeds]
+    runs = []
+    for model, seed in zip(models, seeds, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        runs.append(toy_worker.train(model, optimizer, steps, seed))
+    outer = Outer(flat(models[0]), codec)
+    residuals = [torch.zeros_like(outer.params) for _ in seeds]
+    while True:
+        count = min(sync_every, steps)
+        steps -= count
+        pushes = []
+        for k, (model, run) in enumerate(zip(models, runs, strict=True)):
+            for _ in range(count):
+                next(run)
+            delta = outer.params.to(model[0].weight.dtype).float() - flat(model)
+            if codec == "bf16":
+                delta = delta + residuals[k]
+                residuals[k] = delta - delta.bfloat16().float()
+                delta = delta.bfloat16()
+            pushes += [delta] if count else []
+        outer.step(pushes, closing=count < sync_every)
+        for model in models:
+            put(model, outer.params)
+        if count < sync_every:
+            return outer, models[0]
