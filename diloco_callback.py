@@ -14,31 +14,38 @@ Notable:
 - Every `sync_every` optimizer steps the difference between the parameters that the round started
   from (the anchor) and those of now is pushed; the server answers with an update, which every
   worker adds to its anchor. So all replicas stay equal to the bit, and a checksum proves it.
+- With `num_fragments` the model travels in slices, each pushed at its own step of the cycle from a
+  thread of a pool, and adopted `fragment_sync_delay` steps later, while training goes on. The steps
+  made in between are kept.
 - Nothing local is overwritten before its difference has been accepted. A push whose reply is lost
   is sent again under the same name, so that it counts exactly once.
 - Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
 
-Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID.
+Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID,
+DILOCO_NUM_FRAGMENTS.
 """
 
 import atexit
 import contextlib
 import itertools
 import os
+import queue
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 
 import torch
 
 try:
     from . import protocol
-    from .protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused
+    from .protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 except ImportError:
     import protocol
-    from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused
+    from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0
@@ -48,27 +55,43 @@ MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is
 
 
 def log(text):
-    print(f"diloco: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"diloco: {text}\n")  # one write: threads must not mix their lines
 
 
-def retry(action, seconds, what):
-    """Call `action` until it works, with growing pauses, for at most `seconds`. Raises
-    ConnectionError then; Refused at once, as a retry cannot mend that."""
-    began, pause = time.monotonic(), 0.2
+def retry(action, seconds, what, stop=None):
+    """Call `action` until it works, with growing pauses, for at most `seconds` or until the event
+    `stop`. Raises ConnectionError then; Refused at once, as a retry cannot mend that."""
+    began, pause, stop = time.monotonic(), 0.2, stop or threading.Event()
     while True:
         try:
             return action()
         except (OSError, ProtocolError) as error:
             waited = time.monotonic() - began
-            if waited > seconds:
+            if waited > seconds or stop.is_set():
                 raise ConnectionError(
                     f"{what}: {error}, for {waited:.0f} s. Is the server running there, and does a "
                     "firewall let you through?"
                 ) from error
             if pause == 0.2:
                 log(f"{what}: {error}; trying again for up to {seconds:.0f} s")
-        time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+        stop.wait(min(pause, LONGEST_PAUSE_SECONDS))
         pause *= 1.5
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Put off a Ctrl-C until the block is through, so that no slice stays half applied."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    before = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if pending and callable(before):
+        before(*pending[0])
 
 
 def describe(server, timeout=60.0):
@@ -94,12 +117,86 @@ def describe(server, timeout=60.0):
     return retry(ask, timeout, f"server {server}")
 
 
+class Pool:
+    """Daemon threads that run tasks, started as they are needed, at most `limit`."""
+
+    def __init__(self, limit):
+        self.limit, self.tasks, self.threads, self.free = limit, queue.SimpleQueue(), [], 0
+        self.lock = threading.Lock()
+
+    def submit(self, task):
+        with self.lock:
+            if self.free <= 0 and len(self.threads) < self.limit:
+                self.threads.append(threading.Thread(target=self._run, daemon=True))
+                self.threads[-1].start()
+                self.free += 1
+            self.free -= 1
+        self.tasks.put(task)
+
+    def _run(self):
+        while task := self.tasks.get():
+            task()
+            with self.lock:
+                self.free += 1
+
+    def close(self, seconds):
+        """End the threads; those whose task does not end within `seconds` are left to it."""
+        for _ in self.threads:
+            self.tasks.put(None)
+        deadline = time.monotonic() + seconds
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@dataclass
+class Flight:
+    """A push on its way, and what became of it."""
+
+    seq: int
+    fields: dict  # of the request
+    steps: int  # that it carries; 0 makes it an empty push
+    mark: tuple  # (local step, tokens) at the push
+    adopt_at: int  # the local step at which its reply is adopted
+    snapshot: (
+        torch.Tensor | None
+    )  # begins with the local values at the push; None: they stand still
+    done: threading.Event = field(default_factory=threading.Event)
+    reply: protocol.Message | None = None
+    error: BaseException | None = None
+    seconds: float = 0.0  # from the start of encoding to the end of decoding
+
+
+@dataclass
+class Fragment:
+    """A slice [start, stop) of the flat vector with a version and pushes of its own."""
+
+    start: int
+    stop: int
+    due: int  # step of the cycle after which it is pushed
+    push_buffer: Buffer
+    update_buffer: Buffer
+    version: list | None = None  # [origin, number] of the anchor
+    seq: int = 0  # of its last push
+    mark: tuple = (0, 0)  # local step and tokens up to which steps have been pushed
+    closed: bool = False  # its closing push is in the global model
+    flight: Flight | None = None
+
+    @property
+    def size(self):
+        return self.stop - self.start
+
+
 class DiLoCoWorker:
     """One worker of a run: synchronizes `model` through `optimizer`'s step hook.
 
     model: torch.nn.Module whose trainable parameters (float) are synchronized.
     optimizer: torch.optim.Optimizer; each of its steps counts as one local step.
     server: "host:port". sync_every: steps a round. worker_id: names this worker, unique in the run.
+    num_fragments: slices that the model travels in, one after the other within `sync_every` steps.
+    fragment_sync_delay: steps from push to adoption, at most `sync_every`; 0 waits for the reply.
+    Default: the interval between two pushes, or 0 for one fragment.
+    fragment_update: what becomes of the steps since the push: "rebase" keeps them on top of the new
+    global slice, "mix" takes fragment_update_alpha of the local slice and the rest of the global.
     files: {name: text} of descriptive files (config.json, ...), given to a server that has none.
     source: names the training data; all workers of a run must name the same.
     reconnect_timeout: seconds that an outage of the server or the network may take.
@@ -117,6 +214,10 @@ class DiLoCoWorker:
         sync_every=None,
         worker_id=None,
         *,
+        num_fragments=None,
+        fragment_sync_delay=None,
+        fragment_update="rebase",
+        fragment_update_alpha=0.5,
         files=None,
         source="",
         reconnect_timeout=RECONNECT_SECONDS,
@@ -127,8 +228,12 @@ class DiLoCoWorker:
             raise ValueError("no server: pass server='host:port' or set DILOCO_SERVER")
         self.saved = state or {}
         self.sync_every = int(sync_every or os.environ.get("DILOCO_SYNC_EVERY") or SYNC_EVERY)
-        if self.sync_every < 1:
-            raise ValueError(f"sync_every must be 1 or more, not {self.sync_every}")
+        self.num_fragments = int(num_fragments or os.environ.get("DILOCO_NUM_FRAGMENTS") or 1)
+        self.update, self.alpha = fragment_update, float(fragment_update_alpha)
+        self.delay = fragment_sync_delay
+        if self.delay is None:
+            self.delay = 0 if self.num_fragments == 1 else self.sync_every // self.num_fragments
+        self._check_settings()
         self.worker_id = (
             worker_id
             or os.environ.get("DILOCO_WORKER_ID")
@@ -149,63 +254,87 @@ class DiLoCoWorker:
         if not self.named:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
 
-        self.control = self.data = None  # Connections
+        self.control = None  # the Connection of join, heartbeat and leave
         self.control_lock = threading.Lock()
+        self.data = []  # idle Connections for pushes
+        self.used = set()  # those in use
+        self.pool = Pool(self.num_fragments)
         self.closed = threading.Event()
-        self.hook = None
-        self.flat = self.anchor = self.residual = None
-        self.version = None  # [origin, number] of the anchor
-        self.push_buffer = self.update_buffer = None
+        self.hook = self.flat = self.anchor = self.residual = None
+        self.stream = None  # of CUDA, for copies to the host
+        self.anchor_lock = threading.Lock()  # while a slice of the anchor moves
+        self.fragments, self.snapshots = [], []
 
         self.index, self.rank, self.world, self.shares = 0, 0, 1, 1
         self.step = self.run_step = 0  # mine, and that of the worker that was furthest
         self.local_step = 0  # optimizer steps of this process
         self.position = 0  # steps since the cycle began
-        self.steps = 0  # steps that have not been pushed
-        self.seq = 0  # of the last push
-        self.seq_folded = 0  # of the last push that the global model held when this one joined
-        self.tokens = self.tokens_pushed = 0
+        self.tokens = 0
         self.loss = None
         self.kept_local = self.flushed = self.stop_ordered = False
-        self.sync_count = self.dropped_steps = self.mismatches = self.refusals = 0
-        self.last_sync_time = self.total_sync_time = 0.0
+        self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
+        self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
         self.last_send = self.last_recv = 0
         self.started = time.monotonic()
+
+    def _check_settings(self):
+        if self.sync_every < 1:
+            raise ValueError(f"sync_every must be 1 or more, not {self.sync_every}")
+        if not 1 <= self.num_fragments <= self.sync_every:
+            raise ValueError(
+                f"num_fragments is {self.num_fragments} and sync_every {self.sync_every}: every "
+                "fragment needs a step of its own, so the number lies between 1 and sync_every"
+            )
+        if not 0 <= self.delay <= self.sync_every:
+            raise ValueError(
+                f"fragment_sync_delay must be within 0 and sync_every ({self.sync_every}), "
+                f"not {self.delay}"
+            )
+        if self.update not in ("rebase", "mix"):
+            raise ValueError(f"fragment_update must be rebase or mix, not {self.update!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"fragment_update_alpha must be within 0 and 1, not {self.alpha}")
 
     # --- Joining ---
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
-        retry(self._join, self.reconnect_timeout, f"server {self.server}")
+        due = retry(self._join, self.reconnect_timeout, f"server {self.server}")
         self.started = time.monotonic()
         self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
         threading.Thread(target=self._heartbeat_loop, daemon=True).start()
         atexit.register(self.close, "the process ended")
-        if self.position >= self.sync_every:
-            self._sync()  # the round is already open: an empty push, to start with the others
+        with torch.no_grad():
+            self._align(due, keep_position=self.kept_local)
         return self
 
     __enter__ = start
 
     def __exit__(self, kind, error, _):
-        if kind is None:
-            self.flush()
+        try:
+            if kind is None:
+                self.flush()
+        except BaseException as failure:
+            self.close(f"{type(failure).__name__}: {failure}")
+            raise
         self.close(f"{kind.__name__}: {error}" if kind else "done")
 
-    def _session(self):
-        return {"worker": self.worker_id, "session": self.session}
+    def _connect(self):
+        session = {"worker": self.worker_id, "session": self.session}
+        return protocol.connect(self.server, session)[0]
 
     def _join(self):
-        """Join or join again, and lay what is not yet in the global model on top of it."""
+        """Join or join again, and lay what is not yet in the global model on top of it. Returns
+        what the server says of the next pushes, for `_align`."""
         manifest = protocol.specs_of(self.named.items())
         with self.control_lock:
             if self.control:
                 self.control.close()
-            conn = self.control = protocol.connect(self.server, self._session())[0]
+            conn = self.control = self._connect()
             fields = {
                 "manifest": protocol.manifest_to_json(manifest),
                 "sync_every": self.sync_every,
-                "num_fragments": 1,
+                "num_fragments": self.num_fragments,
                 "source": self.source,
                 "host": socket.gethostname(),
                 "step": self.step,
@@ -219,11 +348,20 @@ class DiLoCoWorker:
             reply.expect([s._replace(dtype=torch.float32, shape=tuple(self.named[s.name].shape))
                           for s in reply.specs])  # fmt: skip
             conn.read(params)
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             if self.anchor is None:
                 self._enter(reply, params)
             else:
                 self._reenter(reply, params)
+        self.index = reply.field("index", int)
+        self.shares = reply.field("shares", int, low=1)
+        self._take_share(reply)
+        numbers = [fragment.version[1] for fragment in self.fragments]
+        log(
+            f"{self.worker_id} is worker {self.index}, {self.world} in all, at step {self.step}, "
+            f"version {numbers[0] if len(numbers) == 1 else numbers}"
+        )
+        return reply.field("due", dict)
 
     def _upload(self, conn, manifest):
         files = {n: t.encode() for n, t in self.files.items() if n in protocol.FILE_NAMES}
@@ -249,54 +387,77 @@ class DiLoCoWorker:
         self.flat = protocol.FlatModel([self.named[spec.name] for spec in reply.specs])
         self.up = CODECS[reply.field("upload_codec", str)]
         self.down = CODECS[reply.field("download_codec", str)]
-        self.push_buffer = Buffer(self.up.layout(params.numel()))
-        self.update_buffer = Buffer([*self.down.layout(params.numel()), Checksum.SPEC])
         self.residual = torch.zeros_like(params) if self.up.lossy else None
+        bounds = protocol.fragment_bounds(params.numel(), self.num_fragments)
+        for k, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            self.fragments.append(
+                Fragment(
+                    start,
+                    stop,
+                    (k + 1) * self.sync_every // self.num_fragments,
+                    Buffer(self.up.layout(stop - start)),
+                    Buffer([*self.down.layout(stop - start), Checksum.SPEC]),
+                )
+            )
+        if self.flat.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.flat.device)
         self.anchor = params
-        self._take_place(reply)
-        due = reply.fields.get("due")
-        self.step = self.run_step
-        self.position = self.sync_every - due if type(due) is int else 0
-        self.kept_local = self.saved.get("version") == self.version
+        self.step = self.run_step = reply.field("step", int)
+        saved = self.saved.get("fragments", [])
+        labels = reply.field("versions", list)
+        saved = saved if len(saved) == len(labels) else [None] * len(labels)
+        for k, (fragment, old) in enumerate(zip(self.fragments, saved, strict=True)):
+            fragment.version, fragment.seq = labels[k], reply.field("seqs", list)[k]
+            # A push that was under way when the checkpoint was written has lost the values that it
+            # was made from: what came after it cannot be told from what it carries.
+            if old and old["version"] == labels[k] and not old["in_flight"]:
+                fragment.mark = (-old["steps"], 0)
+                self.kept_local = True
+            else:
+                self.flat.write(fragment.start, params[fragment.start : fragment.stop])
         if self.kept_local:
-            self.step, self.steps = self.saved["step"], self.saved["steps"]
-            self.position = self.saved["position"]
-        else:
-            self.flat.write(0, params)
-            if self.saved:
-                log("the server has moved on since the checkpoint: took the global model")
-        log(
-            f"{self.worker_id} is worker {self.index} of {self.world}, at step {self.step}, "
-            f"version {self.version[1]}"
-        )
-
-    def _take_place(self, reply):
-        self.version = reply.field("versions", list)[0]
-        self.seq_folded = reply.field("seqs", list)[0]
-        self.seq = max(self.seq, self.seq_folded)
-        self.index = reply.field("index", int)
-        self.shares = reply.field("shares", int, low=1)
-        self.run_step = reply.field("step", int)
-        self._take_share(reply)
+            self.step, self.position = self.saved["step"], self.saved["position"]
+        elif self.saved:
+            log("the server has moved on since the checkpoint: took the global model")
 
     def _reenter(self, reply, params):
-        """A later join: the server was restarted, or had given this worker up. Local work stays,
-        on top of the new global parameters, unless they hold it already."""
-        folded = reply.field("seqs", list)[0] >= self.seq
-        for start, stop in protocol.chunks(params.numel()):
-            new, local = params[start:stop], torch.empty(stop - start)
-            if folded:
-                self._commit_residual(start, stop)
-                self.flat.write(start, new)
-            elif reply.fields.get("versions") != [self.version]:
-                self.flat.read(start, local)
-                local.sub_(self.flat.rounded(start, self.anchor[start:stop]))
-                self.flat.write(start, local.add_(new))
-        if folded:
-            self._count_pushed()
-        self.anchor.copy_(params)
-        self._take_place(reply)
-        log(f"{self.worker_id} has joined again, at version {self.version[1]}")
+        """A later join: the server was restarted, or had given this worker up. Local work stays, on
+        top of the new global parameters: all of it, or where the push was folded after all, what
+        came after the push."""
+        labels, seqs = reply.field("versions", list), reply.field("seqs", list)
+        for fragment, label, seq in zip(self.fragments, labels, seqs, strict=True):
+            flight, new = fragment.flight, params[fragment.start : fragment.stop]
+            if flight and seq >= flight.seq:
+                self._commit_residual(fragment, flight)
+                self._move(fragment, new, flight.snapshot)
+                self._settle(fragment)
+            elif label != fragment.version:
+                anchor = self.anchor[fragment.start : fragment.stop]
+                self._move(fragment, new, self.flat.rounded(fragment.start, anchor), rebase=True)
+            self.anchor[fragment.start : fragment.stop].copy_(new)
+            same = label == fragment.version
+            fragment.version, fragment.seq = label, max(fragment.seq, seq)
+            if fragment.flight:
+                if same:  # nothing has changed but the connection: the same push once more
+                    fragment.flight.error = None
+                    fragment.flight.done.clear()
+                    self._launch(fragment)
+                else:
+                    self._release(fragment)
+
+    def _align(self, due, keep_position=False):
+        """Begin where the others are: push at once what they have begun to push, and come to the
+        next fragment when they do. So no two workers wait for each other on different ones."""
+        for k in due["open"]:
+            if self.fragments[k].flight is None:
+                self._begin(self.fragments[k])
+                if self.delay == 0:
+                    self._adopt(self.fragments[k])
+        if keep_position:
+            return
+        later = self.fragments[due["next"]].due
+        earlier = self.fragments[due["next"] - 1].due if due["next"] else 0
+        self.position = earlier if due["steps"] is None else max(earlier, later - due["steps"])
 
     def _take_share(self, reply):
         self.rank = reply.field("rank", int, self.rank)
@@ -304,164 +465,292 @@ class DiLoCoWorker:
 
     # --- Rounds ---
 
+    @torch.no_grad()
     def _after_step(self):
-        """The optimizer's hook: count the step and synchronize when a round is due."""
+        """The optimizer's hook: count the step, adopt what is due, then push what is due."""
         self.step += 1
         self.local_step += 1
         self.position += 1
-        self.steps += 1
+        for fragment in self.fragments:
+            if fragment.flight and self.local_step >= fragment.flight.adopt_at:
+                self._adopt(fragment)
+        for fragment in self.fragments:
+            if fragment.due == self.position:
+                self._begin(fragment)
+                if self.delay == 0:
+                    self._adopt(fragment)
         if self.position >= self.sync_every:
-            self._sync()
-
-    def flush(self):
-        """Send the steps since the last sync as the closing round, and take the final global
-        model. Once; later calls do nothing."""
-        if not self.flushed:
-            self.flushed = True
-            self._sync(closing=True)
+            self.position = 0
 
     @torch.no_grad()
-    def _sync(self, closing=False):
-        """One round: push the difference, wait for the others, adopt the update."""
+    def flush(self):
+        """Adopt what is under way, send the steps since then as the closing round, and take the
+        final global model. Once; later calls do nothing."""
+        if self.flushed:
+            return
+        for fragment in self.fragments:
+            if fragment.flight:
+                self._adopt(fragment)
+        self.flushed = True
+        for fragment in self.fragments:  # all at once: others may still wait for any of them
+            self._begin(fragment)
+        for fragment in self.fragments:
+            while not fragment.closed:
+                if fragment.flight is None:  # given up for joining again
+                    self._begin(fragment)
+                self._adopt(fragment)
+
+    def _begin(self, fragment):
+        """Send a fragment on its way: note the local values, and leave the rest to the pool."""
+        if fragment.flight:
+            self._adopt(fragment)
+        steps, tokens = self.local_step - fragment.mark[0], self.tokens - fragment.mark[1]
+        fragment.seq += 1
+        fields = {
+            "fragment": self.fragments.index(fragment),
+            "seq": fragment.seq,
+            "base": fragment.version,
+            "step": self.step,
+            "position": self.position % self.sync_every,
+            "steps": steps,
+            "tokens": tokens,
+            "loss": self.loss,
+            "closing": self.flushed,
+        }
+        snapshot = None
+        if self.delay and not self.flushed:
+            snapshot = self.snapshots.pop() if self.snapshots else self._new_snapshot()
+            self._copy_out(fragment, snapshot[: fragment.size])
+        fragment.flight = Flight(
+            fragment.seq,
+            fields,
+            steps,
+            (self.local_step, self.tokens),
+            self.local_step + self.delay,
+            snapshot,
+        )
+        self._launch(fragment)
+
+    def _new_snapshot(self):
+        largest = max(fragment.size for fragment in self.fragments)
+        return torch.empty(largest, pin_memory=self.stream is not None)
+
+    def _copy_out(self, fragment, snapshot):
+        """Copy a slice of the local parameters to the host. On a GPU the copy has a stream of its
+        own; what is queued behind waits for it there, and this thread does not."""
+        if self.stream is None:
+            self.flat.read(fragment.start, snapshot)
+            return
+        training = torch.cuda.current_stream(self.flat.device)
+        self.stream.wait_stream(training)
+        with torch.cuda.stream(self.stream):
+            self.flat.read(fragment.start, snapshot, non_blocking=True)
+        training.wait_stream(self.stream)
+
+    def _launch(self, fragment):
+        if self.delay or fragment.flight.fields["closing"]:
+            self.pool.submit(lambda: self._fly(fragment, fragment.flight))
+        else:
+            self._fly(fragment, fragment.flight)
+
+    @torch.no_grad()
+    def _fly(self, fragment, flight):
+        """A push from encoding to the new anchor; everything but the local parameters, which belong
+        to the training thread. Never raises: see `flight.error`."""
         began = time.monotonic()
-        reply = None
-        while reply is None:
-            self.seq += 1
-            if self.steps:
-                self._encode()
-            fields = {
-                "fragment": 0,
-                "seq": self.seq,
-                "base": self.version,
-                "step": self.step,
-                "steps": self.steps,
-                "tokens": self.tokens - self.tokens_pushed,
-                "loss": self.loss,
-                "closing": closing,
-            }
-            reply = self._push(fields, [self.push_buffer.raw] if self.steps else [])
-            if reply is None and self.seq_folded >= self.seq:
-                break  # joining again told that it had been folded, and brought the model
-        if reply:
-            self._adopt(reply)
-        self.position = 0
-        self.sync_count += 1
-        self.last_sync_time = time.monotonic() - began
-        self.total_sync_time += self.last_sync_time
+        try:
+            if flight.steps:
+                self._encode(fragment, flight)
+            what = f"server {self.server}"
+            reply, whole = retry(
+                lambda: self._exchange(fragment, flight), self.reconnect_timeout, what, self.closed
+            )
+            if flight.steps and not reply.fields.get("refused"):
+                self._commit_residual(fragment, flight)
+            self._move_anchor(fragment, reply, whole)
+            flight.reply = reply
+        except BaseException as error:
+            flight.error = error
+        flight.seconds += time.monotonic() - began
+        flight.done.set()
 
-    def _encode(self):
-        """Encode anchor minus local, plus what rounding lost before, chunk by chunk."""
+    def _difference(self, fragment, flight, start, out):
+        """Anchor minus local at the push, plus what rounding lost before, from element `start` of
+        the slice on, into `out`."""
+        place = fragment.start + start
+        if flight.snapshot is None:
+            self.flat.read(place, out)
+        else:
+            out.copy_(flight.snapshot[start : start + out.numel()])
+        anchor = self.anchor[place : place + out.numel()]
+        torch.sub(self.flat.rounded(place, anchor), out, out=out)
+        return (
+            out if self.residual is None else out.add_(self.residual[place : place + out.numel()])
+        )
+
+    def _encode(self, fragment, flight):
+        if self.stream is not None:
+            self.stream.synchronize()
         scratch = torch.empty(CHUNK)
-        for start, stop in protocol.chunks(self.flat.numel):
-            delta = self._difference(start, scratch[: stop - start])
-            self.up.encode(delta, self.push_buffer.tensors, start)
+        for start, stop in protocol.chunks(fragment.size):
+            delta = self._difference(fragment, flight, start, scratch[: stop - start])
+            self.up.encode(delta, fragment.push_buffer.tensors, start)
 
-    def _difference(self, start, out):
-        self.flat.read(start, out)
-        stop = start + out.numel()
-        torch.sub(self.flat.rounded(start, self.anchor[start:stop]), out, out=out)
-        return out if self.residual is None else out.add_(self.residual[start:stop])
-
-    def _commit_residual(self, start, stop):
+    def _commit_residual(self, fragment, flight):
         """Keep what rounding took from a push that was accepted. The difference is worked out once
         more, which costs less than keeping it: neither side of it has changed since the push."""
-        if self.residual is not None and self.steps:
-            delta = self._difference(start, torch.empty(stop - start))
-            sent = torch.empty(stop - start)
-            self.up.decode(self.push_buffer.tensors, start, sent)
-            torch.sub(delta, sent, out=self.residual[start:stop])
+        if self.residual is None or not flight.steps:
+            return
+        scratch, sent = torch.empty(CHUNK), torch.empty(CHUNK)
+        for start, stop in protocol.chunks(fragment.size):
+            delta = self._difference(fragment, flight, start, scratch[: stop - start])
+            part, place = sent[: stop - start], fragment.start + start
+            self.up.decode(fragment.push_buffer.tensors, start, part)
+            torch.sub(delta, part, out=self.residual[place : place + part.numel()])
 
-    def _push(self, fields, payload):
-        """Exchange a push for its reply, whose payload is then in `update_buffer` or in
-        `reply.slice`. After an outage the same push is sent again. None if the worker had to join
-        again instead: then the parameters have changed, and what is left is to be pushed anew."""
+    def _exchange(self, fragment, flight):
+        """Send a push and read its reply: (message, the slice in full or None)."""
+        conn = self.data.pop() if self.data else self._connect()
+        self.used.add(conn)
+        if self.closed.is_set():
+            conn.close()
+        before = conn.bytes_out, conn.bytes_in
+        try:
+            push = fragment.push_buffer
+            specs, payload = (push.specs, [push.raw]) if flight.steps else ([], [])
+            reply = conn.request("push", flight.fields, specs, payload)
+            whole = self._read_update(conn, fragment, reply)
+        except BaseException:
+            conn.close()
+            raise
+        finally:
+            self.used.discard(conn)
+        self.last_send, self.last_recv = conn.bytes_out - before[0], conn.bytes_in - before[1]
+        self.data.append(conn)
+        return reply, whole
 
-        def exchange():
-            if self.data is None:
-                self.data, _ = protocol.connect(self.server, self._session())
-            conn, before = self.data, (self.data.bytes_out, self.data.bytes_in)
-            try:
-                specs = self.push_buffer.specs if payload else []
-                reply = conn.request("push", fields, specs, payload)
-                self._read_update(conn, reply)
-            except BaseException:
-                self.data.close()
-                self.data = None
-                raise
-            self.last_send, self.last_recv = conn.bytes_out - before[0], conn.bytes_in - before[1]
-            return reply
+    def _read_update(self, conn, fragment, reply):
+        full = [TensorSpec("slice", torch.float32, (fragment.size,)), Checksum.SPEC]
+        whole, update = None, fragment.update_buffer
+        if reply.specs == full:
+            whole = torch.empty(fragment.size)
+            conn.read(whole)
+        elif reply.specs != [Checksum.SPEC]:
+            reply.expect(update.specs)
+            conn.read(update.raw)
+            return None
+        conn.read(update.tensors["checksum"])
+        return whole
 
-        def exchange_or_join():
-            try:
-                return exchange()
-            except Refused as refusal:
-                if refusal.code != "rejoin":
-                    raise
-                self._join()
-                return None
+    def _move_anchor(self, fragment, reply, whole):
+        """Bring the anchor to the reply's version. Where the checksum then differs from the
+        server's, take the slice in full, and count it."""
+        checksum, scratch, update = Checksum(), torch.empty(CHUNK), fragment.update_buffer
+        changed = reply.specs == update.specs
+        with self.anchor_lock:
+            for start, stop in protocol.chunks(fragment.size):
+                anchor = self.anchor[fragment.start + start : fragment.start + stop]
+                if whole is not None:
+                    anchor.copy_(whole[start:stop])
+                elif changed:
+                    self.down.decode(update.tensors, start, scratch[: stop - start])
+                    anchor.add_(scratch[: stop - start])
+                checksum.add(anchor)
+        fragment.version = reply.field("version", list)
+        if not torch.equal(checksum.digest(), update.tensors["checksum"]):
+            self.mismatches += 1
+            log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
+            request = {"fragment": self.fragments.index(fragment)}
+            with contextlib.closing(self._connect()) as conn:
+                fetched = conn.request("fetch", request)
+                whole = self._read_update(conn, fragment, fetched)
+            with self.anchor_lock:
+                self.anchor[fragment.start : fragment.stop].copy_(whole)
+            fragment.version = fetched.field("version", list)
 
-        return retry(exchange_or_join, self.reconnect_timeout, f"server {self.server}")
+    def _adopt(self, fragment):
+        """Wait for the reply to a fragment's push, and move the local parameters with the anchor."""
+        flight, began = fragment.flight, time.monotonic()
+        while fragment.flight is flight:
+            flight.done.wait()
+            if flight.error and not self._must_join(flight):
+                raise flight.error
+            if flight.error:
+                self._rejoin()
+                continue
+            if refused := flight.reply.field("refused", str, ""):
+                self._drop(refused)
+            else:
+                self.refusals = 0
+                with uninterrupted():
+                    anchor = self.anchor[fragment.start : fragment.stop]
+                    self._move(fragment, anchor, flight.snapshot)
+                    self._settle(fragment)
+            self.run_step = max(self.run_step, flight.reply.field("step", int))
+            self._take_share(flight.reply)
+        in_pool = self.delay or flight.fields["closing"]
+        self.stall_time += time.monotonic() - began if in_pool else flight.seconds
+        self.last_sync_time = flight.seconds
+        self.total_sync_time += flight.seconds
 
-    def _read_update(self, conn, reply):
-        whole = protocol.TensorSpec("slice", torch.float32, (self.flat.numel,))
-        reply.slice = None
-        if reply.specs == [Checksum.SPEC]:
-            conn.read(self.update_buffer.tensors["checksum"])
-        elif reply.specs == [whole, Checksum.SPEC]:
-            reply.slice = torch.empty(self.flat.numel)
-            conn.read(reply.slice)
-            conn.read(self.update_buffer.tensors["checksum"])
-        else:
-            reply.expect(self.update_buffer.specs)
-            conn.read(self.update_buffer.raw)
+    @staticmethod
+    def _must_join(flight):
+        return isinstance(flight.error, Refused) and flight.error.code == "rejoin"
 
-    def _adopt(self, reply):
-        """Move the anchor to the new version and the local parameters with it."""
-        refused = reply.field("refused", str, "")
-        accepted = self.steps and not refused
-        changed = reply.specs == self.update_buffer.specs
-        checksum, other = Checksum(), torch.empty(CHUNK)
-        for start, stop in protocol.chunks(self.flat.numel):
-            anchor, part = self.anchor[start:stop], other[: stop - start]
-            if accepted:
-                self._commit_residual(start, stop)
-            if changed:
-                self.down.decode(self.update_buffer.tensors, start, part)
-                anchor.add_(part)
-            elif reply.slice is not None:
-                anchor.copy_(reply.slice[start:stop])
-            checksum.add(anchor)
-            self.flat.write(start, anchor)
-        self.version = reply.field("version", list)
-        if not torch.equal(checksum.digest(), self.update_buffer.tensors["checksum"]):
-            self._fetch()
-        self.run_step = max(self.run_step, reply.field("step", int))
-        self._take_share(reply)
-        if refused:
-            self._drop(refused)
-        else:
-            self.refusals = 0
-        self._count_pushed()
+    def _move(self, fragment, new, since, rebase=False):
+        """Set a slice of the local parameters to the global slice `new`, and keep what was done
+        after the local values were `since` (None: nothing was) as `fragment_update` says."""
+        for start, stop in protocol.chunks(fragment.size):
+            target, place = new[start:stop], fragment.start + start
+            if since is not None:
+                local = torch.empty(stop - start)
+                self.flat.read(place, local)
+                if self.update == "mix" and not rebase:
+                    target = local.mul_(self.alpha).add_(target, alpha=1 - self.alpha)
+                else:
+                    target = local.sub_(since[start:stop]).add_(target)
+            self.flat.write(place, target)
 
-    def _count_pushed(self):
-        self.steps, self.tokens_pushed = 0, self.tokens
+    def _settle(self, fragment):
+        """The steps of a fragment's push are in the global model."""
+        fragment.mark = fragment.flight.mark
+        fragment.closed = fragment.flight.fields["closing"]
+        self.fragment_syncs += 1
+        self._release(fragment)
 
-    def _fetch(self):
-        """The anchor is not what the server holds: take the slice in full, and count it."""
-        self.mismatches += 1
-        log(f"WARNING: checksum mismatch at version {self.version}; fetching the parameters")
-        reply = self.data.request("fetch", {"fragment": 0})
-        self._read_update(self.data, reply)
-        self.anchor.copy_(reply.slice)
-        self.flat.write(0, self.anchor)
-        self.version = reply.field("version", list)
+    def _release(self, fragment):
+        if fragment.flight.snapshot is not None:
+            self.snapshots.append(fragment.flight.snapshot)
+        fragment.flight = None
+
+    def _rejoin(self):
+        """Join again: the server was restarted, or had given this worker up."""
+        for fragment in self.fragments:
+            if fragment.flight:
+                fragment.flight.done.wait()
+                if not fragment.flight.error:
+                    self._adopt(fragment)
+        due = retry(self._join, self.reconnect_timeout, f"server {self.server}", self.closed)
+        self._align(due)
 
     def _drop(self, why):
-        """The push was refused: the global model has replaced the local one."""
-        self.dropped_steps += self.steps
+        """A push was refused. All that is local goes, in all fragments: what is not finite in one
+        would be in the others after the next step."""
+        dropped = self.local_step - min(fragment.mark[0] for fragment in self.fragments)
+        self.dropped_steps += dropped
         self.refusals += 1
+        for fragment in self.fragments:
+            flight = fragment.flight
+            if flight:
+                flight.done.wait()
+            self.flat.write(fragment.start, self.anchor[fragment.start : fragment.stop])
+            if flight and not flight.error:
+                self._settle(fragment)
+            elif flight and flight.snapshot is not None:
+                self.flat.read(fragment.start, flight.snapshot[: fragment.size])
+            fragment.mark = (self.local_step, self.tokens)
         self.optimizer.state.clear()
-        log(f"WARNING: {why}: dropped {self.steps} steps, took the global model, and cleared the "
+        log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
             "optimizer's state")  # fmt: skip
         if self.refusals >= MAX_REFUSALS:
             raise FloatingPointError(
@@ -485,7 +774,7 @@ class DiLoCoWorker:
 
     def _heartbeat(self):
         if self.control.sock.fileno() < 0:
-            self.control, _ = protocol.connect(self.server, self._session())
+            self.control = self._connect()
         fields = {
             "step": self.step,
             "position": self.position,
@@ -514,14 +803,46 @@ class DiLoCoWorker:
                     self.control.stall = 5.0
                     self.control.request("leave", {"reason": reason[:200]})
                 self.control.close()
-        if self.data:
-            self.data.close()
+        for conn in [*self.data, *self.used]:
+            conn.close()
+        self.pool.close(seconds=5.0)
 
     # --- What others want to know ---
+
+    @property
+    def version(self):
+        """[origin, number] of the first slice of the anchor."""
+        return self.fragments[0].version
+
+    @property
+    def sync_count(self):
+        """Rounds adopted: all fragments once."""
+        return self.fragment_syncs // self.num_fragments
+
+    @property
+    def overlap(self):
+        """The share of the time of transfers, waiting for others included, in which this worker
+        went on training."""
+        return max(0.0, 1 - self.stall_time / self.total_sync_time) if self.total_sync_time else 0.0
 
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length."""
         return self.stop_ordered or 0 < max_steps <= self.run_step
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def global_model(self):
+        """Within the block the model's parameters are the global ones, as far as this worker has
+        adopted them; afterwards its own again, to the bit. For evaluation."""
+        local = [parameter.detach().clone() for parameter in self.named.values()]
+        with self.anchor_lock:
+            self.flat.write(0, self.anchor)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(self.named.values(), local, strict=True):
+                    parameter.copy_(values)
 
     def metrics(self):
         """The numbers for a log, under `diloco/`."""
@@ -534,6 +855,10 @@ class DiLoCoWorker:
             "diloco/last_recv_mb": self.last_recv / 1e6,
             "diloco/steps_per_second": self.steps_per_second,
             "diloco/sync_every": self.sync_every,
+            "diloco/num_fragments": self.num_fragments,
+            "diloco/fragment_syncs": self.fragment_syncs,
+            "diloco/overlap": self.overlap,
+            "diloco/stall_time": self.stall_time,
             "diloco/dropped_steps": self.dropped_steps,
             "diloco/mismatches": self.mismatches,
         }
@@ -543,11 +868,17 @@ class DiLoCoWorker:
         same moment it lets another process go on with local work that had not been sent."""
         return {
             "worker_id": self.worker_id,
-            "version": self.version,
-            "seq": self.seq,
             "step": self.step,
-            "steps": self.steps,
             "position": self.position,
+            "fragments": [
+                {
+                    "version": fragment.version,
+                    "seq": fragment.seq,
+                    "steps": self.local_step - fragment.mark[0],
+                    "in_flight": fragment.flight is not None,
+                }
+                for fragment in self.fragments
+            ],
         }
 
 

@@ -680,10 +680,15 @@ class FlatModel:
             low, high = max(a, start), min(b, stop)
             yield parameter.detach(), slice(low - a, high - a), slice(low - start, high - start)
 
-    def read(self, start, out):
+    @property
+    def device(self):
+        """Where the first parameter lives."""
+        return self.parts[0][0].device
+
+    def read(self, start, out, non_blocking=False):
         """Copy elements from `start` on into the float32 tensor `out`."""
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            out[outside].copy_(parameter.reshape(-1)[inside])
+            out[outside].copy_(parameter.reshape(-1)[inside], non_blocking=non_blocking)
 
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""

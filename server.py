@@ -45,7 +45,8 @@ DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_
 
 
 def log(text):
-    print(f"{time.strftime('%H:%M:%S')} server: {text}", flush=True)
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} server: {text}\n")  # one write: no mixed lines
+    sys.stdout.flush()
 
 
 # --- State: all of it is guarded by Server.lock, but for the numbers of a busy fragment ------
@@ -61,6 +62,7 @@ class Member:
     conn: protocol.Connection  # its control connection
     manifest: list  # its tensors, in its own order
     sync_every: int
+    num_fragments: int
     source: str
     step: int = 0
     index: int = -1
@@ -344,7 +346,8 @@ class Server:
             [
                 TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
                 for name, tensor in params.items()
-            ]
+            ],
+            len(state["fragments"]),
         )
         torch.cat([tensor.reshape(-1) for tensor in params.values()], out=self.params)
         self.momentum.copy_(outer["momentum"])
@@ -361,12 +364,12 @@ class Server:
             elif self.settings[key] != saved:
                 log(f"{key} {self.settings[key]} from the command line replaces {saved} of the run")
 
-    def _allocate(self, manifest):
+    def _allocate(self, manifest, num_fragments):
         """Set up the flat vectors, 12 bytes a parameter, for a checked manifest."""
         total = sum(spec.numel for spec in manifest)
         self.params, self.momentum = torch.empty(total), torch.zeros(total)
         self.residual = torch.zeros(total) if CODECS[self.args.download_codec].lossy else None
-        bounds = protocol.fragment_bounds(total, 1)
+        bounds = protocol.fragment_bounds(total, num_fragments)
         self.fragments = [
             Fragment(k, start, stop, origin=self.incarnation)
             for k, (start, stop) in enumerate(itertools.pairwise(bounds))
@@ -608,6 +611,7 @@ class Server:
             conn,
             protocol.manifest_from_json(message.field("manifest", list)),
             message.field("sync_every", int, low=1),
+            message.field("num_fragments", int, low=1, high=1000),
             message.field("source", str, ""),
             message.field("step", int, 0),
         )
@@ -620,7 +624,7 @@ class Server:
             )
         with self.lock:
             self._check_id(member)
-            self._check_settings(member, message.field("num_fragments", int))
+            self._check_settings(member)
             self._check_model(member)
             self.joining[member.id] = member
             self.lock.notify_all()
@@ -636,16 +640,20 @@ class Server:
                     f"({other.conn.peer}); give this one another --worker-id",
                 )
 
-    def _check_settings(self, member, num_fragments):
-        here = len(self.fragments) or 1
-        if num_fragments != here:
-            raise Refused("setting", f"num_fragments is {num_fragments} here, {here} in this run")
-        for other in [*self.members.values(), *self.joining.values()]:
-            if other.id != member.id and other.source != member.source:
+    def _check_settings(self, member):
+        """What all workers of a run must have alike."""
+        names = ["num_fragments", "source"] + ["sync_every"] * (member.num_fragments > 1)
+        others = [*self.members.values(), *self.joining.values()]
+        run = [(name, getattr(o, name), f"{o.id!r} on {o.host}") for o in others for name in names
+               if o.id != member.id]  # fmt: skip
+        if self.fragments:
+            run.append(("num_fragments", len(self.fragments), "the run so far"))
+        for name, value, whose in run:
+            if value != getattr(member, name):
                 raise Refused(
                     "setting",
-                    f"data.source is {member.source!r} here and {other.source!r} in {other.id!r} "
-                    f"on {other.host}; all workers of a run read the same text: set it alike",
+                    f"{name} is {getattr(member, name)!r} here and {value!r} in {whose}; all "
+                    "workers of a run need the same",
                 )
 
     def _check_model(self, member):
@@ -723,9 +731,10 @@ class Server:
         """The reply to join: a place in the run, and the parameters in full."""
         with self.hold(*self.fragments):
             with self.lock:
-                due = None
-                if self.members.get(member.id) is not member:
-                    due = self._steps_until_due(member)
+                due = self._next_pushes(member)
+                if self.members.get(member.id) is member:
+                    due["steps"] = None  # the run starts: all begin at the same place
+                else:
                     self._make_member(member, self._free_index(member.id))
                     log(f"{member.id} joins the run as worker {member.index}")
                 fields = {
@@ -745,18 +754,27 @@ class Server:
                 self.snapshot = weakref.ref(snapshot)
         conn.send("join", fields, self._flat_specs(), [snapshot.params])
 
-    def _steps_until_due(self, member):
-        """Steps until a late joiner pushes with the others: 0 where the round is already open.
-        Derived from what the members last said of their place in the cycle."""
-        if any(fragment.pushes for fragment in self.fragments):
-            return 0
-        now = time.monotonic()
-        left = [
-            1 - (m.position + m.steps_per_second * (now - m.heard)) / m.sync_every
-            for m in self.members.values()
-            if m.id != member.id
-        ]
-        return max(1, round(max(0.0, min(left, default=1.0)) * member.sync_every))
+    def _next_pushes(self, member):
+        """Where a worker that joins is to begin: `open`, the fragments whose round waits for it,
+        in the order of the cycle, and `next`, the first one that nobody has pushed yet, due in
+        `steps` of its own (None: a whole interval). Derived from the versions, and from what the
+        members last said of their place in the cycle."""
+        count = len(self.fragments)
+        waiting = [f for f in self.fragments if f.pushes and member.id not in f.pushes]
+        waiting.sort(key=lambda f: f.version * count + f.index)
+        nxt = min(self.fragments, key=lambda f: (f.version + bool(f.pushes)) * count + f.index)
+
+        def due(sync_every):
+            return (nxt.index + 1) * sync_every // count
+
+        left, now = [], time.monotonic()
+        for other in self.members.values():
+            if other.id != member.id:
+                steps = (due(other.sync_every) - other.position - 1) % other.sync_every + 1
+                steps -= other.steps_per_second * (now - other.heard)
+                left.append(max(0.0, steps) / other.sync_every)
+        steps = max(1, round(min(left) * member.sync_every)) if left else None
+        return {"open": [f.index for f in waiting], "next": nxt.index, "steps": steps}
 
     def _share(self, member):
         """Its place among the live members, and their number: who reads which part of the data."""
@@ -806,7 +824,7 @@ class Server:
         if not all(protocol.finite(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
-            self._allocate(member.manifest)
+            self._allocate(member.manifest, member.num_fragments)
             self.params, self.files = params, files
             self.uploader = self.weights = None
             self.lock.notify_all()
@@ -876,7 +894,7 @@ class Server:
                 protocol.payload_bytes(message.specs),
                 member.buffers.pop(fragment.index, None) if message.specs else None,
             )
-            base = message.field("base", list)
+            base, position = message.field("base", list), message.field("position", int, 0)
         if message.specs:
             push.buffer = push.buffer or Buffer(layout)
             conn.read(push.buffer.raw)
@@ -885,7 +903,7 @@ class Server:
                 log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
         with self.lock:
             member = self._member(conn)
-            member.step, member.position, member.loss = push.step, 0, push.loss
+            member.step, member.position, member.loss = push.step, position, push.loss
             new = push.seq > fragment.folded.get(push.worker, 0)
             if new:
                 if base != fragment.label:
@@ -1068,7 +1086,10 @@ class Server:
     def on_status(self, conn, message):
         """Everything that status.py shows."""
         message.expect([])
-        now, shown = time.monotonic(), ("id", "index", "host", "step", "sync_every", "loss")
+        now, shown = (
+            time.monotonic(),
+            ("id", "index", "host", "step", "position", "sync_every", "loss"),
+        )
         with self.lock:
             workers = [
                 {
@@ -1084,7 +1105,7 @@ class Server:
                 w for f in self.fragments if f.pushes for w in self.members.keys() - f.pushes
             }
             fields = {
-                "mode": "sync",
+                "mode": "streaming" if len(self.fragments) > 1 else "sync",
                 "state": "running" if self.running else "waiting for workers",
                 "round": self.round,
                 "step": self.step,

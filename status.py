@@ -80,6 +80,11 @@ def render(status):
         lines.append(f"the run starts with {status['workers_wanted']} workers; there: {there}")
     if status["awaited"]:
         lines.append(f"the round waits for: {', '.join(status['awaited'])}")
+    if len(status["fragments"]) > 1:
+        versions = " ".join(str(fragment["version"]) for fragment in status["fragments"])
+        flying = [f"{k} ({f['pushes']} of {len(status['workers'])})"
+                  for k, f in enumerate(status["fragments"]) if f["pushes"]]  # fmt: skip
+        lines.append(f"fragments: versions {versions}; in flight: {', '.join(flying) or 'none'}")
     if last := status["last_round"]:
         lines.append(
             f"last round: waited {last['seconds_waiting']:.2f} s, folded "

@@ -60,6 +60,8 @@ def main():
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes")
     parser.add_argument("--nan-at", default="", help="steps, as 3,8, whose gradient is made NaN")
     parser.add_argument("--reconnect-timeout", type=float, default=60.0)
+    parser.add_argument("--num-fragments", type=int, default=1)
+    parser.add_argument("--fragment-sync-delay", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -80,6 +82,8 @@ def main():
             sync_every=args.sync_every,
             worker_id=args.worker_id,
             source=args.source,
+            num_fragments=args.num_fragments,
+            fragment_sync_delay=args.fragment_sync_delay,
             reconnect_timeout=args.reconnect_timeout,
         )
         with worker:
