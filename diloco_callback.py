@@ -28,6 +28,7 @@ DILOCO_NUM_FRAGMENTS.
 import atexit
 import contextlib
 import itertools
+import math
 import os
 import queue
 import secrets
@@ -49,7 +50,6 @@ except ImportError:
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0
-HEARTBEAT_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 10.0  # between two attempts to connect
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 
@@ -271,6 +271,7 @@ class DiLoCoWorker:
         self.position = 0  # steps since the cycle began
         self.tokens = 0
         self.loss = None
+        self.joins = 0
         self.kept_local = self.flushed = self.stop_ordered = False
         self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
         self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
@@ -301,11 +302,11 @@ class DiLoCoWorker:
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
         due = retry(self._join, self.reconnect_timeout, f"server {self.server}")
         self.started = time.monotonic()
-        self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
         threading.Thread(target=self._heartbeat_loop, daemon=True).start()
         atexit.register(self.close, "the process ended")
         with torch.no_grad():
             self._align(due, keep_position=self.kept_local)
+        self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
         return self
 
     __enter__ = start
@@ -353,8 +354,10 @@ class DiLoCoWorker:
                 self._enter(reply, params)
             else:
                 self._reenter(reply, params)
+        self.joins += 1
         self.index = reply.field("index", int)
         self.shares = reply.field("shares", int, low=1)
+        self.heartbeat_seconds = reply.field("heartbeat_seconds", float, low=0.01)
         self._take_share(reply)
         numbers = [fragment.version[1] for fragment in self.fragments]
         log(
@@ -471,9 +474,12 @@ class DiLoCoWorker:
         self.step += 1
         self.local_step += 1
         self.position += 1
+        joins = self.joins
         for fragment in self.fragments:
             if fragment.flight and self.local_step >= fragment.flight.adopt_at:
                 self._adopt(fragment)
+        if self.joins != joins:
+            return  # it has another place in the cycle now, and has pushed what is due there
         for fragment in self.fragments:
             if fragment.due == self.position:
                 self._begin(fragment)
@@ -514,7 +520,7 @@ class DiLoCoWorker:
             "position": self.position % self.sync_every,
             "steps": steps,
             "tokens": tokens,
-            "loss": self.loss,
+            "loss": self.loss if self.loss is None or math.isfinite(self.loss) else None,
             "closing": self.flushed,
         }
         snapshot = None
@@ -761,7 +767,7 @@ class DiLoCoWorker:
     # --- Heartbeats, leaving ---
 
     def _heartbeat_loop(self):
-        while not self.closed.wait(HEARTBEAT_SECONDS):
+        while not self.closed.wait(self.heartbeat_seconds):
             with self.control_lock:
                 if self.closed.is_set():
                     return
@@ -779,7 +785,7 @@ class DiLoCoWorker:
             "step": self.step,
             "position": self.position,
             "steps_per_second": self.steps_per_second,
-            "loss": self.loss,
+            "loss": self.loss if self.loss is None or math.isfinite(self.loss) else None,
         }
         reply = self.control.request("heartbeat", fields)
         self._take_share(reply)

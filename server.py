@@ -39,6 +39,7 @@ import torch
 import protocol
 from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 
+HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
 LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
@@ -741,6 +742,7 @@ class Server:
                     "index": member.index,
                     **self._share(member),
                     "shares": self.args.shares,
+                    "heartbeat_seconds": min(HEARTBEAT_SECONDS, self.args.worker_timeout / 4),
                     "upload_codec": self.args.upload_codec,
                     "download_codec": self.args.download_codec,
                     "step": member.step,

@@ -149,6 +149,15 @@ def result(process):
     return json.loads(process.lines[-1])
 
 
+def digest_of(folder):
+    """The same hash as toy_worker.digest of the model that a server has written."""
+    import toy_worker
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    return toy_worker.digest_of(tensors[name] for name in toy_worker.build((5, 7, 2)).state_dict())
+
+
 def status(server):
     """What the server tells status.py."""
     import protocol

@@ -42,7 +42,12 @@ def train(model, optimizer, steps, seed, before_step=lambda step: None):
 
 def digest(model):
     """A hash of all parameters' bits."""
-    flat = torch.cat([p.detach().float().reshape(-1) for p in model.parameters()])
+    return digest_of(model.parameters())
+
+
+def digest_of(tensors):
+    """The same of tensors in the order of the parameters."""
+    flat = torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
     return hashlib.sha256(bytes(flat.view(torch.uint8).tolist())).hexdigest()
 
 
@@ -94,7 +99,7 @@ def main():
                 if worker.sync_count != syncs:
                     syncs = worker.sync_count
                     print(f"synced {syncs} version {worker.version[1]}", flush=True)
-                if worker.run_is_over(0):
+                if worker.run_is_over(args.steps):
                     break
     except Refused as refusal:
         print(f"refused: {refusal}", flush=True)
