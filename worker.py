@@ -118,6 +118,10 @@ class DilocoSettings:
     server: str | None = setting(None)  # host:port; else DILOCO_SERVER; else standalone
     sync_every: int | None = setting(None, least=1)  # else DILOCO_SYNC_EVERY; else 500
     worker_id: str | None = setting(None)  # else DILOCO_WORKER_ID; else host name and process id
+    num_fragments: int | None = setting(None, least=1)  # else DILOCO_NUM_FRAGMENTS; else 1
+    fragment_sync_delay: int | None = setting(None, least=0)  # steps; else to the next push
+    fragment_update: str = setting("rebase", choices=("rebase", "mix"))
+    fragment_update_alpha: float = setting(0.5, least=0, most=1)  # the local share of a mix
 
 
 @dataclass
@@ -216,7 +220,7 @@ def load_settings(path, overrides=(), environment=None):
     settings = Settings()
     for name, value in [*read_yaml(path), *overrides]:
         assign(settings, name, value)
-    for key in ("server", "sync_every", "worker_id"):
+    for key in ("server", "sync_every", "worker_id", "num_fragments"):
         variable = f"DILOCO_{key.upper()}"
         if getattr(settings.diloco, key) is None and (environment or {}).get(variable):
             spec = next(spec for spec in fields(DilocoSettings) if spec.name == key)
@@ -847,9 +851,7 @@ class Run:
         bf16 = use_bf16(train.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         described = {"files": self.files, "source": self.source.identity}
-        self.callback = DiLoCoCallback(
-            diloco.server, diloco.sync_every, diloco.worker_id, **described
-        )
+        self.callback = DiLoCoCallback(**vars(diloco), **described)
         self.args = SimpleNamespace(max_steps=train.max_steps, output_dir=str(output.folder))
         self.state = SimpleNamespace(global_step=0, max_steps=train.max_steps)
         self.control = SimpleNamespace(should_training_stop=False)
@@ -995,8 +997,7 @@ class Run:
         self.losses, self.logged = [], time.monotonic()
 
     def evaluation_due(self):
-        """Standalone each eval_every steps; in a run after a sync, when the parameters are the
-        global ones, and then at one worker only."""
+        """Standalone each eval_every steps; in a run after a sync, and then at one worker only."""
         every, worker = self.settings.output.eval_every, self.callback.worker
         if worker is None:
             return self.step % every == 0
@@ -1004,7 +1005,10 @@ class Run:
         return fresh and worker.rank == 0 and self.step >= self.evaluated + every
 
     def report_evaluation(self, name):
-        loss, tokens = self.evaluate()
+        """Say the loss of the global model, which where fragments travel is not the local one."""
+        worker = self.callback.worker
+        with worker.global_model() if worker else contextlib.nullcontext():
+            loss, tokens = self.evaluate()
         self.evaluated = self.step
         self.output.line(f"{name} {loss:.4f} ({tokens} tokens)")
 
@@ -1071,6 +1075,7 @@ def parse_arguments(arguments):
     parser.add_argument("config", nargs="?", help="settings, for example default.yaml")
     flag("--server", "--diloco-server", dest="diloco.server", metavar="HOST:PORT")
     flag("--sync-every", "--diloco-sync-every", dest="diloco.sync_every", metavar="STEPS")
+    flag("--num-fragments", dest="diloco.num_fragments", metavar="N")
     flag("--worker-id", dest="diloco.worker_id", metavar="NAME")
     flag("--output-dir", dest="output.dir", metavar="DIR")
     flag("--max-steps", dest="train.max_steps", metavar="STEPS")
