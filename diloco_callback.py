@@ -28,7 +28,6 @@ DILOCO_NUM_FRAGMENTS.
 import atexit
 import contextlib
 import itertools
-import math
 import os
 import queue
 import secrets
@@ -246,11 +245,7 @@ class DiLoCoWorker:
         while hasattr(optimizer, "optimizer"):  # as accelerate wraps them
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
-        self.named = {
-            name.replace("_orig_mod.", "").removeprefix("module."): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        self.named = _trainable(model)
         if not self.named:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
 
@@ -260,6 +255,7 @@ class DiLoCoWorker:
         self.used = set()  # those in use
         self.pool = Pool(self.num_fragments)
         self.closed = threading.Event()
+        self.heart = None
         self.hook = self.flat = self.anchor = self.residual = None
         self.stream = None  # of CUDA, for copies to the host
         self.anchor_lock = threading.Lock()  # while a slice of the anchor moves
@@ -302,7 +298,8 @@ class DiLoCoWorker:
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
         due = retry(self._join, self.reconnect_timeout, f"server {self.server}")
         self.started = time.monotonic()
-        threading.Thread(target=self._heartbeat_loop, daemon=True).start()
+        self.heart = threading.Thread(target=self._heartbeat_loop, daemon=True)
+        self.heart.start()
         atexit.register(self.close, "the process ended")
         with torch.no_grad():
             self._align(due, keep_position=self.kept_local)
@@ -361,8 +358,8 @@ class DiLoCoWorker:
         self._take_share(reply)
         numbers = [fragment.version[1] for fragment in self.fragments]
         log(
-            f"{self.worker_id} is worker {self.index}, {self.world} in all, at step {self.step}, "
-            f"version {numbers[0] if len(numbers) == 1 else numbers}"
+            f"{self.worker_id} {'has joined again as' if self.joins > 1 else 'is'} worker "
+            f"{self.index}, {self.world} in all, at step {self.step}, version {numbers[0] if len(numbers) == 1 else numbers}"
         )
         return reply.field("due", dict)
 
@@ -520,7 +517,7 @@ class DiLoCoWorker:
             "position": self.position % self.sync_every,
             "steps": steps,
             "tokens": tokens,
-            "loss": self.loss if self.loss is None or math.isfinite(self.loss) else None,
+            "loss": self._sane_loss(),
             "closing": self.flushed,
         }
         snapshot = None
@@ -742,7 +739,7 @@ class DiLoCoWorker:
     def _drop(self, why):
         """A push was refused. All that is local goes, in all fragments: what is not finite in one
         would be in the others after the next step."""
-        dropped = self.local_step - min(fragment.mark[0] for fragment in self.fragments)
+        dropped = self.steps
         self.dropped_steps += dropped
         self.refusals += 1
         for fragment in self.fragments:
@@ -785,11 +782,15 @@ class DiLoCoWorker:
             "step": self.step,
             "position": self.position,
             "steps_per_second": self.steps_per_second,
-            "loss": self.loss if self.loss is None or math.isfinite(self.loss) else None,
+            "loss": self._sane_loss(),
         }
         reply = self.control.request("heartbeat", fields)
         self._take_share(reply)
         self.stop_ordered |= "stop" in reply.field("orders", list)
+
+    def _sane_loss(self):
+        """The loss as the wire takes it: a number within its limits, or nothing."""
+        return self.loss if self.loss is not None and abs(self.loss) < protocol.MAX_ABS else None
 
     @property
     def steps_per_second(self):
@@ -812,6 +813,8 @@ class DiLoCoWorker:
         for conn in [*self.data, *self.used]:
             conn.close()
         self.pool.close(seconds=5.0)
+        if self.heart:
+            self.heart.join(5.0)
 
     # --- What others want to know ---
 
@@ -819,6 +822,11 @@ class DiLoCoWorker:
     def version(self):
         """[origin, number] of the first slice of the anchor."""
         return self.fragments[0].version
+
+    @property
+    def steps(self):
+        """Steps of this process, or of the one that it goes on from, that are in no push yet."""
+        return self.local_step - min(fragment.mark[0] for fragment in self.fragments)
 
     @property
     def sync_count(self):
@@ -888,6 +896,19 @@ class DiLoCoWorker:
         }
 
 
+def _trainable(model):
+    """{name: parameter} of what is trained, under the names that it has before it is compiled or
+    wrapped for data parallelism."""
+    named = {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
+    return named
+
+
 def _config_of(model):
     """config.json of a Hugging Face model, as {name: text}."""
     to_json = getattr(getattr(model, "config", None), "to_json_string", None)
@@ -942,9 +963,11 @@ class DiLoCoCallback:
     def on_train_end(self, args, state, control, **kwargs):
         """Close the run, unless the trainer has put its best checkpoint in the model's place."""
         if self.worker is not None:
-            if not getattr(args, "load_best_model_at_end", False):
-                self.worker.flush()
-            self.close()
+            try:
+                if not getattr(args, "load_best_model_at_end", False):
+                    self.worker.flush()
+            finally:
+                self.close()
 
     def close(self, reason="done"):
         """Leave the run; what has not been sent is not sent."""

@@ -266,10 +266,11 @@ def write_frame(file, fields, specs, tensors, **metadata):
         raise ValueError(f"the tensors differ from their specs by {left} bytes")
 
 
-def read_file_header(file, in_order=False):
+def read_file_header(file, in_order=False, whole=True):
     """(fields, specs) of the frame in an open binary file, which then stands at its payload.
 
-    Raises ProtocolError also where the file is shorter or longer than its header says.
+    Raises ProtocolError also where the file is shorter or longer than its header says, unless
+    `whole` is False.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
@@ -279,7 +280,7 @@ def read_file_header(file, in_order=False):
     if 8 + length > size:
         raise ProtocolError(f"{file.name}: ends within its header")
     fields, specs = parse_header(file.read(length), in_order)
-    if 8 + length + payload_bytes(specs) != size:
+    if whole and 8 + length + payload_bytes(specs) != size:
         raise ProtocolError(
             f"{file.name}: {size:,} bytes, but its header announces "
             f"{8 + length + payload_bytes(specs):,}: the file is not whole"

@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 from dataclasses import dataclass, field
 
 import torch
@@ -191,10 +192,10 @@ def outer_step(params, momentum, residual, pushes, up, down, update, lr, mu, nes
 
 
 def is_ours(path):
-    """Whether this program wrote the safetensors file at `path`."""
+    """Whether this program wrote the safetensors file at `path`, all of which may not be there."""
     try:
         with open(path, "rb") as file:
-            return protocol.read_file_header(file)[0].get("program") == "diloco"
+            return protocol.read_file_header(file, whole=False)[0].get("program") == "diloco"
     except (OSError, ProtocolError):
         return False
 
@@ -239,10 +240,13 @@ def load_weights(path):
     for name in () if paths else ("model.safetensors", "pytorch_model.bin"):
         file = os.path.join(path, name)
         if os.path.isfile(file + ".index.json"):
-            with open(file + ".index.json", encoding="utf-8") as index:
-                shards = sorted(set(json.load(index)["weight_map"].values()))
-            if any(os.path.basename(shard) != shard for shard in shards):
-                raise SystemExit(f"{file}.index.json names files outside its folder")
+            try:
+                with open(file + ".index.json", encoding="utf-8") as index:
+                    shards = sorted(set(json.load(index)["weight_map"].values()))
+                if any(os.path.basename(s) != s or s in ("", "..") for s in shards):
+                    raise ValueError("it names files outside its folder")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise SystemExit(f"cannot use {file}.index.json: {error!r}") from None
             paths = [os.path.join(path, shard) for shard in shards]
         elif os.path.isfile(file):
             paths = [file]
@@ -255,7 +259,8 @@ def load_weights(path):
     for file in paths:
         try:
             if file.endswith(".bin"):
-                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(file)  # files by a torch before 1.6 are not
+                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             else:
                 weights |= protocol.load_file(file)[1]
         except (OSError, ProtocolError, RuntimeError, pickle.UnpicklingError) as error:
@@ -265,16 +270,16 @@ def load_weights(path):
 
 def choose_output(model, output_dir):
     """(output folder, folder or file with weights or None) for `-m` and `--output-dir`."""
-    if output_dir and foreign_weights(output_dir):
+    foreign = os.path.isfile(model) or foreign_weights(model)
+    beside = os.path.splitext(model)[0] if os.path.isfile(model) else os.path.abspath(model)
+    output = output_dir or (beside + "-diloco" if foreign else model)
+    if foreign_weights(output):
         raise SystemExit(
-            f"--output-dir {output_dir} holds weights of another program; name another"
+            f"{output} holds weights that this program did not write, and it will not write there; "
+            "name another folder with --output-dir"
         )
-    if os.path.isfile(model):
-        return output_dir or os.path.splitext(model)[0] + "-diloco", model
-    if foreign_weights(model):
-        return output_dir or model.rstrip("/\\") + "-diloco", model
     own = os.path.isfile(os.path.join(model, "model.safetensors"))
-    return output_dir or model, model if own else None
+    return output, model if foreign or own else None
 
 
 # --- The server -------------------------------------------------------------------------------
@@ -321,7 +326,7 @@ class Server:
 
     def _open(self, source):
         where = os.path.abspath(self.output)
-        for _, path in checkpoints(self.output):
+        for _, path in checkpoints(self.output) or checkpoints(self.args.model):
             try:
                 self._load(path)
             except (OSError, ProtocolError, KeyError, TypeError, ValueError) as error:
@@ -399,27 +404,26 @@ class Server:
         A full disk is said, and survived."""
         if self.manifest is None:
             return
-        try:
-            os.makedirs(self.output, exist_ok=True)
-            if self._labels() != self.saved:
-                self._write_checkpoint()
-            if final and self.final != self.saved:
-                self._write_final()
-                self.final = self.saved
-            self.save_error = ""
-        except OSError as error:
-            self.save_error = f"saving to {os.path.abspath(self.output)} failed: {error}"
-            log(f"WARNING: {self.save_error}; the last good checkpoint is kept, training goes on")
+        self.save_error = ""
+        for write in [self._write_checkpoint] + [self._write_final] * final:
+            try:
+                os.makedirs(self.output, exist_ok=True)
+                write()
+            except Exception as error:  # whatever it is, training goes on, and saving too
+                self.save_error = f"saving to {os.path.abspath(self.output)} failed: {error!r}"
+                log(f"WARNING: {self.save_error}; the last good checkpoint is kept")
 
     def _write_checkpoint(self):
         """Write `checkpoint-ROUND/` beside, sync it, rename it, and remove the oldest ones."""
+        if self._labels() == self.saved:
+            return
         beside = os.path.join(self.output, ".tmp-checkpoint")
         shutil.rmtree(beside, ignore_errors=True)
         os.mkdir(beside)
         try:
             with contextlib.ExitStack() as files:
                 model, outer = (
-                    files.enter_context(open(os.path.join(beside, name), "wb", buffering=0))
+                    files.enter_context(open(os.path.join(beside, name), "wb"))
                     for name in ("model.safetensors", "outer.safetensors")
                 )
                 with self.hold(*self.fragments):
@@ -427,11 +431,15 @@ class Server:
                     labels = self._labels()
                     self._write_vectors(model, outer)
                 for file in (model, outer):
+                    file.flush()
                     os.fsync(file.fileno())
             self._write_files(beside)
             if os.path.exists(path):  # of the same round, but not of the same versions
-                shutil.rmtree(path)
+                if not is_ours(os.path.join(path, "outer.safetensors")):
+                    raise FileExistsError(f"{path} is not this program's")
+                os.rename(path, beside + "-old")
             os.rename(beside, path)
+            shutil.rmtree(beside + "-old", ignore_errors=True)
             protocol.sync_folder(self.output)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
@@ -468,6 +476,8 @@ class Server:
 
     def _write_final(self):
         """Write the model in the manifest's dtypes, and its files, into the output folder."""
+        if self.final == self._labels():
+            return
 
         def write(file):
             parts = (
@@ -477,7 +487,9 @@ class Server:
 
         self._write_files(self.output)
         with self.hold(*self.fragments):
+            labels = self._labels()
             protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
+        self.final = labels
         log(f"the model of round {self.round} is in {os.path.abspath(self.output)}")
 
     @contextlib.contextmanager
@@ -726,7 +738,9 @@ class Server:
         """Its own index for an id that comes back, else the lowest that is free."""
         taken = {member.index for member in self.members.values() if member.id != worker}
         own = self.indices.get(worker)
-        return own if own is not None and own not in taken else min(set(range(51)) - taken)
+        return (
+            own if own is not None and own not in taken else min(set(range(len(taken) + 1)) - taken)
+        )
 
     def _send_model(self, conn, member):
         """The reply to join: a place in the run, and the parameters in full."""
@@ -836,6 +850,7 @@ class Server:
         message.expect([])
         with self.lock:
             member = self._member(conn)
+            member.conn = conn
             member.step = message.field("step", int)
             member.position = message.field("position", int, 0)
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
@@ -904,6 +919,8 @@ class Server:
                 push.refused = "the pseudo-gradient is not finite"
                 log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
         with self.lock:
+            # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
+            self.lock.wait_for(lambda: not fragment.busy)
             member = self._member(conn)
             member.step, member.position, member.loss = push.step, position, push.loss
             new = push.seq > fragment.folded.get(push.worker, 0)
@@ -1266,4 +1283,6 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(Server(parse_args()).run())
+    code = Server(parse_args()).run()
+    sys.stdout.flush()
+    os._exit(code)  # all is saved; threads that still serve peers must not meet a dying interpreter

@@ -26,10 +26,13 @@ def build(sizes, dtype="float32", seed=0):
     return torch.nn.Sequential(*layers).to(getattr(torch, dtype))
 
 
-def train(model, optimizer, steps, seed, before_step=lambda step: None):
-    """`steps` steps of regression on noise; yields the loss before each step's update is known."""
+def train(model, optimizer, steps, seed, before_step=lambda step: None, skip=0):
+    """`steps` steps of regression on noise, after the first `skip` batches of it; yields the loss
+    that each step began with."""
     generator = torch.Generator().manual_seed(seed)
     width, dtype = model[0].in_features, model[0].weight.dtype
+    for _ in range(skip):
+        torch.randn(8, width, generator=generator)
     for step in range(steps):
         x = torch.randn(8, width, generator=generator).to(dtype)
         loss = (model(x) - x[:, : model[-1].out_features]).float().square().mean()

@@ -1,0 +1,452 @@
+"""Tests of diloco_callback.py: hooks, settings, resume, lost replies, mismatches, leaving.
+
+python -m pytest tests/test_diloco_callback.py
+
+The server is a real process; workers run in the test's own process, so that the tests can look at
+them and hurt them. What a run should come to is worked out by `Outer` in conftest.py.
+"""
+
+import copy
+import json
+import os
+import select
+import socket
+import threading
+import types
+
+import pytest
+import torch
+import toy_worker
+from conftest import ROOT, Outer, flat, put, result, status, until
+
+from diloco_callback import DiLoCoCallback, DiLoCoWorker
+from protocol import Refused
+
+METRICS = {"sync_count", "local_step", "last_sync_time", "total_sync_time", "last_send_mb",
+           "last_recv_mb", "steps_per_second", "sync_every"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("DILOCO_SERVER", "DILOCO_SYNC_EVERY", "DILOCO_WORKER_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def joined(server, worker_id="a", sync_every=5, model=None, **options):
+    """A model and a worker that has joined with it."""
+    model = toy_worker.build((5, 7, 2)) if model is None else model
+    worker = DiLoCoWorker(model, sgd(model), server.address, sync_every, worker_id, **options)
+    return model, worker.start()
+
+
+def train(model, optimizer, steps, seed=0, skip=0):
+    for _ in toy_worker.train(model, optimizer, steps, seed, skip=skip):
+        pass
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def global_model(server):
+    """The server's parameters, as a worker that joins gets them; and their version."""
+    model, worker = joined(server, "onlooker")
+    worker.close()
+    return flat(model), worker.version
+
+
+def expected(steps, sync_every=5, codec="bf16", seed=0):
+    """A model after the run of one toy worker with plain SGD that was never disturbed."""
+    model = toy_worker.build((5, 7, 2))
+    outer, residual = Outer(flat(model), codec), torch.zeros(flat(model).numel())
+    run = toy_worker.train(model, sgd(model), steps, seed)
+    for count in [sync_every] * (steps // sync_every) + [steps % sync_every]:
+        for _ in range(count):
+            next(run)
+        delta = outer.params - flat(model)
+        if codec == "bf16":
+            delta = delta + residual
+            residual = delta - delta.bfloat16().float()
+            delta = delta.bfloat16()
+        outer.step([delta] if count else [], closing=count < sync_every)
+        put(model, outer.params)
+    return outer.params
+
+
+# --- Hooks and settings ------------------------------------------------------------------------
+
+
+class Trainer:
+    """The order in which trainers of this ecosystem call their callbacks."""
+
+    def __init__(self, callback, max_steps, lr=0.05, says_stop=True, load_best=False, model=None):
+        self.callback, self.says_stop = callback, says_stop
+        self.model = model or toy_worker.build((5, 7, 2))
+        self.optimizer = sgd(self.model, lr)
+        self.args = types.SimpleNamespace(load_best_model_at_end=load_best)
+        self.state = types.SimpleNamespace(max_steps=max_steps, global_step=0)
+        self.control = types.SimpleNamespace(should_training_stop=False)
+        self.logs = []
+
+    def call(self, hook, **kwargs):
+        hook = getattr(self.callback, hook)
+        hook(
+            self.args,
+            self.state,
+            self.control,
+            model=self.model,
+            optimizer=self.optimizer,
+            **kwargs,
+        )
+
+    def train(self):
+        self.call("on_train_begin")
+        best = copy.deepcopy(self.model.state_dict())
+        for loss in toy_worker.train(self.model, self.optimizer, self.state.max_steps, 0):
+            self.state.global_step += 1
+            if self.state.global_step == self.state.max_steps and self.says_stop:
+                self.control.should_training_stop = True
+            self.call("on_step_end")
+            self.logs.append({"loss": loss})
+            self.call("on_log", logs=self.logs[-1])
+            if self.control.should_training_stop:
+                break
+        if self.args.load_best_model_at_end:
+            self.model.load_state_dict(best)
+            self.best = flat(self.model)
+        self.call("on_train_end")
+        return self
+
+
+def test_standalone_does_nothing_and_says_so_once(capsys):
+    callback = DiLoCoCallback()
+    trainer = Trainer(callback, 7).train()
+    Trainer(callback, 1).train()
+    assert capsys.readouterr().err.count("standalone") == 1
+    plain = toy_worker.build((5, 7, 2))
+    train(plain, sgd(plain), 7)
+    assert same_bits(flat(trainer.model), flat(plain))
+    assert trainer.logs[0].keys() == {"loss"}
+    assert callback.state_dict() == {} and callback.on_whatever_comes(1, two=3) is None
+    with pytest.raises(AttributeError):
+        _ = callback.whatever
+    with pytest.raises(ValueError, match="DILOCO_SERVER"):
+        DiLoCoWorker(plain, sgd(plain))
+
+
+def test_arguments_beat_the_environment_beats_defaults(monkeypatch):
+    model = toy_worker.build((5, 7, 2))
+    worker = DiLoCoWorker(model, sgd(model), "host:1")
+    assert worker.sync_every == 500 and worker.worker_id.startswith(socket.gethostname())
+    for name, value in {"SERVER": "env:2", "SYNC_EVERY": "7", "WORKER_ID": "env"}.items():
+        monkeypatch.setenv(f"DILOCO_{name}", value)
+    worker = DiLoCoWorker(model, sgd(model))
+    assert (worker.server, worker.sync_every, worker.worker_id) == ("env:2", 7, "env")
+    worker = DiLoCoWorker(model, sgd(model), "arg:3", 9, "arg")
+    assert (worker.server, worker.sync_every, worker.worker_id) == ("arg:3", 9, "arg")
+    assert DiLoCoCallback().server == "env:2" and DiLoCoCallback("arg:3").server == "arg:3"
+    with pytest.raises(ValueError, match="sync_every"):
+        DiLoCoWorker(model, sgd(model), sync_every=-1)
+
+
+@pytest.mark.parametrize("says_stop", [True, False])
+def test_a_trainer_ends_with_the_global_model(serve, says_stop):
+    host = serve("--until-done")
+    callback = DiLoCoCallback(host.address, 5, "a")
+    trainer = Trainer(callback, 13, says_stop=says_stop).train()
+    assert host.wait() == 0
+    assert same_bits(flat(trainer.model), expected(13))
+    assert callback.worker.sync_count == 3 and callback.worker.version[1] == 3
+    assert {f"diloco/{name}" for name in METRICS} <= trainer.logs[-1].keys()
+    assert trainer.logs[-1]["diloco/local_step"] == 13
+    assert all(isinstance(value, int | float) for value in trainer.logs[-1].values())
+    state = json.loads(json.dumps(callback.state_dict()))
+    assert state["step"] == 13
+    assert [(f["version"][1], f["steps"]) for f in state["fragments"]] == [(3, 0)]
+    again = DiLoCoCallback()
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+
+
+@pytest.mark.parametrize("says_stop", [True, False])
+def test_the_best_checkpoint_is_not_overwritten(serve, says_stop):
+    host = serve()
+    trainer = Trainer(DiLoCoCallback(host.address, 5), 13, says_stop=says_stop, load_best=True)
+    trainer.train()
+    assert same_bits(flat(trainer.model), trainer.best)
+    params, version = global_model(host)
+    assert version[1] == (3 if says_stop else 2)
+    assert same_bits(params, expected(13 if says_stop else 10))
+
+
+# --- What is synchronized ----------------------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.frozen = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.requires_grad_(False)
+
+
+class Clash(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module, self.weight = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(3))
+
+
+def test_names_ties_and_wrappers(serve):
+    host = serve()
+    model = Tied()
+    wrapped = types.SimpleNamespace(optimizer=types.SimpleNamespace(optimizer=sgd(model)))
+    with DiLoCoWorker(model, wrapped, host.address, 1, "a") as worker:
+        assert worker.optimizer is wrapped.optimizer.optimizer
+        assert status(host)["parameters"] == 24
+        compiled = torch.compile(copy.deepcopy(model))
+        for other in (compiled, torch.nn.ModuleDict({"module": compiled})):
+            with pytest.raises(Refused, match="worker id"):  # its names fit: only the id does not
+                DiLoCoWorker(other, sgd(other), host.address, 1, "a").start()
+        before = model.embed.weight.detach().clone()
+        model.embed.weight.grad = torch.ones_like(model.embed.weight)
+        wrapped.optimizer.optimizer.step()
+        assert worker.sync_count == 1 and not torch.equal(model.embed.weight, before)
+        assert model.head.weight is model.embed.weight
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        DiLoCoWorker(frozen, sgd(frozen), "host:1")
+
+
+def test_no_parameter_is_lost_to_a_clash_of_names():
+    model = Clash()
+    assert len(DiLoCoWorker(model, sgd(model), "host:1").named) == 3
+
+
+def test_no_training_in_bfloat16_is_a_difference_of_zero(serve, tmp_path):
+    host = serve("--upload-codec", "fp32", "--download-codec", "fp32")
+    model, worker = joined(host, model=toy_worker.build((5, 7, 2), "bfloat16"), sync_every=3)
+    train(model, worker.optimizer, 6)
+    worker.optimizer.param_groups[0]["lr"] = 0.0
+    train(model, worker.optimizer, 3)
+    assert worker.sync_count == 3
+    rounding = worker.anchor - worker.anchor.bfloat16().float()
+    worker.close()
+    assert rounding.abs().max() > 0  # the anchor is finer than the parameters
+    path = tmp_path / "model" / "rounds.jsonl"
+    lines = until(lambda: len(path.read_text().splitlines()) == 3 and path.read_text(), "3 lines")
+    norms = [json.loads(line)["norm"] for line in lines.splitlines()]
+    assert norms[0] > 0 and norms[2] == 0.0
+
+
+# --- Faults --------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Passes bytes on to the server. While `cuts` is not 0 it cuts a connection, once per cut, that
+    has carried a large message up, before the reply to it comes down."""
+
+    def __init__(self, server, large):
+        self.port, self.large, self.cuts, self.done = server.port, large, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            near = self.listener.accept()[0]
+            far = socket.create_connection(("127.0.0.1", self.port))
+            threading.Thread(target=self.carry, args=[near, far], daemon=True).start()
+
+    def carry(self, near, far):
+        up = 0
+        while True:
+            for sock in select.select([near, far], [], [])[0]:
+                part = sock.recv(1 << 16)
+                up = up + len(part) if sock is near else up
+                cut = sock is far and up > self.large and self.cuts > 0
+                if cut:
+                    self.cuts, self.done = self.cuts - 1, self.done + 1
+                if cut or not part:
+                    return near.close(), far.close()
+                if sock is far:
+                    up = 0
+                (far if sock is near else near).sendall(part)
+
+
+def test_a_push_whose_reply_is_lost_counts_once(serve, tmp_path):
+    sizes = (50, 70, 2)
+    ends = []
+    for cuts in (0, 3):
+        host = serve("-m", tmp_path / f"model{cuts}")
+        proxy = Proxy(host, large=5000)
+        proxied = types.SimpleNamespace(address=proxy.address)
+        model, worker = joined(proxied, model=toy_worker.build(sizes))
+        for seed in range(5):
+            proxy.cuts = cuts and int(seed in (1, 2, 4))
+            train(model, worker.optimizer, 5, seed)
+            assert proxy.cuts == 0
+        assert proxy.done == cuts
+        worker.flush()
+        worker.close()
+        ends.append((toy_worker.digest(model), worker.version[1], worker.mismatches))
+    assert ends[0] == ends[1] == (ends[0][0], 6, 0)
+
+
+def test_a_replica_that_differs_is_fetched_in_full_and_counted(serve):
+    host = serve()
+    model, worker = joined(host)
+    train(model, worker.optimizer, 5)
+    worker.anchor[3] += 1
+    train(model, worker.optimizer, 5)
+    assert worker.mismatches == worker.metrics()["diloco/mismatches"] == 1
+    train(model, worker.optimizer, 5)
+    assert worker.mismatches == 1
+    params, version = global_model(host)
+    assert same_bits(flat(model), params) and version == worker.version
+    worker.close()
+
+
+def test_a_sync_that_fails_leaves_everything_as_it_was(serve):
+    host = serve()
+    model, worker = joined(host, reconnect_timeout=1.0)
+    train(model, worker.optimizer, 5)
+    train(model, worker.optimizer, 4)
+    anchor, residual = worker.anchor.clone(), worker.residual.clone()
+    local = []
+    worker.optimizer.register_step_post_hook(lambda *_: local.append(flat(model)))
+    worker.optimizer._optimizer_step_post_hooks.move_to_end(worker.hook.id)
+    host.kill()
+    with pytest.raises(ConnectionError, match="Is the server running"):
+        train(model, worker.optimizer, 1)
+    assert same_bits(flat(model), local[0])
+    assert same_bits(worker.anchor, anchor) and same_bits(worker.residual, residual)
+    assert (worker.steps, worker.version[1]) == (5, 1)
+    worker.close()
+
+
+def test_an_exit_that_cannot_flush_still_closes_the_worker(serve):
+    host = serve()
+    model, worker = joined(host, reconnect_timeout=0.5)
+    worker.close()
+    worker = DiLoCoWorker(model, sgd(model), host.address, 5, "a", reconnect_timeout=0.5)
+    with pytest.raises(ConnectionError), worker:
+        host.kill()
+    assert worker.closed.is_set()
+
+
+def test_an_exception_leaves_at_once_without_a_flush(serve):
+    host = serve()
+    model = toy_worker.build((5, 7, 2))
+    with (
+        pytest.raises(KeyError),
+        DiLoCoWorker(model, sgd(model), host.address, 5, "a") as worker,
+    ):
+        train(model, worker.optimizer, 8)
+        local = flat(model)
+        raise KeyError("oops")
+    host.wait_for("a leaves: KeyError.*oops")
+    assert worker.version[1] == 1 and status(host)["round"] == 1 and not status(host)["workers"]
+    assert same_bits(flat(model), local)
+    train(model, worker.optimizer, 5)  # the optimizer is no longer hooked
+    assert worker.sync_count == 1
+
+
+def test_a_process_that_ends_has_left(serve, start):
+    host = serve("--until-done")
+    code = f"""
+import sys; sys.path.insert(0, {os.path.join(ROOT, "tests")!r})
+import toy_worker, torch
+from diloco_callback import DiLoCoWorker
+model = toy_worker.build((5, 7, 2))
+DiLoCoWorker(model, torch.optim.SGD(model.parameters(), lr=0.1), {host.address!r}, 5, "a").start()
+"""
+    assert start("-c", code).wait() == 0
+    host.wait_for("a leaves: the process ended")
+    assert host.wait() == 0
+
+
+def test_a_loss_or_gradient_that_is_not_finite_costs_one_round_and_three_are_an_error(serve, toy):
+    host = serve("-n", 2, "--until-done")
+    w0 = toy(host, "w0", seed=1, steps=25)
+    w1 = toy(host, "w1", seed=2, steps=25, nan_at="4,9,14")  # the last step of three rounds
+    assert w1.wait() == 1 and "FloatingPointError" in w1.output and "3 times" in w1.output
+    assert result(w0)["version"][1] == 6
+    assert host.wait() == 0
+
+
+def test_training_goes_on_after_one_round_whose_loss_is_not_a_number(serve, toy):
+    host = serve("-n", 2, "--until-done")
+    w0 = toy(host, "w0", seed=1, steps=20)
+    w1 = toy(host, "w1", seed=2, steps=20, nan_at="6")  # the losses of steps 7 to 9 are NaN
+    ends = [result(w1), result(w0)]
+    assert ends[0]["metrics"]["diloco/dropped_steps"] == 5
+    assert ends[0]["digest"] == ends[1]["digest"]
+    assert host.wait() == 0
+
+
+# --- Resume --------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_comes_back_keeps_its_steps_while_the_round_is_the_same(serve):
+    codec = ("--upload-codec", "fp32", "--download-codec", "fp32")
+    host = serve(*codec)
+    model, worker = joined(host)
+    train(model, worker.optimizer, 7)
+    state = json.loads(json.dumps(worker.state_dict()))
+    saved = copy.deepcopy(model.state_dict())
+    worker.close("crashed")
+
+    back = toy_worker.build((5, 7, 2))
+    back.load_state_dict(saved)
+    _, worker = joined(host, None, model=back, state=state)
+    assert worker.kept_local and same_bits(flat(back), flat(model))
+    assert (worker.worker_id, worker.step, worker.steps, worker.position) == ("a", 7, 2, 2)
+    train(back, worker.optimizer, 6, skip=7)
+    worker.flush()
+    worker.close()
+    assert same_bits(flat(back), expected(13, codec="fp32"))
+
+    late = toy_worker.build((5, 7, 2))  # the server has moved on since `state`
+    late.load_state_dict(saved)
+    _, worker = joined(host, None, model=late, state=state)
+    assert not worker.kept_local and same_bits(flat(late), flat(back))
+    assert worker.steps == 0
+    worker.close()
+
+
+def test_a_worker_that_was_given_up_joins_again_with_its_work(serve):
+    host = serve("--worker-timeout", 1)
+    model, worker = joined(host)
+    worker.control_lock.acquire()  # no heartbeat gets out
+    train(model, worker.optimizer, 3)
+    host.wait_for("a is gone")
+    worker.control_lock.release()
+    train(model, worker.optimizer, 2, seed=1)
+    assert worker.version[1] == 1 and worker.sync_count == 1
+    twin = toy_worker.build((5, 7, 2))
+    outer, optimizer = Outer(flat(twin)), sgd(twin)
+    train(twin, optimizer, 3)
+    train(twin, optimizer, 2, seed=1)
+    outer.step([(outer.params - flat(twin)).bfloat16()])
+    assert same_bits(flat(model), outer.params)
+    worker.close()
+
+
+def test_an_id_is_refused_while_its_process_lives_also_after_its_line_was_cut(serve):
+    host = serve()
+    _, worker = joined(host)
+    with worker.control_lock:
+        worker.control.sock.shutdown(socket.SHUT_RDWR)  # the next heartbeat connects anew
+    cut = worker.control
+    until(lambda: worker.control is not cut and worker.control.bytes_in > 300, "a new connection")
+    other = toy_worker.build((5, 7, 2))
+    second = DiLoCoWorker(other, sgd(other), host.address, 5, "a", reconnect_timeout=1.0)
+    with pytest.raises(Refused, match="worker id"):
+        second.start()
+    second.close()
+    worker.close()
