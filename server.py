@@ -41,6 +41,7 @@ import protocol
 from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
+LEAST_SHARES = 8  # of the text: so many workers can join before there is none left to read
 MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
 LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
@@ -316,11 +317,17 @@ class Server:
         self.weights = None  # {name: tensor} of -m, until the first worker names its tensors
         self.snapshot = lambda: None  # weak: joiners at one version share a copy
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
+        self.shares = args.shares
         self.output, source = choose_output(args.model, args.output_dir)
         self._open(source)
         for key, value in DEFAULTS.items():
             if self.settings[key] is None:
                 self.settings[key] = value
+        self.shares = self.shares or max(args.n, LEAST_SHARES)
+        if self.shares < args.n:
+            raise SystemExit(
+                f"{self.shares} --shares for {args.n} workers: some would have no text"
+            )
 
     # --- Opening and saving ---
 
@@ -363,6 +370,7 @@ class Server:
             fragment.origin, fragment.version = saved["label"]
             fragment.folded = saved["folded"]
         self.step, self.indices = state["step"], state["indices"]
+        self.shares = self.shares or state["shares"]
         self.files, self.saved = read_descriptive_files(path), self._labels()
         for key, saved in state["settings"].items():
             if self.settings[key] is None:
@@ -455,6 +463,7 @@ class Server:
             state = {
                 "program": "diloco",
                 "step": self.step,
+                "shares": self.shares,
                 "settings": self.settings,
                 "indices": self.indices,
                 "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
@@ -661,6 +670,12 @@ class Server:
                if o.id != member.id]  # fmt: skip
         if self.fragments:
             run.append(("num_fragments", len(self.fragments), "the run so far"))
+        if member.source and len({o.id for o in others} - {member.id}) >= self.shares:
+            raise Refused(
+                "setting",
+                f"the run's text is cut into {self.shares} shares, and as many workers read them; "
+                "start the server with more --shares",
+            )
         for name, value, whose in run:
             if value != getattr(member, name):
                 raise Refused(
@@ -755,7 +770,7 @@ class Server:
                 fields = {
                     "index": member.index,
                     **self._share(member),
-                    "shares": self.args.shares,
+                    "shares": self.shares,
                     "heartbeat_seconds": min(HEARTBEAT_SECONDS, self.args.worker_timeout / 4),
                     "upload_codec": self.args.upload_codec,
                     "download_codec": self.args.download_codec,
@@ -1135,7 +1150,7 @@ class Server:
                 "joining": sorted(self.joining),
                 "awaited": sorted(awaited),
                 "source": min((member.source for member in everyone), default=None),
-                "shares": self.args.shares,
+                "shares": self.shares,
                 "settings": self.settings,
                 "upload_codec": self.args.upload_codec,
                 "download_codec": self.args.download_codec,
@@ -1273,9 +1288,6 @@ def parse_args(argv=None):
         help="a worker not heard of for so long is no longer waited for (%(default)s)")
     add("--until-done", action="store_true", help="end when the last worker has left")
     args = parser.parse_args(argv)
-    args.shares = args.shares or max(args.n, 8)
-    if args.shares < args.n:
-        parser.error(f"--shares {args.shares} is less than -n {args.n}: some would have no data")
     if args.spawn and not os.path.isfile(args.spawn):
         parser.error(f"--spawn: there is no file {args.spawn}")
     return args

@@ -810,9 +810,21 @@ def test_spawned_workers_that_fail_at_once_end_the_server(start, tmp_path):
 
 def test_bad_arguments_are_refused_by_name(capsys):
     for bad in (["-n", "0"], ["--outer-lr", "nan"], ["--outer-momentum", "1"], ["--port", "70000"],
-                ["--upload-codec", "zip"], ["-n", "9", "--shares", "3"], ["--spawn", "nowhere"]):  # fmt: skip
+                ["--upload-codec", "zip"], ["--spawn", "nowhere"]):  # fmt: skip
         with pytest.raises(SystemExit):
             server.parse_args(["-m", "model", *bad])
         assert bad[-2].removeprefix("-") in capsys.readouterr().err
     args = server.parse_args(["-m", "model", "-n", "12"])
-    assert (args.shares, args.port, args.save_every) == (12, 8512, 10)
+    assert (args.n, args.port, args.save_every) == (12, 8512, 10)
+
+
+def test_nobody_reads_the_share_of_another(serve, toy):
+    host = serve("--shares", 1, "--save-every", 1)
+    first = toy(host, "a", source="tales", steps=10**6, pause=0.01)
+    host.wait_for("saved .*checkpoint-1")
+    second = toy(host, "b", source="tales")
+    assert second.wait() == 3 and "cut into 1 shares" in second.output
+    first.kill()
+    host.kill()
+    again = serve()  # the number of shares is the run's
+    assert status(again)["shares"] == 1
