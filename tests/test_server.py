@@ -819,12 +819,11 @@ def test_bad_arguments_are_refused_by_name(capsys):
 
 
 def test_nobody_reads_the_share_of_another(serve, toy):
-    host = serve("--shares", 1, "--save-every", 1)
-    first = toy(host, "a", source="tales", steps=10**6, pause=0.01)
+    host = serve("-n", 2, "--shares", 2, "--save-every", 1)
+    running = [toy(host, name, source="tales", steps=10**6, pause=0.01) for name in "ab"]
     host.wait_for("saved .*checkpoint-1")
-    second = toy(host, "b", source="tales")
-    assert second.wait() == 3 and "cut into 1 shares" in second.output
-    first.kill()
-    host.kill()
-    again = serve()  # the number of shares is the run's
-    assert status(again)["shares"] == 1
+    third = toy(host, "c", source="tales")
+    assert third.wait() == 3 and "cut into 2 shares" in third.output
+    for process in (*running, host):
+        process.kill()
+    assert status(serve())["shares"] == 2  # their number is the run's
