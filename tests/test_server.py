@@ -820,7 +820,10 @@ def test_bad_arguments_are_refused_by_name(capsys):
 
 def test_nobody_reads_the_share_of_another(serve, toy):
     host = serve("-n", 2, "--shares", 2, "--save-every", 1)
-    running = [toy(host, name, source="tales", steps=10**6, pause=0.01) for name in "ab"]
+    running = [
+        toy(host, name, seed=k, source="tales", steps=10**6, pause=0.01)
+        for k, name in enumerate("ab")
+    ]
     host.wait_for("saved .*checkpoint-1")
     third = toy(host, "c", source="tales")
     assert third.wait() == 3 and "cut into 2 shares" in third.output
