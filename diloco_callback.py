@@ -465,20 +465,20 @@ class DiLoCoWorker:
 
     # --- Rounds ---
 
-    @torch.no_grad()
     def _after_step(self):
         """The optimizer's hook: count the step, adopt what is due, then push what is due."""
         self.step += 1
         self.local_step += 1
         self.position += 1
-        joins = self.joins
-        for fragment in self.fragments:
-            if fragment.flight and self.local_step >= fragment.flight.adopt_at:
+        flying = (f for f in self.fragments if f.flight and self.local_step >= f.flight.adopt_at)
+        pushed = [f for f in self.fragments if f.due == self.position]
+        with torch.no_grad():
+            joins = self.joins
+            for fragment in flying:
                 self._adopt(fragment)
-        if self.joins != joins:
-            return  # it has another place in the cycle now, and has pushed what is due there
-        for fragment in self.fragments:
-            if fragment.due == self.position:
+            if self.joins != joins:
+                return  # it has another place in the cycle now, and has pushed what is due there
+            for fragment in pushed:
                 self._begin(fragment)
                 if self.delay == 0:
                     self._adopt(fragment)
@@ -703,10 +703,11 @@ class DiLoCoWorker:
     def _move(self, fragment, new, since, rebase=False):
         """Set a slice of the local parameters to the global slice `new`, and keep what was done
         after the local values were `since` (None: nothing was) as `fragment_update` says."""
+        scratch = torch.empty(CHUNK)
         for start, stop in protocol.chunks(fragment.size):
             target, place = new[start:stop], fragment.start + start
             if since is not None:
-                local = torch.empty(stop - start)
+                local = scratch[: stop - start]
                 self.flat.read(place, local)
                 if self.update == "mix" and not rebase:
                     target = local.mul_(self.alpha).add_(target, alpha=1 - self.alpha)
