@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import ctypes
 import glob
-import itertools
 import json
 import os
 import pickle
@@ -111,11 +110,9 @@ class Update:
 
 @dataclass
 class Fragment:
-    """A slice [start, stop) of the flat vector with a version and a round of its own."""
+    """A slice of the flat vector (protocol.fragment_of) with a version and a round of its own."""
 
     index: int
-    start: int
-    stop: int
     version: int = 0
     origin: str = ""  # the incarnation that made this version
     folded: dict = field(default_factory=dict)  # worker id -> highest sequence number folded
@@ -383,12 +380,14 @@ class Server:
         total = sum(spec.numel for spec in manifest)
         self.params, self.momentum = torch.empty(total), torch.zeros(total)
         self.residual = torch.zeros(total) if CODECS[self.args.download_codec].lossy else None
-        bounds = protocol.fragment_bounds(total, num_fragments)
-        self.fragments = [
-            Fragment(k, start, stop, origin=self.incarnation)
-            for k, (start, stop) in enumerate(itertools.pairwise(bounds))
-        ]
+        self.fragments = [Fragment(k, origin=self.incarnation) for k in range(num_fragments)]
         self.manifest = manifest
+
+    def _slice(self, fragment, vector):
+        """A fragment's view of a flat vector (or of None)."""
+        if vector is None:
+            return None
+        return protocol.fragment_of(vector, fragment.index, len(self.fragments))
 
     def _labels(self):
         return [fragment.label for fragment in self.fragments]
@@ -778,6 +777,7 @@ class Server:
                     "due": due,
                     "versions": self._labels(),
                     "seqs": [f.folded.get(member.id, 0) for f in self.fragments],
+                    "outer": [self._outer(f) for f in self.fragments],
                 }
                 snapshot = self.snapshot()
             if snapshot is None or snapshot.versions != fields["versions"]:
@@ -911,7 +911,8 @@ class Server:
         codec = CODECS[self.args.upload_codec]
         with self.lock:
             member, fragment = self._member(conn), self._fragment(message)
-            layout = codec.layout(fragment.stop - fragment.start)
+            size = self._slice(fragment, self.params).numel()
+            layout = codec.layout(size)
             if message.specs:
                 message.expect(layout)
             push = Push(
@@ -930,7 +931,7 @@ class Server:
         if message.specs:
             push.buffer = push.buffer or Buffer(layout)
             conn.read(push.buffer.raw)
-            if not protocol.all_finite(codec, push.buffer.tensors, fragment.stop - fragment.start):
+            if not protocol.all_finite(codec, push.buffer.tensors, size):
                 push.refused = "the pseudo-gradient is not finite"
                 log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
         with self.lock:
@@ -974,34 +975,45 @@ class Server:
     def _close_round(self, fragment, pushes):
         """Fold the pushes, step the slice, publish the update. The fragment is busy throughout."""
         began = time.monotonic()
-        part, down = slice(fragment.start, fragment.stop), CODECS[self.args.download_codec]
+        params, down = self._slice(fragment, self.params), CODECS[self.args.download_codec]
         counted = [push for push in pushes if push.buffer and not push.refused]
         buffer, norm = None, 0.0
         if counted:
             with self.lock:
                 old, fragment.update = fragment.update, None
                 buffer = old.buffer if old and not old.readers else None
-            buffer = buffer or Buffer([*down.layout(part.stop - part.start), Checksum.SPEC])
-            settings, round = self.settings, fragment.version
+            buffer = buffer or Buffer([*down.layout(params.numel()), Checksum.SPEC])
+            outer = self._outer(fragment)
             checksum, norm = outer_step(
-                self.params[part],
-                self.momentum[part],
-                None if self.residual is None else self.residual[part],
+                params,
+                self._slice(fragment, self.momentum),
+                self._slice(fragment, self.residual),
                 [push.buffer.tensors for push in counted],
                 CODECS[self.args.upload_codec],
                 down,
                 buffer.tensors,
-                settings["outer_lr"],
-                momentum_at(round, settings["outer_momentum"], settings["momentum_warmup"]),
-                settings["nesterov"],
+                outer["lr"],
+                outer["momentum"],
+                outer["nesterov"],
                 plain=all(push.closing for push in pushes),
             )
             buffer.tensors["checksum"].copy_(checksum)
         else:
-            checksum = protocol.checksum_of(self.params[part])
+            checksum = protocol.checksum_of(params)
         with self.lock:
             line = self._round_line(fragment, pushes, counted, began, norm)
             self._publish(fragment, pushes, buffer, checksum, line)
+
+    def _outer(self, fragment):
+        """The outer step that the next round of a fragment ends with, unless it closes the run."""
+        lr, momentum, warmup = (
+            self.settings[name] for name in ("outer_lr", "outer_momentum", "momentum_warmup")
+        )
+        return {
+            "lr": lr,
+            "momentum": momentum_at(fragment.version, momentum, warmup),
+            "nesterov": self.settings["nesterov"],
+        }
 
     def _publish(self, fragment, pushes, buffer, checksum, line):
         """Make a new version of a slice known. Needs the lock."""
@@ -1016,6 +1028,8 @@ class Server:
             "fragment": fragment.index,
             "version": fragment.label,
             "folded": {push.worker: push.seq for push in pushes},
+            "plain": line["closing"],
+            "outer": self._outer(fragment),
             "step": self.step,
         }
         waiting = [push for push in pushes if push.waiting]
@@ -1095,9 +1109,10 @@ class Server:
     def _send_slice(self, conn, type, fragment, fields):
         """Reply with a slice in full and its checksum."""
         with self.hold(fragment):
-            copy, label = self.params[fragment.start : fragment.stop].clone(), fragment.label
+            copy, label = self._slice(fragment, self.params).clone(), fragment.label
         specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
         fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
+        fields["outer"] = self._outer(fragment)
         conn.send(type, fields, specs, [copy, protocol.checksum_of(copy)])
 
     def on_fetch(self, conn, message):

@@ -120,7 +120,7 @@ class DilocoSettings:
     worker_id: str | None = setting(None)  # else DILOCO_WORKER_ID; else host name and process id
     num_fragments: int | None = setting(None, least=1)  # else DILOCO_NUM_FRAGMENTS; else 1
     fragment_sync_delay: int | None = setting(None, least=0)  # steps; else to the next push
-    fragment_update: str = setting("rebase", choices=("rebase", "mix"))
+    fragment_update: str = setting("predict", choices=("predict", "rebase", "mix"))
     fragment_update_alpha: float = setting(0.5, least=0, most=1)  # the local share of a mix
 
 

@@ -5,7 +5,8 @@
     python tests/parity.py --text my.txt --rounds 30 --sync-every 40
 
 Trains a small model on one text: alone, alone with twice the batch (what two data-parallel workers
-would do), with DiLoCo at two workers, and with streaming DiLoCo. Every run takes the same number of
+would do), with DiLoCo at two workers, and with streaming DiLoCo in 2 or 4 fragments, with a delay of one
+interval (or, "tenth", of a tenth of the cycle) and each `fragment_update`. Every run takes the same number of
 steps and is judged by the loss of the global model on the same held-out text. The percentages are
 against full-model DiLoCo of the same seed, averaged.
 """
@@ -56,14 +57,14 @@ def variants(sync_every):
         "full": (2, {}, []),
         "full-fp32": (2, {}, ["--upload-codec", "fp32", "--download-codec", "fp32"]),
         "full-paper": (2, {}, ["--no-momentum-warmup"]),
-        "stream-2": (2, streaming(2, "rebase"), []),
+        "stream-2": (2, streaming(2, "predict"), []),
+        "stream-2-rebase": (2, streaming(2, "rebase"), []),
         "stream-2-mix": (2, streaming(2, "mix"), []),
-        "stream-2-tenth": (2, streaming(2, "rebase", delay=tenth), []),
-        "stream-4": (2, streaming(4, "rebase"), []),
+        "stream-4": (2, streaming(4, "predict"), []),
+        "stream-4-rebase": (2, streaming(4, "rebase"), []),
         "stream-4-mix": (2, streaming(4, "mix"), []),
-        "stream-4-mix-0": (2, streaming(4, "mix", alpha=0.0), []),
-        "stream-4-tenth": (2, streaming(4, "rebase", delay=tenth), []),
-        "stream-4-tenth-mix": (2, streaming(4, "mix", delay=tenth), []),
+        "stream-4-tenth": (2, streaming(4, "predict", delay=tenth), []),
+        "stream-4-tenth-rebase": (2, streaming(4, "rebase", delay=tenth), []),
     }
 
 

@@ -234,7 +234,7 @@ def test_no_training_in_bfloat16_is_a_difference_of_zero(serve, tmp_path):
     worker.optimizer.param_groups[0]["lr"] = 0.0
     train(model, worker.optimizer, 3)
     assert worker.sync_count == 3
-    rounding = worker.anchor - worker.anchor.bfloat16().float()
+    rounding = worker.fragments[0].anchor - worker.fragments[0].anchor.bfloat16().float()
     worker.close()
     assert rounding.abs().max() > 0  # the anchor is finer than the parameters
     path = tmp_path / "model" / "rounds.jsonl"
@@ -301,7 +301,7 @@ def test_a_replica_that_differs_is_fetched_in_full_and_counted(serve):
     host = serve()
     model, worker = joined(host)
     train(model, worker.optimizer, 5)
-    worker.anchor[3] += 1
+    worker.fragments[0].anchor[3] += 1
     train(model, worker.optimizer, 5)
     assert worker.mismatches == worker.metrics()["diloco/mismatches"] == 1
     train(model, worker.optimizer, 5)
@@ -316,7 +316,7 @@ def test_a_sync_that_fails_leaves_everything_as_it_was(serve):
     model, worker = joined(host, reconnect_timeout=1.0)
     train(model, worker.optimizer, 5)
     train(model, worker.optimizer, 4)
-    anchor, residual = worker.anchor.clone(), worker.residual.clone()
+    anchor, residual = worker.fragments[0].anchor.clone(), worker.fragments[0].residual.clone()
     local = []
     worker.optimizer.register_step_post_hook(lambda *_: local.append(flat(model)))
     worker.optimizer._optimizer_step_post_hooks.move_to_end(worker.hook.id)
@@ -324,7 +324,9 @@ def test_a_sync_that_fails_leaves_everything_as_it_was(serve):
     with pytest.raises(ConnectionError, match="Is the server running"):
         train(model, worker.optimizer, 1)
     assert same_bits(flat(model), local[0])
-    assert same_bits(worker.anchor, anchor) and same_bits(worker.residual, residual)
+    assert same_bits(worker.fragments[0].anchor, anchor) and same_bits(
+        worker.fragments[0].residual, residual
+    )
     assert (worker.steps, worker.version[1]) == (5, 1)
     worker.close()
 

@@ -70,13 +70,14 @@ def main(tmp_path, monkeypatch):
 # --- Settings -------------------------------------------------------------------------------
 
 
-def test_default_yaml_holds_every_setting_that_is_not_a_detail():
+def test_the_yaml_files_hold_every_setting_that_is_not_a_detail():
     settings = worker.load_settings(ROOT / "default.yaml")
     assert settings.diloco.sync_every == 100 and settings.train.max_steps == 2000
     with torch.device("meta"):
         model = worker.build_model(settings, {})[0]
     assert 700_000 < sum(p.numel() for p in model.parameters()) < 1_000_000
-    named = {name for name, _ in worker.read_yaml(ROOT / "default.yaml")}
+    files = ("default.yaml", "streaming.yaml")
+    named = {name for file in files for name, _ in worker.read_yaml(ROOT / file)}
     missing = {
         f"{block}.{key}" for block, values in vars(settings).items() for key in vars(values)
     } - named
