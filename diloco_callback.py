@@ -15,8 +15,8 @@ Notable:
   from (the anchor) and those of now is pushed; the server answers with an update, which every
   worker adds to its anchor. So all replicas stay equal to the bit, and a checksum proves it.
 - With `num_fragments` the model travels in slices, each pushed at its own step of the cycle from a
-  thread of a pool, and adopted `fragment_sync_delay` steps later, while training goes on. The steps
-  made in between are kept.
+  thread of a pool, and adopted `fragment_sync_delay` steps later, while training goes on (Streaming
+  DiLoCo, arXiv 2501.18512). The steps made in between are kept.
 - Nothing local is overwritten before its difference has been accepted. A push whose reply is lost
   is sent again under the same name, so that it counts exactly once.
 - Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
@@ -117,7 +117,8 @@ def describe(server, timeout=60.0):
 
 
 class Pool:
-    """Daemon threads that run tasks, started as they are needed, at most `limit`."""
+    """Daemon threads that run tasks, started as they are needed, at most `limit`. Those of
+    concurrent.futures would keep a process from ending while a round is waited for."""
 
     def __init__(self, limit):
         self.limit, self.tasks, self.threads, self.free = limit, queue.SimpleQueue(), [], 0
@@ -477,7 +478,8 @@ class DiLoCoWorker:
         numbers = [fragment.version[1] for fragment in self.fragments]
         log(
             f"{self.worker_id} {'has joined again as' if self.joins > 1 else 'is'} worker "
-            f"{self.index}, {self.world} in all, at step {self.step}, version {numbers[0] if len(numbers) == 1 else numbers}"
+            f"{self.index}, {self.world} in all, at step {self.step}, version "
+            f"{numbers[0] if len(numbers) == 1 else numbers}"
         )
         return reply.field("due", dict)
 

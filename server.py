@@ -358,8 +358,8 @@ class Server:
                 for name, tensor in params.items()
             ],
             len(state["fragments"]),
+            torch.cat([tensor.reshape(-1) for tensor in params.values()]),
         )
-        torch.cat([tensor.reshape(-1) for tensor in params.values()], out=self.params)
         self.momentum.copy_(outer["momentum"])
         if self.residual is not None and "residual" in outer:
             self.residual.copy_(outer["residual"])
@@ -375,11 +375,11 @@ class Server:
             elif self.settings[key] != saved:
                 log(f"{key} {self.settings[key]} from the command line replaces {saved} of the run")
 
-    def _allocate(self, manifest, num_fragments):
-        """Set up the flat vectors, 12 bytes a parameter, for a checked manifest."""
-        total = sum(spec.numel for spec in manifest)
-        self.params, self.momentum = torch.empty(total), torch.zeros(total)
-        self.residual = torch.zeros(total) if CODECS[self.args.download_codec].lossy else None
+    def _allocate(self, manifest, num_fragments, params):
+        """Set up the flat vectors, 12 bytes a parameter, around `params`, which are one of them."""
+        self.params, self.momentum = params, torch.zeros_like(params)
+        lossy = CODECS[self.args.download_codec].lossy
+        self.residual = torch.zeros_like(params) if lossy else None
         self.fragments = [Fragment(k, origin=self.incarnation) for k in range(num_fragments)]
         self.manifest = manifest
 
@@ -729,6 +729,7 @@ class Server:
         if len(self.joining) < self.args.n:
             return False
         for index, worker in enumerate(sorted(self.joining)):
+            self.joining[worker].step = self.step
             self._make_member(self.joining[worker], index)
         self.running = True
         log(f"the run starts at round {self.round} with {', '.join(self.members)}")
@@ -738,7 +739,6 @@ class Server:
     def _make_member(self, member, index):
         member.index = self.indices[member.id] = index
         member.heard = time.monotonic()
-        member.step = max(member.step, self.step)
         self.joining.pop(member.id, None)
         self.members[member.id] = member
 
@@ -761,9 +761,8 @@ class Server:
         with self.hold(*self.fragments):
             with self.lock:
                 due = self._next_pushes(member)
-                if self.members.get(member.id) is member:
-                    due["steps"] = None  # the run starts: all begin at the same place
-                else:
+                if self.members.get(member.id) is not member:
+                    member.step = max([self.step, *(m.step for m in self.members.values())])
                     self._make_member(member, self._free_index(member.id))
                     log(f"{member.id} joins the run as worker {member.index}")
                 fields = {
@@ -791,6 +790,9 @@ class Server:
         `steps` of its own (None: a whole interval). Derived from the versions, and from what the
         members last said of their place in the cycle."""
         count = len(self.fragments)
+        if self.members.get(member.id) is member:  # the run starts, and all begin at one place,
+            first = min(self.fragments, key=lambda f: f.version * count + f.index)
+            return {"open": [], "next": first.index, "steps": None}  # however fast the others are
         waiting = [f for f in self.fragments if f.pushes and member.id not in f.pushes]
         waiting.sort(key=lambda f: f.version * count + f.index)
         nxt = min(self.fragments, key=lambda f: (f.version + bool(f.pushes)) * count + f.index)
@@ -818,8 +820,10 @@ class Server:
                 for spec in member.manifest if spec.name in self.weights]  # fmt: skip
         if fault := protocol.explain_mismatch(have, member.manifest):
             raise Refused("model", f"the weights in -m do not fit this worker's model: {fault}")
-        params = [self.weights[spec.name].reshape(-1).float() for spec in member.manifest]
-        self._take_model(member, torch.cat(params), self.files)
+        params = torch.empty(sum(spec.numel for spec in member.manifest))
+        for spec, start, stop in protocol.ranges(member.manifest):
+            params[start:stop].copy_(self.weights[spec.name].reshape(-1))
+        self._take_model(member, params, self.files)
 
     def on_init(self, conn, message):
         """The upload of the model by the worker that was asked for it: the tensors of its
@@ -855,8 +859,8 @@ class Server:
         if not all(protocol.finite(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
-            self._allocate(member.manifest, member.num_fragments)
-            self.params, self.files = params, files
+            self._allocate(member.manifest, member.num_fragments, params)
+            self.files = files
             self.uploader = self.weights = None
             self.lock.notify_all()
         log(f"{params.numel():,} parameters in {len(member.manifest)} tensors, as {member.id} has")
