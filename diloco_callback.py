@@ -659,6 +659,8 @@ class DiLoCoWorker:
             snapshot,
         )
         if snapshot is not None and fragment.velocity is not None:
+            if self.stream is not None:
+                self.stream.synchronize()  # the prediction is worked out from the snapshot
             fragment.predict(fragment.flight)
         self._launch(fragment)
 
@@ -679,10 +681,11 @@ class DiLoCoWorker:
         training.wait_stream(self.stream)
 
     def _launch(self, fragment):
-        if self.delay or fragment.flight.fields["closing"]:
-            self.pool.submit(lambda: self._fly(fragment, fragment.flight))
+        flight = fragment.flight
+        if self.delay or flight.fields["closing"]:
+            self.pool.submit(lambda: self._fly(fragment, flight))
         else:
-            self._fly(fragment, fragment.flight)
+            self._fly(fragment, flight)
 
     @torch.no_grad()
     def _fly(self, fragment, flight):

@@ -1021,7 +1021,7 @@ class Server:
 
     def _publish(self, fragment, pushes, buffer, checksum, line):
         """Make a new version of a slice known. Needs the lock."""
-        base = fragment.label
+        base, before = fragment.label, self.round
         fragment.version, fragment.origin = fragment.version + 1, self.incarnation
         for push in pushes:
             fragment.folded[push.worker] = push.seq
@@ -1042,7 +1042,8 @@ class Server:
         self.last_round = line
         if not waiting:
             self._write_line(line)
-        if self.args.save_every and self.round % self.args.save_every == 0:
+        every = self.args.save_every
+        if every and self.round // every > before // every:
             self.save_wanted.add("checkpoint")
         self.lock.notify_all()
 

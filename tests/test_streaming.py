@@ -450,6 +450,14 @@ def test_momentum_and_version_belong_to_the_slice_and_survive(serve, toy, tmp_pa
     assert second["version"][1] > first["version"][1]
 
 
+def test_a_checkpoint_is_of_a_whole_cycle_and_written_once(serve, toy):
+    server = serve("-n", 1, "--save-every", 2, "--until-done")
+    result(toy(server, "a", num_fragments=4, sync_every=8, steps=48, pause=0.02))
+    assert server.wait() == 0
+    saved = [int(line.rsplit("-", 1)[1]) for line in server.lines if " saved " in line]
+    assert saved == [2, 4, 6, 7], saved
+
+
 def test_status_shows_the_fragments(serve, toy, start):
     server = serve("-n", 2)
     options = dict(num_fragments=4, sync_every=8, steps=10**6, pause=0.001)
