@@ -54,7 +54,7 @@ def log(text):
 # --- State: all of it is guarded by Server.lock, but for the numbers of a busy fragment ------
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A worker that has joined, or waits to."""
 
@@ -75,7 +75,7 @@ class Member:
     buffers: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
 
 
-@dataclass
+@dataclass(eq=False)
 class Push:
     """One push of the open round. An empty one, or a refused one, has no buffer."""
 
@@ -94,7 +94,7 @@ class Push:
     waiting: bool = True  # a connection waits for the reply
 
 
-@dataclass
+@dataclass(eq=False)
 class Update:
     """The latest update of a fragment, as it is sent."""
 
@@ -108,7 +108,7 @@ class Update:
     readers: int = 0  # replies being sent from `buffer`
 
 
-@dataclass
+@dataclass(eq=False)
 class Fragment:
     """A slice of the flat vector (protocol.fragment_of) with a version and a round of its own."""
 
@@ -1006,7 +1006,10 @@ class Server:
             checksum = protocol.checksum_of(params)
         with self.lock:
             line = self._round_line(fragment, pushes, counted, began, norm)
-            self._publish(fragment, pushes, buffer, checksum, line)
+            update = self._publish(fragment, pushes, buffer, checksum, line)
+            answered = not update.unanswered
+        if answered:
+            self._write_line(line)
 
     def _outer(self, fragment):
         """The outer step that the next round of a fragment ends with, unless it closes the run."""
@@ -1040,12 +1043,11 @@ class Server:
         fragment.update = Update(base, buffer, checksum, fields, line, waiting)
         fragment.busy = False
         self.last_round = line
-        if not waiting:
-            self._write_line(line)
         every = self.args.save_every
         if every and self.round // every > before // every:
             self.save_wanted.add("checkpoint")
         self.lock.notify_all()
+        return fragment.update
 
     def _round_line(self, fragment, pushes, counted, began, norm):
         """What rounds.jsonl and the status say of a round; the sending is added as it is done."""
@@ -1068,11 +1070,12 @@ class Server:
         }
 
     def _write_line(self, line):
-        """Append a finished round to rounds.jsonl and say it. Needs the lock."""
+        """Say a finished round, and append it to rounds.jsonl."""
         losses = [loss for loss in line["losses"].values() if loss is not None]
         mean = f"loss {sum(losses) / len(losses):.4f} | " if losses else ""
+        place = f", fragment {line['fragment']}" if len(self.fragments) > 1 else ""
         log(
-            f"round {line['round']} | {len(line['losses'])} pushes | {mean}norm {line['norm']:.4g} "
+            f"round {line['round']}{place} | {len(line['losses'])} pushes | {mean}norm {line['norm']:.4g} "
             f"| waited {line['seconds_waiting']:.2f} s, folded {line['seconds_folding']:.2f} s, "
             f"sent {line['seconds_sending']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
             f"down {line['bytes_down'] / 1e6:.2f} MB"
@@ -1106,10 +1109,11 @@ class Server:
                 update.readers -= 1
                 update.line["bytes_down"] += conn.bytes_out - before
                 update.line["seconds_sending"] = round(time.monotonic() - update.made, 4)
+                last = update.unanswered == [push]
                 if push in update.unanswered:
                     update.unanswered.remove(push)
-                    if not update.unanswered:
-                        self._write_line(update.line)
+            if last:
+                self._write_line(update.line)
 
     def _send_slice(self, conn, type, fragment, fields):
         """Reply with a slice in full and its checksum."""
