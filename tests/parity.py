@@ -103,7 +103,8 @@ def train(folder, source, seed, steps, sync_every, workers, settings, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", help="a text file (tiny Shakespeare if there, else built-in)")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sync-every", type=int, default=40)
     parser.add_argument("--only", help="names of variants, separated by commas")
@@ -117,7 +118,7 @@ def main():
 
     losses = {name: [] for name in chosen}
     print(f"{steps} steps, sync_every {args.sync_every}, {os.path.basename(source)}", flush=True)
-    for seed in range(1, args.seeds + 1):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name, (workers, settings, options) in chosen.items():
             with tempfile.TemporaryDirectory() as folder:
                 loss, seconds = train(
