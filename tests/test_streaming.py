@@ -273,8 +273,8 @@ def test_joining_at_each_phase_of_a_cycle(serve, tmp_path, delay, phase):
     ends = [trainer.result() for trainer in trainers]
     assert ends[0] == ends[1] == ends[2]
     joined = [line for line in rounds(tmp_path) if "c" in line["members"]]
-    assert len(joined) > 8
-    assert all(set(line["losses"]) == {"a", "b", "c"} for line in joined)
+    assert all(set(line["losses"]) >= set(line["members"]) for line in joined)
+    assert sum(set(line["losses"]) == {"a", "b", "c"} for line in joined) > 8
 
 
 class Cutter(threading.Thread):
