@@ -152,7 +152,6 @@ class Pool:
 class Flight:
     """A push on its way, and what became of it."""
 
-    seq: int
     fields: dict  # of the request
     steps: int  # that it carries; 0 makes it an empty push
     mark: tuple  # (local step, tokens) at the push
@@ -546,7 +545,7 @@ class DiLoCoWorker:
         for k, (fragment, label, seq, outer) in enumerate(zip(self.fragments, *news, strict=True)):
             flight, new = fragment.flight, protocol.fragment_of(params, k, self.num_fragments)
             same = label == fragment.version
-            if flight and seq >= flight.seq:
+            if flight and seq >= flight.fields["seq"]:
                 fragment.commit_residual(flight)
                 fragment.keep_prediction(flight)
                 fragment.move(new, flight.snapshot, self.alpha)
@@ -651,7 +650,6 @@ class DiLoCoWorker:
             snapshot = self.snapshots.pop() if self.snapshots else self._new_snapshot()
             self._copy_out(fragment, snapshot[: fragment.size])
         fragment.flight = Flight(
-            fragment.seq,
             fields,
             steps,
             (self.local_step, self.tokens),

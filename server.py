@@ -77,7 +77,7 @@ class Member:
 
 @dataclass(eq=False)
 class Push:
-    """One push of the open round. An empty one, or a refused one, has no buffer."""
+    """One push of the open round. An empty one has no buffer; a refused one counts as empty."""
 
     worker: str
     index: int
@@ -873,7 +873,9 @@ class Server:
             member.step = message.field("step", int)
             member.position = message.field("position", int, 0)
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
-            member.loss = message.field("loss", float, None, low=-1e30, high=1e30)
+            member.loss = message.field(
+                "loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS
+            )
             fields = {
                 "round": self.round,
                 **self._share(member),
@@ -926,7 +928,7 @@ class Server:
                 message.field("step", int),
                 message.field("steps", int),
                 message.field("tokens", int, 0),
-                message.field("loss", float, None, low=-1e30, high=1e30),
+                message.field("loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS),
                 message.field("closing", bool, False),
                 protocol.payload_bytes(message.specs),
                 member.buffers.pop(fragment.index, None) if message.specs else None,
@@ -1241,7 +1243,8 @@ class Spawn:
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
         ended, processes = self.server.ended, self.workers.values()
         while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes) and not self.server.running:
+            begun = self.server.running or self.server.last_round
+            if any(process.poll() for process in processes) and not begun:
                 ended.set()  # it failed before the start: the others would wait for it for ever
             if ended.wait(0.2):
                 self._stop()

@@ -88,11 +88,21 @@ def test_a_signal_stops_all(spawn, tmp_path, number):
 
 
 def test_a_killed_worker_fails_the_command_but_not_the_run(spawn, tmp_path):
-    run = spawn("default.yaml", "--worker-timeout", 2, train__max_steps=200, diloco__sync_every=20)
+    run = spawn(
+        "default.yaml",
+        "--worker-timeout",
+        2,
+        train__max_steps=200,
+        diloco__sync_every=20,
+        output__eval_tokens=200000,
+    )
     run.wait_for(r"round 2 \|")
     os.kill(int(children(run.process.pid)[1]), signal.SIGKILL)
     assert run.wait(120) == 1, run.output
     assert "worker-1 ended with exit code -9" in run.output
+    # The other one has left the run while it evaluates its model, and must be let finish.
+    assert "worker-0 ended with exit code" not in run.output
+    assert "worker-0: the model is in" in run.output
     final = load_file(tmp_path / "model" / "model.safetensors")
     replica = load_file(tmp_path / "worker-out" / "worker-0" / "model.safetensors")
     assert all(torch.equal(replica[key], final[key]) for key in final)
