@@ -18,7 +18,9 @@ Notable:
   thread of a pool, and adopted `fragment_sync_delay` steps later, while training goes on (Streaming
   DiLoCo, arXiv 2501.18512). The steps made in between are kept.
 - Nothing local is overwritten before its difference has been accepted. A push whose reply is lost
-  is sent again under the same name, so that it counts exactly once.
+  is sent again under the same name, so that it counts exactly once; while the server is away for
+  longer than `reconnect_timeout`, training goes on and the push stays pending.
+- Networks fail in the pool's threads; the training thread alone joins again and moves parameters.
 - Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
 
 Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID,
@@ -48,7 +50,8 @@ except ImportError:
     from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
-RECONNECT_SECONDS = 600.0
+RECONNECT_SECONDS = 600.0  # that training waits for a server that is gone, before it goes on
+PARTING_SECONDS = 5.0  # that a worker which is told to stop waits for its last push to arrive
 LONGEST_PAUSE_SECONDS = 10.0  # between two attempts to connect
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 
@@ -159,6 +162,11 @@ class Flight:
     # Begins with the local values at the push; None while they stand still anyway.
     snapshot: torch.Tensor | None
     predicted: bool = False  # the local values have jumped to `_predicted`
+    late: bool = False  # training has gone on without its reply
+    arrived: bool = False  # the server has all of it, and waits for others
+    committed: bool = False  # its residual is
+    dropped: bool = False  # its values are gone: sent again it would be an empty push
+    lock: threading.Lock = field(default_factory=threading.Lock)  # while local values are read
     done: threading.Event = field(default_factory=threading.Event)
     reply: protocol.Message | None = None
     error: BaseException | None = None
@@ -175,7 +183,6 @@ class Fragment:
 
     def __init__(self, flat, due, anchor, residual, velocity, up, down):
         self.flat, self.size = flat, flat.numel
-        self.due = due  # step of the cycle after which it is pushed
         self.anchor, self.residual, self.velocity = anchor, residual, velocity
         self.up, self.down = up, down
         self.push = Buffer(up.layout(self.size))
@@ -183,6 +190,8 @@ class Fragment:
         self.version = None  # [origin, number] of the anchor
         self.outer = None  # the outer step that follows the next push: lr, momentum, nesterov
         self.seq = 0  # of the last push
+        self.folded = {}  # worker id -> its highest sequence number in the anchor
+        self.staleness = 0  # rounds that the local steps missed before they were rebased
         self.mark = (0, 0)  # local step and tokens up to which steps have been pushed
         self.closed = False  # the closing push is in the global model
         self.flight = None  # the push that is under way
@@ -207,8 +216,9 @@ class Fragment:
     def commit_residual(self, flight):
         """Keep what rounding took from a push that was accepted. The difference is worked out once
         more, which costs less than keeping it: neither side of it has changed since the push."""
-        if self.residual is None or not flight.steps:
+        if self.residual is None or not flight.steps or flight.committed:
             return
+        flight.committed = True
         scratch, sent = torch.empty(CHUNK), torch.empty(CHUNK)
         for start, stop in protocol.chunks(self.size):
             delta, part = (
@@ -272,6 +282,8 @@ class Fragment:
                     self._learn_velocity(start, stop, step)
             checksum.add(anchor)
         self.version, self.outer = reply.field("version", list), reply.field("outer", dict)
+        folded = reply.field("folded", dict)
+        self.folded = {**({} if whole is not None else self.folded), **folded}
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
     def _learn_velocity(self, start, stop, update):
@@ -284,6 +296,11 @@ class Fragment:
             velocity.mul_(mu).add_(update, alpha=-1 / lr).div_(1 + mu)
         elif lr:
             torch.mul(update, -1 / lr, out=velocity)
+
+    def moved(self, flight, alpha):
+        """Adopt a flight's reply: the anchor, with what was done since the push on top of it.
+        `alpha`: of `fragment_update: mix`, which is for steps of one interval, not of an outage."""
+        self.move(self.anchor, flight.snapshot, None if flight.late else alpha)
 
     def move(self, new, since=None, alpha=None):
         """Set the local values to the global slice `new`, with what was done since they were
@@ -315,11 +332,14 @@ class DiLoCoWorker:
     "mix" takes fragment_update_alpha of the local slice and the rest of the global (the paper's).
     files: {name: text} of descriptive files (config.json, ...), given to a server that has none.
     source: names the training data; all workers of a run must name the same.
-    reconnect_timeout: seconds that an outage of the server or the network may take.
+    reconnect_timeout: seconds that a step waits for a server that cannot be reached, once per
+    outage; then training goes on, and what it does is sent when the server is back.
     state: what `state_dict` gave, to go on with local work that had not been sent.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
-    when the server says no (wrong model, wrong setting), ConnectionError when there is no server.
+    when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
+    there is no server for `reconnect_timeout`. `optimizer.step()` raises Refused, and
+    FloatingPointError where three pushes running are not finite; nothing else.
     """
 
     def __init__(
@@ -373,20 +393,27 @@ class DiLoCoWorker:
         self.used = set()  # those in use
         self.pool = Pool(self.num_fragments)
         self.closed = threading.Event()
+        self.must_join = threading.Event()  # the server does not know this worker any more
+        self.interrupt = threading.Event()  # ends the flights: the run is joined again, or left
+        self.down_since = None  # when the outage of the server that lasts still was noticed
         self.heart = None
         self.hook = None
         self.stream = None  # of CUDA, for copies to the host
         self.anchor_lock = threading.Lock()  # while a slice of the anchor moves
         self.fragments, self.snapshots = [], []
 
-        self.index, self.rank, self.world, self.shares = 0, 0, 1, 1
+        self.run, self.ticket = self.saved.get("run", ""), ""  # the run, and the place in it
+        self.index, self.rank, self.world = 0, 0, 1
+        self.shares, self.num_shares = (0,), 1  # of the data: those that are this worker's
         self.step = self.run_step = 0  # mine, and that of the worker that was furthest
         self.local_step = 0  # optimizer steps of this process
-        self.position = 0  # steps since the cycle began
+        self.next, self.wait = 0, self._due(0)  # fragment pushed next, and in how many steps
         self.tokens = 0
         self.loss = None
         self.joins = 0
-        self.kept_local = self.flushed = self.stop_ordered = False
+        self.kept_local = self.kept_place = False  # local work of a checkpoint; also where it was
+        self.flushed = self.stop_ordered = self.away = False
+        self.leave_by = None  # when a worker that was told to leave waits no longer
         self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
         self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
         self.last_send = self.last_recv = 0
@@ -414,13 +441,16 @@ class DiLoCoWorker:
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
-        due = retry(self._join, self.reconnect_timeout, f"server {self.server}")
+        while True:
+            due = retry(self._join, self.reconnect_timeout, f"server {self.server}", self.closed)
+            if self._await_shares():
+                break
         self.started = time.monotonic()
         self.heart = threading.Thread(target=self._heartbeat_loop, daemon=True)
         self.heart.start()
         atexit.register(self.close, "the process ended")
         with torch.no_grad():
-            self._align(due, keep_position=self.kept_local)
+            self._align(due)
         self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
         return self
 
@@ -447,6 +477,7 @@ class DiLoCoWorker:
             if self.control:
                 self.control.close()
             conn = self.control = self._connect()
+            self.must_join.clear()
             fields = {
                 "manifest": protocol.manifest_to_json(manifest),
                 "sync_every": self.sync_every,
@@ -454,10 +485,14 @@ class DiLoCoWorker:
                 "source": self.source,
                 "host": socket.gethostname(),
                 "step": self.step,
+                "position": self.position,
+                "run": self.run,
+                "versions": [fragment.version for fragment in self.fragments] or self._resumable(),
+                "folded": [fragment.folded for fragment in self.fragments],
             }
             reply = conn.request("join", fields, on_wait=self._say_awaited)
-            if reply.type == "init":
-                reply = self._upload(conn, manifest)
+            while reply.type == "init":
+                reply = self._upload(conn, manifest, reply.field("fragments", list, []))
             if sorted(s.name for s in reply.specs) != sorted(self.named):
                 raise ProtocolError("join: the server sent other tensors than it was told")
             params = torch.empty(sum(spec.numel for spec in manifest))
@@ -470,11 +505,15 @@ class DiLoCoWorker:
             else:
                 self._reenter(reply, params)
         self.joins += 1
+        self.down_since = None
+        self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
         self.index = reply.field("index", int)
-        self.shares = reply.field("shares", int, low=1)
+        self.num_shares = reply.field("num_shares", int, low=1)
         self.heartbeat_seconds = reply.field("heartbeat_seconds", float, low=0.01)
         self._take_share(reply)
-        numbers = [fragment.version[1] for fragment in self.fragments]
+        labels = [fragment.version for fragment in self.fragments]
+        self._audit("joined", labels=labels, index=self.index, again=self.joins > 1)
+        numbers = [number for _, number in labels]
         log(
             f"{self.worker_id} {'has joined again as' if self.joins > 1 else 'is'} worker "
             f"{self.index}, {self.world} in all, at step {self.step}, version "
@@ -482,24 +521,41 @@ class DiLoCoWorker:
         )
         return reply.field("due", dict)
 
-    def _upload(self, conn, manifest):
+    def _resumable(self):
+        """The versions that the local work of a checkpoint started from. A push that was under way
+        when it was written has lost the values that it was made from: what came after it cannot be
+        told from what it carries."""
+        saved = self.saved.get("fragments", [])
+        labels = [None if old["in_flight"] else old["version"] for old in saved]
+        return labels if len(labels) == self.num_fragments else []
+
+    def _upload(self, conn, manifest, newer):
+        """Bring the model that the run starts from, or the slices of the anchor of which the server
+        lost the newest versions when it died."""
         files = {n: t.encode() for n, t in self.files.items() if n in protocol.FILE_NAMES}
         raw = {
             f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
             for name, text in files.items()
         }
-        parameters = (p.detach().cpu().contiguous() for p in self.named.values())
+        if newer:
+            chosen = {f"slice:{k}": self.fragments[k].anchor for k in newer}
+            specs = protocol.specs_of(chosen.items())
+            parameters = (anchor.contiguous() for anchor in chosen.values())
+        else:
+            specs = manifest
+            parameters = (p.detach().cpu().contiguous() for p in self.named.values())
         return conn.request(
             "init",
             {"files": {name: len(text) for name, text in files.items()}},
-            manifest + protocol.specs_of(raw.items()),
+            specs + protocol.specs_of(raw.items()),
             itertools.chain(parameters, raw.values()),
             on_wait=self._say_awaited,
         )
 
     def _say_awaited(self, fields):
-        if not self.fragments:
-            log(f"{self.worker_id} waits for {fields.get('awaited')}")
+        if self.leave_by is not None:
+            raise ConnectionError("this worker leaves")
+        log(f"{self.worker_id} waits for {fields.get('awaited')}")
 
     def _enter(self, reply, params):
         """The first join of this process: set up, and take the parameters or keep one's own."""
@@ -519,48 +575,75 @@ class DiLoCoWorker:
         if self.fragments[0].flat.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.fragments[0].flat.device)
         self.step = self.run_step = reply.field("step", int)
-        saved = self.saved.get("fragments", [])
-        labels = reply.field("versions", list)
-        saved = saved if len(saved) == len(labels) else [None] * len(labels)
-        for k, (fragment, old) in enumerate(zip(self.fragments, saved, strict=True)):
-            fragment.version, fragment.seq = labels[k], reply.field("seqs", list)[k]
-            fragment.outer = reply.field("outer", list)[k]
-            # A push that was under way when the checkpoint was written has lost the values that it
-            # was made from: what came after it cannot be told from what it carries.
-            if old and old["version"] == labels[k] and not old["in_flight"]:
-                fragment.mark = (-old["steps"], 0)
-                self.kept_local = True
+        held, kept = self._resumable() or [None] * count, []
+        for k, fragment in enumerate(self.fragments):
+            fragment.version, fragment.outer = (
+                reply.field(n, list)[k] for n in ("versions", "outer")
+            )
+            fragment.seq, fragment.folded = (reply.field(n, list)[k] for n in ("seqs", "folded"))
+            kept.append(fragment.version == held[k])
+            if kept[k]:
+                # Not what the server says: a push that was made after the checkpoint and did not
+                # get through is made again under its name.
+                old = self.saved["fragments"][k]
+                fragment.seq, fragment.mark = old["seq"], (-old["steps"], 0)
             else:
                 fragment.move(fragment.anchor)
+        self.kept_local = any(kept)
         if self.kept_local:
-            self.step, self.position = self.saved["step"], self.saved["position"]
+            self.step = self.saved["step"]
         elif self.saved:
             log("the server has moved on since the checkpoint: took the global model")
+        if all(kept):  # the others wait for it just there
+            left = [self._due(k) - self.saved["position"] for k in range(count)]
+            self.next = next(k for k in range(count) if left[k] > 0)
+            self.wait, self.kept_place = left[self.next], True
 
     def _reenter(self, reply, params):
         """A later join: the server was restarted, or had given this worker up. Local work stays, on
-        top of the new global parameters: all of it, or where the push was folded after all, what
-        came after the push."""
-        news = (reply.field(name, list) for name in ("versions", "seqs", "outer"))
-        for k, (fragment, label, seq, outer) in enumerate(zip(self.fragments, *news, strict=True)):
+        top of the new global parameters: all of it, or where a push was folded after all, what
+        came after the push. Work that is too old for the server goes."""
+        names = ("versions", "seqs", "outer", "folded", "staleness")
+        news = zip(*(reply.field(name, list) for name in names), strict=True)
+        limit, stale = reply.field("max_staleness", int), 0
+        for k, (fragment, news_of) in enumerate(zip(self.fragments, news, strict=True)):
+            label, seq, outer, folded, staleness = news_of
             flight, new = fragment.flight, protocol.fragment_of(params, k, self.num_fragments)
-            same = label == fragment.version
-            if flight and seq >= flight.fields["seq"]:
+            if flight and seq >= flight.fields["seq"] and self._is_sound(fragment, flight):
                 fragment.commit_residual(flight)
                 fragment.keep_prediction(flight)
-                fragment.move(new, flight.snapshot, self.alpha)
+                fragment.anchor.copy_(new)
+                fragment.moved(flight, self.alpha)
                 self._settle(fragment)
-            elif not same:
+            elif label != fragment.version:
                 if flight:
-                    fragment.undo_prediction(flight)
                     self._release(fragment)
                 fragment.move(new, since=fragment.flat.rounded(0, fragment.anchor))
-            fragment.anchor.copy_(new)
+                fragment.anchor.copy_(new)
+                if self.local_step > fragment.mark[0]:
+                    fragment.staleness += staleness
+                    stale = max(stale, fragment.staleness)
+            else:
+                fragment.anchor.copy_(new)  # where a bit of it was wrong, it no longer is
             fragment.version, fragment.seq, fragment.outer = label, max(fragment.seq, seq), outer
+            fragment.folded = folded
+        if reply.field("run", str) != self.run:
+            self._drop("the server has the model of another run")
+        elif stale > limit:
+            self._drop(f"the global model is {stale} rounds ahead, over --max-staleness {limit}")
 
-    def _align(self, due, keep_position=False):
+    @staticmethod
+    def _is_sound(fragment, flight):
+        """Whether a push was fit to count: one that is not finite is named as folded, so that its
+        round need not wait for it, but nothing of it is in the global model."""
+        return not flight.steps or protocol.all_finite(
+            fragment.up, fragment.push.tensors, fragment.size
+        )
+
+    def _align(self, due):
         """Begin where the others are: push at once what they have begun to push, and come to the
-        next fragment when they do. So no two workers wait for each other on different ones."""
+        next fragment when they do. So no two workers wait for each other on different ones. Where
+        the server names no time, and the next one is the same as here, the place is kept."""
         again = [fragment for fragment in self.fragments if fragment.flight]
         place, steps, relaunched = due["next"], due["steps"], []
         while self.fragments[place] in again:  # pushed before the connection was lost: once more
@@ -568,15 +651,17 @@ class DiLoCoWorker:
             relaunched.append(self.fragments[place])
             place, steps = (place + 1) % self.num_fragments, None
         for fragment in again:  # not what the others wait for next: its time will come
-            fragment.undo_prediction(fragment.flight)
             self._release(fragment)
-        if not keep_position:
-            earlier = self.fragments[place - 1].due if place else 0
-            later = self.fragments[place].due
-            self.position = earlier if steps is None else max(earlier, later - steps)
+        if not self.kept_place and (place != self.next or steps is not None):
+            whole = self._due(place) - (self._due(place - 1) if place else 0)
+            self.next, self.wait = place, whole if steps is None else min(steps, whole)
+        self.kept_place = False
         for fragment in relaunched:
-            fragment.flight.error = None
-            fragment.flight.done.clear()
+            flight = fragment.flight
+            if flight.dropped:
+                flight.steps = flight.fields["steps"] = 0
+            flight.error, flight.arrived = None, False
+            flight.done.clear()
             self._launch(fragment)
         for k in due["open"]:
             if self.fragments[k].flight is None:
@@ -584,9 +669,33 @@ class DiLoCoWorker:
                 if self.delay == 0:
                     self._adopt(self.fragments[k])
 
+    def _due(self, k):
+        """The step of the cycle after which fragment k is pushed."""
+        return (k + 1) * self.sync_every // self.num_fragments
+
+    @property
+    def position(self):
+        """Steps since the cycle began."""
+        return (self._due(self.next) - self.wait) % self.sync_every
+
     def _take_share(self, reply):
+        """What the server says of who reads what. Returns whether that is news."""
+        before = self.shares
         self.rank = reply.field("rank", int, self.rank)
         self.world = reply.field("world", int, self.world, low=1)
+        self.shares = tuple(reply.field("shares", list, self.shares))
+        return self.shares != before
+
+    def _await_shares(self):
+        """Wait until the others have let go of what this worker is to read, a heartbeat or two.
+        False where the server is gone meanwhile."""
+        while self.source and not self.shares and not self.closed.wait(0.1):
+            with self.control_lock:
+                try:
+                    self._heartbeat()
+                except (OSError, ProtocolError, Refused):
+                    return False
+        return True
 
     # --- Rounds ---
 
@@ -594,61 +703,87 @@ class DiLoCoWorker:
         """The optimizer's hook: count the step, adopt what is due, then push what is due."""
         self.step += 1
         self.local_step += 1
-        self.position += 1
-        flying = (f for f in self.fragments if f.flight and self.local_step >= f.flight.adopt_at)
-        pushed = [f for f in self.fragments if f.due == self.position]
+        self.wait -= 1
         with torch.no_grad():
-            joins = self.joins
-            for fragment in flying:
-                self._adopt(fragment)
-            if self.joins != joins:
-                return  # it has another place in the cycle now, and has pushed what is due there
-            for fragment in pushed:
-                self._begin(fragment)
-                if self.delay == 0:
+            if self.must_join.is_set():
+                self._rejoin()
+            for fragment in self.fragments:
+                if fragment.flight and self._is_due(fragment.flight):
                     self._adopt(fragment)
-        if self.position >= self.sync_every:
-            self.position = 0
+            if self.wait > 0:
+                return
+            fragment, before = self.fragments[self.next], self._due(self.next) % self.sync_every
+            self.next = (self.next + 1) % self.num_fragments
+            self.wait = self._due(self.next) - before
+            self._begin(fragment)
+            if self.delay == 0 and fragment.flight:
+                self._adopt(fragment)
+
+    def _is_due(self, flight):
+        """Whether the reply to a push is to be adopted now. One that training has gone on without
+        is adopted when it comes; what needs another join waits for a heartbeat to get through."""
+        if flight.late:
+            return flight.done.is_set() and not flight.error
+        return self.local_step >= flight.adopt_at
 
     @torch.no_grad()
     def flush(self):
         """Adopt what is under way, send the steps since then as the closing round, and take the
-        final global model. Once; later calls do nothing."""
+        final global model. Once; later calls do nothing. Raises ConnectionError where the server
+        cannot be reached for `reconnect_timeout`. After `part`, what has arrived is left to count."""
         if self.flushed:
             return
+        self.down_since = None
         for fragment in self.fragments:
             if fragment.flight:
                 self._adopt(fragment)
         self.flushed = True
         for fragment in self.fragments:  # all at once: others may still wait for any of them
-            self._begin(fragment)
+            if fragment.flight is None:
+                self._begin(fragment)
         for fragment in self.fragments:
             while not fragment.closed:
                 if fragment.flight is None:  # given up for joining again
                     self._begin(fragment)
-                self._adopt(fragment)
+                if not self._adopt(fragment):
+                    if self.leave_by is not None:
+                        return
+                    raise ConnectionError(
+                        f"server {self.server} cannot be reached: {self.steps} steps of "
+                        f"{self.worker_id} have not been sent"
+                    )
+
+    def part(self, seconds=PARTING_SECONDS):
+        """Leave soon: from now on a step, or `flush`, waits at most so long for its push to arrive,
+        and for no other worker. A push that has arrived counts. Safe to call in a signal handler."""
+        self.leave_by = time.monotonic() + seconds
 
     def _begin(self, fragment):
-        """Send a fragment on its way: note the local values, and leave the rest to the pool."""
+        """Send a fragment on its way: note the local values, and leave the rest to the pool. Where
+        the push before it is still pending, its steps go with a later one."""
         if fragment.flight:
-            self._adopt(fragment)
+            joins = self.joins
+            if not self._adopt(fragment) or self.joins != joins:
+                return
         steps, tokens = self.local_step - fragment.mark[0], self.tokens - fragment.mark[1]
         fragment.seq += 1
         fields = {
             "fragment": self.fragments.index(fragment),
             "seq": fragment.seq,
             "base": fragment.version,
+            "staleness": fragment.staleness,
             "step": self.step,
-            "position": self.position % self.sync_every,
+            "position": self.position,
             "steps": steps,
             "tokens": tokens,
             "loss": self._sane_loss(),
             "closing": self.flushed,
         }
+        named = {name: fields[name] for name in ("fragment", "seq", "base")}
+        self._audit("push", **named, first=fragment.mark[0], last=self.local_step)
         snapshot = None
         if self.delay and not self.flushed:
-            snapshot = self.snapshots.pop() if self.snapshots else self._new_snapshot()
-            self._copy_out(fragment, snapshot[: fragment.size])
+            snapshot = self._copy_out(fragment)
         fragment.flight = Flight(
             fields,
             steps,
@@ -662,28 +797,27 @@ class DiLoCoWorker:
             fragment.predict(fragment.flight)
         self._launch(fragment)
 
-    def _new_snapshot(self):
-        largest = max(fragment.size for fragment in self.fragments)
-        return torch.empty(largest, pin_memory=self.stream is not None)
-
-    def _copy_out(self, fragment, snapshot):
-        """Copy a slice of the local parameters to the host. On a GPU the copy has a stream of its
-        own; what is queued behind waits for it there, and this thread does not."""
+    def _copy_out(self, fragment):
+        """A copy of a slice of the local parameters on the host. On a GPU the copy has a stream of
+        its own; what is queued behind waits for it there, and this thread does not."""
+        if self.snapshots:
+            snapshot = self.snapshots.pop()
+        else:
+            largest = max(fragment.size for fragment in self.fragments)
+            snapshot = torch.empty(largest, pin_memory=self.stream is not None)
         if self.stream is None:
-            fragment.flat.read(0, snapshot)
-            return
+            fragment.flat.read(0, snapshot[: fragment.size])
+            return snapshot
         training = torch.cuda.current_stream(fragment.flat.device)
         self.stream.wait_stream(training)
         with torch.cuda.stream(self.stream):
-            fragment.flat.read(0, snapshot, non_blocking=True)
+            fragment.flat.read(0, snapshot[: fragment.size], non_blocking=True)
         training.wait_stream(self.stream)
+        return snapshot
 
     def _launch(self, fragment):
         flight = fragment.flight
-        if self.delay or flight.fields["closing"]:
-            self.pool.submit(lambda: self._fly(fragment, flight))
-        else:
-            self._fly(fragment, flight)
+        self.pool.submit(lambda: self._fly(fragment, flight))
 
     @torch.no_grad()
     def _fly(self, fragment, flight):
@@ -694,35 +828,71 @@ class DiLoCoWorker:
             if self.stream is not None:
                 self.stream.synchronize()
             if flight.steps:
-                fragment.encode(flight)
-            what = f"server {self.server}"
-            reply, whole = retry(
-                lambda: self._exchange(fragment, flight), self.reconnect_timeout, what, self.closed
-            )
-            if not reply.fields.get("refused"):
-                fragment.commit_residual(flight)
-            fragment.keep_prediction(flight)
-            with self.anchor_lock:
-                equal = fragment.advance(reply, whole)
-            if not equal:
-                self._fetch(fragment)
+                with flight.lock:
+                    fragment.encode(flight)
+            reply, whole = self._persist(lambda: self._exchange(fragment, flight))
+            with flight.lock:
+                if not reply.fields.get("refused"):
+                    fragment.commit_residual(flight)
+                fragment.keep_prediction(flight)
+                with self.anchor_lock:
+                    equal = fragment.advance(reply, whole)
+            if not equal:  # the anchor is not what the server holds
+                self.mismatches += 1
+                log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
+                self._persist(lambda: self._fetch(fragment))
+            if protocol.is_audited():
+                checksum = bytes(protocol.checksum_of(fragment.anchor).tolist()).hex()
+                k = flight.fields["fragment"]
+                self._audit("adopt", fragment=k, label=fragment.version, checksum=checksum)
             flight.reply = reply
         except BaseException as error:
             flight.error = error
+            if isinstance(error, Refused) and error.code == "rejoin":
+                self.must_join.set()
         flight.seconds += time.monotonic() - began
         flight.done.set()
+
+    def _persist(self, action):
+        """Call `action` until it works, with growing pauses. Raises Refused, and ConnectionError
+        where the flights are interrupted."""
+        pause = 0.2
+        while True:
+            try:
+                result = action()
+                self._reached()
+                return result
+            except (OSError, ProtocolError) as error:
+                self._note_outage(error)
+            if self.interrupt.wait(min(pause, LONGEST_PAUSE_SECONDS)):
+                raise ConnectionError("interrupted")
+            pause *= 1.5
+
+    def _note_outage(self, error):
+        while self.data:  # they have most likely died of the same
+            with contextlib.suppress(IndexError):
+                self.data.pop().close()
+        if self.down_since is None and not self.interrupt.is_set():
+            self.down_since = time.monotonic()
+            log(f"server {self.server}: {error}; trying again")
+
+    def _reached(self):
+        if self.down_since is not None:
+            log(f"server {self.server} is there, after {time.monotonic() - self.down_since:.1f} s")
+        self.down_since = None
 
     def _exchange(self, fragment, flight):
         """Send a push and read its reply: (message, the slice in full or None)."""
         conn = self.data.pop() if self.data else self._connect()
         self.used.add(conn)
-        if self.closed.is_set():
+        if self.interrupt.is_set():
             conn.close()
         before = conn.bytes_out, conn.bytes_in
         try:
             push = fragment.push
             specs, payload = (push.specs, [push.raw]) if flight.steps else ([], [])
-            reply = conn.request("push", flight.fields, specs, payload)
+            fields = {**flight.fields, "ticket": self.ticket}
+            reply = conn.request("push", fields, specs, payload, lambda _: self._arrived(flight))
             whole = self._read_update(conn, fragment, reply)
         except BaseException:
             conn.close()
@@ -732,6 +902,10 @@ class DiLoCoWorker:
         self.last_send, self.last_recv = conn.bytes_out - before[0], conn.bytes_in - before[1]
         self.data.append(conn)
         return reply, whole
+
+    def _arrived(self, flight):
+        flight.arrived = True
+        self._reached()
 
     def _read_update(self, conn, fragment, reply):
         full = [TensorSpec("slice", torch.float32, (fragment.size,)), Checksum.SPEC]
@@ -747,9 +921,7 @@ class DiLoCoWorker:
         return whole
 
     def _fetch(self, fragment):
-        """The anchor is not what the server holds: take the slice in full, and count it."""
-        self.mismatches += 1
-        log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
+        """Take a slice of the anchor in full."""
         with contextlib.closing(self._connect()) as conn:
             reply = conn.request("fetch", {"fragment": self.fragments.index(fragment)})
             whole = self._read_update(conn, fragment, reply)
@@ -757,96 +929,180 @@ class DiLoCoWorker:
             fragment.advance(reply, whole)
 
     def _adopt(self, fragment):
-        """Wait for the reply to a fragment's push, and move the local parameters with the anchor."""
+        """Wait for the reply to a fragment's push, and move the local parameters with the anchor.
+        False where training is to go on without it: the push stays pending."""
         flight, began = fragment.flight, time.monotonic()
-        while fragment.flight is flight:
-            flight.done.wait()
-            if flight.error and not self._must_join(flight):
-                raise flight.error
-            if flight.error:
-                self._rejoin()
-                continue
-            if refused := flight.reply.field("refused", str, ""):
-                self._drop(refused)
-            else:
-                self.refusals = 0
-                with uninterrupted():
-                    fragment.move(fragment.anchor, flight.snapshot, self.alpha)
-                    self._settle(fragment)
-            self.run_step = max(self.run_step, flight.reply.field("step", int))
-            self._take_share(flight.reply)
-        in_pool = self.delay or flight.fields["closing"]
-        self.stall_time += time.monotonic() - began if in_pool else flight.seconds
+        try:
+            while fragment.flight is flight:
+                if not self._await(flight):
+                    return self._go_on(fragment)
+                if flight.error and not self._needs_join(flight.error):
+                    raise flight.error
+                if not (flight.error or self.must_join.is_set()):
+                    self._finish(fragment)
+                elif not self._rejoin():
+                    return fragment.flight is not flight or self._go_on(fragment)
+            return True
+        finally:
+            self.stall_time += time.monotonic() - began
+
+    def _await(self, flight):
+        """Wait until it is known what became of a push, or can be by joining again. False when an
+        outage has lasted too long for that, or a worker that leaves need not wait any longer."""
+        while not flight.done.is_set() and not self.must_join.is_set():
+            left = 0.5  # how long an order to join again, or to leave, may go unnoticed
+            if self.down_since is not None:
+                left = min(left, self.down_since + self.reconnect_timeout - time.monotonic())
+            if self.leave_by is not None:
+                left = 0 if flight.arrived else min(left, self.leave_by - time.monotonic())
+            if left <= 0:
+                return False
+            flight.done.wait(left)
+        return True
+
+    @staticmethod
+    def _needs_join(error):
+        interrupted = isinstance(error, ConnectionError)
+        return interrupted or (isinstance(error, Refused) and error.code == "rejoin")
+
+    def _go_on(self, fragment):
+        """Leave a push pending, and let training go on from the values that it was made from."""
+        flight = fragment.flight
+        with flight.lock:  # they may be being read
+            if flight.snapshot is None:
+                flight.snapshot = self._copy_out(fragment)
+                if self.stream is not None:
+                    self.stream.synchronize()
+        if not flight.late and self.leave_by is None:
+            log(f"WARNING: {self.worker_id} trains on without the server; the push of "
+                f"{flight.steps} steps is kept until it is back")  # fmt: skip
+        flight.late = True
+        return False
+
+    def _finish(self, fragment):
+        """Adopt the reply to a push, which is there."""
+        flight, reply = fragment.flight, fragment.flight.reply
+        if refused := reply.field("refused", str, ""):
+            stale = reply.field("stale", bool, False)
+            self.refusals += not stale
+            self._drop(refused)
+            if self.refusals >= MAX_REFUSALS:
+                raise FloatingPointError(
+                    f"{refused}, {self.refusals} times running: training diverges on "
+                    f"{self.worker_id}; lower the learning rate, clip gradients, or check its data "
+                    "and hardware"
+                )
+        else:
+            self.refusals = 0
+            with uninterrupted():
+                fragment.moved(flight, self.alpha)
+                self._settle(fragment)
+        self.run_step = max(self.run_step, reply.field("step", int))
         self.last_sync_time = flight.seconds
         self.total_sync_time += flight.seconds
 
-    @staticmethod
-    def _must_join(flight):
-        return isinstance(flight.error, Refused) and flight.error.code == "rejoin"
-
     def _settle(self, fragment):
         """The steps of a fragment's push are in the global model."""
-        fragment.mark = fragment.flight.mark
-        fragment.closed = fragment.flight.fields["closing"]
+        flight = fragment.flight
+        self._audit("settled", fragment=flight.fields["fragment"], seq=flight.fields["seq"])
+        fragment.mark, fragment.staleness = flight.mark, 0
+        fragment.closed = flight.fields["closing"]
         self.fragment_syncs += 1
-        self._release(fragment)
+        self._forget_flight(fragment)
 
     def _release(self, fragment):
+        """Take back a push that is not in the global model: its steps go with the next."""
+        fields = fragment.flight.fields
+        self._audit("released", fragment=fields["fragment"], seq=fields["seq"])
+        fragment.undo_prediction(fragment.flight)
+        self._forget_flight(fragment)
+
+    def _forget_flight(self, fragment):
         if fragment.flight.snapshot is not None:
             self.snapshots.append(fragment.flight.snapshot)
         fragment.flight = None
 
     def _rejoin(self):
-        """Join again: the server was restarted, or had given this worker up."""
+        """Join again: the server was restarted, or had given this worker up. What became of the
+        pushes under way is learnt from it. False where it cannot be reached."""
+        self.interrupt.set()
+        for conn in list(self.used):
+            conn.close()
         for fragment in self.fragments:
             if fragment.flight:
                 fragment.flight.done.wait()
-                if not fragment.flight.error:
-                    self._adopt(fragment)
-        due = retry(self._join, self.reconnect_timeout, f"server {self.server}", self.closed)
+        self.interrupt.clear()
+        for fragment in self.fragments:
+            if fragment.flight and not fragment.flight.error:
+                self._finish(fragment)
+        left = self.reconnect_timeout
+        if self.down_since is not None:
+            left = max(0.0, self.down_since + left - time.monotonic())
+        if self.leave_by is not None:
+            left = 0.0
+        try:
+            due = retry(self._join, left, f"server {self.server}", self.closed)
+        except ConnectionError as error:
+            self._note_outage(error)
+            self.must_join.clear()  # a heartbeat that gets through will say so again
+            return False
+        self._await_shares()
         self._align(due)
+        return True
 
     def _drop(self, why):
         """A push was refused. All that is local goes, in all fragments: what is not finite in one
         would be in the others after the next step."""
         dropped = self.steps
         self.dropped_steps += dropped
-        self.refusals += 1
-        for fragment in self.fragments:
-            flight = fragment.flight
-            if flight:
-                flight.done.wait()
-            fragment.move(fragment.anchor)
-            if flight and not flight.error:
+        for k, fragment in enumerate(self.fragments):
+            flight, first = fragment.flight, fragment.mark[0]
+            answered = flight and self._await(flight) and flight.done.is_set() and not flight.error
+            with flight.lock if flight else contextlib.nullcontext():
+                fragment.move(fragment.anchor)
+                if flight and not answered:  # it may count yet; what came after it does not
+                    if flight.snapshot is None:
+                        flight.snapshot = torch.empty(fragment.size)
+                    fragment.flat.read(0, flight.snapshot[: fragment.size])
+                    flight.predicted, flight.committed, flight.dropped = False, True, True
+                    first, flight.mark = flight.mark[0], (self.local_step, self.tokens)
+            if answered:
+                refused = flight.reply.field("refused", str, "")
+                first = first if refused else flight.mark[0]
                 self._settle(fragment)
-            elif flight and flight.snapshot is not None:
-                fragment.flat.read(0, flight.snapshot[: fragment.size])
-                flight.predicted = False
-            fragment.mark = (self.local_step, self.tokens)
+            if first < self.local_step:
+                self._audit("dropped", fragment=k, first=first, last=self.local_step, why=why)
+            fragment.mark, fragment.staleness = (self.local_step, self.tokens), 0
         self.optimizer.state.clear()
         log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
             "optimizer's state")  # fmt: skip
-        if self.refusals >= MAX_REFUSALS:
-            raise FloatingPointError(
-                f"{why}, {self.refusals} times running: training diverges on {self.worker_id}; "
-                "lower the learning rate, clip gradients, or check its data and hardware"
-            )
+
+    def _audit(self, event, **facts):
+        protocol.audit(event, worker=self.worker_id, session=self.session, **facts)
 
     # --- Heartbeats, leaving ---
 
     def _heartbeat_loop(self):
-        while not self.closed.wait(self.heartbeat_seconds):
+        pause, failures = self.heartbeat_seconds, 0
+        while not self.closed.wait(pause):
             with self.control_lock:
                 if self.closed.is_set():
                     return
+                pause = self.heartbeat_seconds
                 try:
-                    self._heartbeat()
+                    if self._heartbeat():
+                        pause = 0.05  # others wait to hear that this worker knows
+                    failures = 0
                 except (OSError, ProtocolError):
                     self.control.close()
-                except Refused:
-                    continue  # the training thread joins again with its next push
+                    failures += 1
+                    pause = pause if failures > 1 else 0.05  # a line that was cut is made anew
+                except Refused as refusal:
+                    if refusal.code == "rejoin":
+                        self.must_join.set()  # the training thread does, after its step
 
     def _heartbeat(self):
+        """Say that this worker lives; returns whether it is to read other shares from now on."""
         if self.control.sock.fileno() < 0:
             self.control = self._connect()
         fields = {
@@ -854,10 +1110,15 @@ class DiLoCoWorker:
             "position": self.position,
             "steps_per_second": self.steps_per_second,
             "loss": self._sane_loss(),
+            "shares": list(self.shares),
         }
         reply = self.control.request("heartbeat", fields)
-        self._take_share(reply)
-        self.stop_ordered |= "stop" in reply.field("orders", list)
+        orders = reply.field("orders", list)
+        self.stop_ordered |= "stop" in orders
+        if "away" in orders and not self.away:
+            log(f"server {self.server} was stopped; it has saved, and is awaited back")
+        self.away = "away" in orders
+        return self._take_share(reply)
 
     def _sane_loss(self):
         """The loss as the wire takes it: a number within its limits, or nothing."""
@@ -881,13 +1142,14 @@ class DiLoCoWorker:
                     self.control.stall = 5.0
                     self.control.request("leave", {"reason": reason[:200]})
                 self.control.close()
+        self.interrupt.set()
         for conn in [*self.data, *self.used]:
             conn.close()
         self.pool.close(seconds=5.0)
         with torch.no_grad(), uninterrupted():  # leave the local values as training made them
             for fragment in self.fragments:
                 if fragment.flight and fragment.flight.reply:
-                    fragment.move(fragment.anchor, fragment.flight.snapshot, self.alpha)
+                    fragment.moved(fragment.flight, self.alpha)
                     self._settle(fragment)
                 elif fragment.flight:
                     fragment.undo_prediction(fragment.flight)
@@ -961,6 +1223,7 @@ class DiLoCoWorker:
         same moment it lets another process go on with local work that had not been sent."""
         return {
             "worker_id": self.worker_id,
+            "run": self.run,
             "step": self.step,
             "position": self.position,
             "fragments": [

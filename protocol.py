@@ -28,6 +28,7 @@ import re
 import select
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ MAX_FILES_BYTES = 64 << 20  # descriptive files, all together; the largest token
 MAX_DISCARD_BYTES = 64 << 20  # read on after an error, so that the sender gets to see why
 HELLO_SECONDS = 10.0  # a peer that connects says hello at once
 STALL_SECONDS = 60.0  # no byte for so long means that the peer or the line is gone
+# A peer that lost its power says nothing. After 30 s without a byte it is asked every 10 s, and
+# after three questions without an answer, or a minute in which it took no byte, the line is dead.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for others
 CHUNK = 1 << 17  # elements worked on at once: 512 KiB of float32, a few of which fit in a cache
 MAX_ABS = 1e30  # larger numbers count as not finite: a sum of a million of them still is
@@ -93,6 +97,23 @@ class Refused(Exception):
     def __init__(self, code, message):
         super().__init__(message)
         self.code = code
+
+
+def is_audited():
+    """Whether somebody wants to read what `audit` writes."""
+    return bool(os.environ.get("DILOCO_AUDIT"))
+
+
+def audit(event, **facts):
+    """Append a line of JSON to the file that DILOCO_AUDIT names, if any: what a test needs to tell
+    afterwards that no push was lost or counted twice (tests/chaos.py)."""
+    if path := os.environ.get("DILOCO_AUDIT"):
+        line = json.dumps({"time": time.time(), "pid": os.getpid(), "event": event, **facts})
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode() + b"\n")
+        finally:
+            os.close(handle)
 
 
 # --- Frames ---------------------------------------------------------------------------------
@@ -403,6 +424,9 @@ class Connection:
         self.bytes_in = self.bytes_out = 0
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def send(self, type, fields=None, specs=(), tensors=()):
         """Send a message whose payload is the bytes of `tensors` (CPU, contiguous), one after the

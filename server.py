@@ -11,13 +11,17 @@ Notable:
   happen outside it, on slices that are marked busy.
 - `round_closes` is the only place that says when a round is over.
 - The thread whose push is the last of a round takes the outer step; all others wait for it.
-- The same command after a crash goes on from the newest whole checkpoint.
+- Workers come and go: one that is silent is given up, one that comes back learns what became of its
+  pushes, one that is late counts in the round that is open then.
+- The same command after a crash goes on from the newest whole checkpoint, and from whatever newer
+  slices the workers still hold.
 """
 
 import argparse
 import contextlib
 import ctypes
 import glob
+import itertools
 import json
 import os
 import pickle
@@ -43,6 +47,10 @@ HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 LEAST_SHARES = 8  # of the text: so many workers can join before there is none left to read
 MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
 LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
+FAREWELL_SECONDS = (
+    3.0  # how long a server that ends waits for its workers' heartbeats, to tell them
+)
+KNOWN_WORKERS = 1000  # ids whose index and last push are remembered after they have gone
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
 
 
@@ -67,12 +75,20 @@ class Member:
     num_fragments: int
     source: str
     step: int = 0
+    run: str = ""  # that its local work belongs to
+    labels: list = field(default_factory=list)  # versions that its local work started from, or None
+    folded: list = field(default_factory=list)  # as Fragment.folded, of slices that it can upload
     index: int = -1
     position: int = 0  # steps since its cycle began
     steps_per_second: float = 0.0
     loss: float | None = None
     heard: float = field(default_factory=time.monotonic)
     buffers: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
+    shares: set = field(default_factory=set)  # of the text, that it may be reading
+    told: bool = False  # that the server ends
+    # Names this membership. A push that was made before its worker joined again carries another
+    # ticket, and is refused however late it comes: the join has settled what became of it.
+    ticket: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(eq=False)
@@ -80,8 +96,10 @@ class Push:
     """One push of the open round. An empty one has no buffer; a refused one counts as empty."""
 
     worker: str
+    session: str
     index: int
     seq: int
+    staleness: int  # rounds of the fragment that closed after the version it started from
     step: int
     steps: int
     tokens: int
@@ -90,7 +108,8 @@ class Push:
     nbytes: int
     buffer: Buffer | None
     refused: str = ""
-    arrived: float = field(default_factory=time.monotonic)
+    stale: bool = False  # refused for its age
+    arrived: float = 0.0  # when it was there whole
     waiting: bool = True  # a connection waits for the reply
 
 
@@ -134,9 +153,37 @@ class Snapshot:
     versions: list
 
 
-def round_closes(members, pushes):
-    """Whether the open round of a fragment is over: every member has pushed."""
-    return bool(pushes) and all(worker in pushes for worker in members)
+def round_closes(members, pushes, min_workers=1, overdue=False):
+    """Whether the open round of a fragment is over: every member has pushed, or enough have and
+    the others are overdue. Workers that end their run do not wait for more workers to come."""
+    ending = all(push.closing for push in pushes.values())
+    enough = len(pushes) >= (1 if ending else min_workers)
+    return bool(pushes) and enough and (overdue or all(worker in pushes for worker in members))
+
+
+def new_life(after=""):
+    """An id for one life of the server. Ids sort by the time that they begin with, past `after`,
+    so that of two versions the one from the later life is the newer."""
+    begun = max(time.time_ns() // 1_000_000, int(after[:12] or "0", 16) + 1)
+    return f"{begun:012x}{secrets.token_hex(4)}"
+
+
+def label_of(value):
+    """A version from outside, [origin, number]. Raises ProtocolError if it is not one."""
+    match value:
+        case [str(origin), int(number)] if re.fullmatch("[0-9a-f]{20}", origin):
+            if 0 <= number < 1 << 53 and type(number) is int:
+                return [origin, number]
+    raise ProtocolError(f"{str(value)[:80]} is not a version")
+
+
+def folded_of(value):
+    """A list of folded pushes from outside, {worker id: highest sequence number}."""
+    if type(value) is not dict or len(value) > 2 * KNOWN_WORKERS:
+        raise ProtocolError("a list of folded pushes is not one")
+    if not all(len(w) <= 256 and type(n) is int and 0 <= n < 1 << 53 for w, n in value.items()):
+        raise ProtocolError("a list of folded pushes has an entry that is not worker: number")
+    return value
 
 
 # --- The outer optimizer ----------------------------------------------------------------------
@@ -291,15 +338,19 @@ class Server:
 
     def __init__(self, args):
         self.args = args
-        self.incarnation = secrets.token_hex(8)
+        self.incarnation = new_life()
+        self.run_id = ""  # the life that the run began in
         self.lock = threading.Condition()
         self.members = {}  # worker id -> Member whose pushes are awaited
         self.joining = {}  # worker id -> Member that waits for the run to start
-        self.indices = {}  # worker id -> the index it last had
+        self.indices = {}  # worker id -> the index it last had, in the order of last use
+        self.expected = {}  # worker id -> when it was heard of: members of the life before
+        self.reopening = False  # a run of a life before goes on: its workers bring what they hold
         self.uploader = None  # id of the joining worker that was asked for the model
         self.running = False  # from the start of the run until the last member has left
         self.stopping = False  # workers are told to finish
         self.ended = threading.Event()  # the process is to end
+        self.closed = False  # no round closes any more: the last checkpoint is the last word
         self.save_wanted = set()  # of "checkpoint", "final"
         self.saved = self.final = None  # versions in the newest checkpoint and the final model
         self.save_error = ""
@@ -337,6 +388,7 @@ class Server:
                 log(f"WARNING: {path} is not usable, trying the one before: {error!r}")
                 continue
             log(f"continuing from {os.path.abspath(path)} (round {self.round}, step {self.step})")
+            protocol.audit("load", life=self.incarnation, path=path, labels=self._labels())
             return
         if source:
             self.weights = load_weights(source)
@@ -367,21 +419,33 @@ class Server:
             fragment.origin, fragment.version = saved["label"]
             fragment.folded = saved["folded"]
         self.step, self.indices = state["step"], state["indices"]
+        self.expected = dict.fromkeys(state["members"], time.monotonic())
+        self.reopening, self.run_id = bool(self.expected), state["run"]
+        self.incarnation = new_life(max(state["life"], *(f.origin for f in self.fragments)))
         self.shares = self.shares or state["shares"]
-        self.files, self.saved = read_descriptive_files(path), self._labels()
+        self.files, self.saved = read_descriptive_files(path), (self._labels(), self.reopening)
         for key, saved in state["settings"].items():
             if self.settings[key] is None:
                 self.settings[key] = saved
             elif self.settings[key] != saved:
                 log(f"{key} {self.settings[key]} from the command line replaces {saved} of the run")
 
-    def _allocate(self, manifest, num_fragments, params):
-        """Set up the flat vectors, 12 bytes a parameter, around `params`, which are one of them."""
+    def _allocate(self, manifest, num_fragments, params=None):
+        """Set up the flat vectors, 12 bytes a parameter, around `params`, which are one of them.
+        Without those the fragments have no version yet."""
+        version, origin = (0, self.incarnation) if params is not None else (-1, "")
+        if params is None:
+            params = torch.empty(sum(spec.numel for spec in manifest))
         self.params, self.momentum = params, torch.zeros_like(params)
         lossy = CODECS[self.args.download_codec].lossy
         self.residual = torch.zeros_like(params) if lossy else None
-        self.fragments = [Fragment(k, origin=self.incarnation) for k in range(num_fragments)]
+        self.fragments = [Fragment(k, version, origin) for k in range(num_fragments)]
         self.manifest = manifest
+
+    @property
+    def is_whole(self):
+        """Whether every fragment has a version."""
+        return bool(self.fragments) and all(f.version >= 0 for f in self.fragments)
 
     def _slice(self, fragment, vector):
         """A fragment's view of a flat vector (or of None)."""
@@ -403,13 +467,13 @@ class Server:
                 self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set())
                 wanted, self.save_wanted = self.save_wanted, set()
             self.save("final" in wanted)
-            if "final" in wanted and self.args.until_done:
+            if "final" in wanted and self.args.until_done and not self.running:
                 self.ended.set()
 
     def save(self, final):
         """Write a checkpoint where there is something new, and the final model too if `final`.
         A full disk is said, and survived."""
-        if self.manifest is None:
+        if not self.is_whole:
             return
         self.save_error = ""
         for write in [self._write_checkpoint] + [self._write_final] * final:
@@ -422,7 +486,7 @@ class Server:
 
     def _write_checkpoint(self):
         """Write `checkpoint-ROUND/` beside, sync it, rename it, and remove the oldest ones."""
-        if self._labels() == self.saved:
+        if self.saved == (self._labels(), self.running):
             return
         beside = os.path.join(self.output, ".tmp-checkpoint")
         shutil.rmtree(beside, ignore_errors=True)
@@ -435,7 +499,7 @@ class Server:
                 )
                 with self.hold(*self.fragments):
                     path = os.path.join(self.output, f"checkpoint-{self.round}")
-                    labels = self._labels()
+                    saved = self._labels(), self.running
                     self._write_vectors(model, outer)
                 for file in (model, outer):
                     file.flush()
@@ -451,7 +515,7 @@ class Server:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-        self.saved = labels
+        self.saved = saved
         log(f"saved {os.path.abspath(path)}")
         for _, old in checkpoints(self.output)[self.args.save_total_limit :]:
             shutil.rmtree(old, ignore_errors=True)
@@ -461,10 +525,13 @@ class Server:
         with self.lock:
             state = {
                 "program": "diloco",
+                "run": self.run_id,
+                "life": self.incarnation,
                 "step": self.step,
                 "shares": self.shares,
                 "settings": self.settings,
                 "indices": self.indices,
+                "members": sorted(self.members.keys() | self.expected.keys()),
                 "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
                 "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
             }
@@ -533,20 +600,36 @@ class Server:
                 "is another server running? Try another --port"
             ) from None
         self.port = listener.getsockname()[1]
+
+        def on_signal(number, _):
+            if signals:
+                os._exit(128 + number)
+            signals.append(number)
+            self.ended.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda n, _: (signals.append(n), self.ended.set()))
+            signal.signal(number, on_signal)
         for target, argument in ((self._accept_loop, [listener]), (self._reap_loop, [])):
             threading.Thread(target=target, args=argument, daemon=True).start()
         saver = threading.Thread(target=self._save_loop, daemon=True)
         saver.start()
-        log(f"listening on port {self.port}; the run starts with {self.args.n} worker(s)")
+        who = f"{self.args.n} worker(s)"
+        if self.reopening:
+            who = f"{', '.join(sorted(self.expected))}, or after {self.args.worker_timeout:g} s"
+        log(f"listening on port {self.port}; the run starts with {who}")
         code = Spawn(self).wait() if self.args.spawn else 0
         self.ended.wait()
-        listener.close()
         with self.lock:
+            self.closed = True
             self.lock.notify_all()
+        if signals:
+            log("stopping: saving, and telling the workers; once more leaves at once")
         saver.join()
         self.save(final=not self.members)
+        with self.lock:
+            left = self.members.values()
+            self.lock.wait_for(lambda: all(member.told for member in left), FAREWELL_SECONDS)
+        listener.close()
         for _, newest in checkpoints(self.output)[:1]:
             log(f"ends; the newest checkpoint is {os.path.abspath(newest)}")
         return 128 + signals[0] if signals and self.args.spawn else code
@@ -595,6 +678,8 @@ class Server:
         worker, session = conn.worker
         member = self.members.get(worker)
         if member is None or member.session != session:
+            if worker in self.expected:
+                self.expected[worker] = time.monotonic()  # it lives, and will come
             raise Refused("rejoin", f"worker {worker!r} is not a member of the run; join again")
         member.heard = time.monotonic()
         return member
@@ -604,28 +689,33 @@ class Server:
 
     def _wait(self, conn, condition, awaited):
         """Wait for `condition()`, called with the lock held. Every WAIT_SECONDS the peer gets a
-        `wait` message with `awaited()`. Raises ConnectionError when the peer hangs up."""
-        said = time.monotonic()
+        `wait` message with `awaited()`, the first one soon: it says that the request is here whole.
+        Raises ConnectionError when the peer hangs up, or the server ends."""
+        said = -protocol.WAIT_SECONDS
         while True:
             with self.lock:
-                if self.lock.wait_for(condition, timeout=0.5):
-                    return
+                if self.lock.wait_for(lambda: condition() or self.closed, timeout=0.5):
+                    if condition():
+                        return
+                    break
                 text = awaited()
             if conn.closed_by_peer():
                 raise ConnectionError(f"{conn.peer} closed the connection")
             if time.monotonic() - said >= protocol.WAIT_SECONDS:
                 conn.send("wait", {"awaited": text})
                 said = time.monotonic()
+        conn.send("wait", {"awaited": "the server, which was stopped"})
+        raise ConnectionError("the server ends")
 
     # --- Joining and leaving ---
 
     def on_join(self, conn, message):
-        """Admit a worker: at once to a running run, else when `-n` workers wait."""
+        """Admit a worker: at once to a running run, else when all are there that it starts with."""
         message.expect([])
         if not conn.worker[0]:
             raise ProtocolError("join: hello named no worker")
-        if self.stopping or self.ended.is_set():
-            raise Refused("stopping", "this run is being stopped")
+        if self.ended.is_set():
+            raise ConnectionError("the server ends")
         member = Member(
             *conn.worker,
             message.field("host", str),
@@ -635,7 +725,20 @@ class Server:
             message.field("num_fragments", int, low=1, high=1000),
             message.field("source", str, ""),
             message.field("step", int, 0),
+            message.field("run", str, ""),
+            [label and label_of(label) for label in message.field("versions", list, [])],
+            [folded_of(folded) for folded in message.field("folded", list, [])],
+            position=message.field("position", int, 0),
         )
+        for held in (member.labels, member.folded):
+            if len(held) not in (0, member.num_fragments):
+                raise ProtocolError("join: versions and folded lists are not one a fragment")
+        if member.folded and None in member.labels:
+            raise ProtocolError("join: a folded list without its version")
+        if self.run_id and member.run != self.run_id:
+            member.labels, member.folded = [], []
+        if self.stopping and not member.folded:
+            raise Refused("stopping", "this run is being stopped")
         size = 4 * sum(spec.numel for spec in member.manifest)
         if size > self.args.max_model_gb * 1e9:
             raise Refused(
@@ -643,6 +746,7 @@ class Server:
                 f"the model takes {size / 1e9:.2f} GB as float32, over --max-model-gb "
                 f"{self.args.max_model_gb:g}; raise it if the server has three times that in memory",
             )
+        self._wait(conn, lambda: not self._is_doubtful(member), lambda: f"the old {member.id}")
         with self.lock:
             self._check_id(member)
             self._check_settings(member)
@@ -652,13 +756,27 @@ class Server:
         log(f"{member.id} on {member.host} ({conn.peer}) asks to join")
         self._admit(conn, member)
 
+    @property
+    def heartbeat_seconds(self):
+        """How often workers are asked to say that they live."""
+        return min(HEARTBEAT_SECONDS, self.args.worker_timeout / 4)
+
+    def _is_doubtful(self, member):
+        """Whether another process that has this id has lost its connection so lately that it may
+        be about to connect again: a cut line is not the end of a worker."""
+        other, grace = self.members.get(member.id), 1.5 * self.heartbeat_seconds + 0.5
+        cut = other and other.session != member.session and other.conn.closed_by_peer()
+        return cut and time.monotonic() - other.heard < grace
+
     def _check_id(self, member):
         for other in (self.members.get(member.id), self.joining.get(member.id)):
             if other and other.session != member.session and not other.conn.closed_by_peer():
+                silent = time.monotonic() - other.heard
                 raise Refused(
                     "id",
                     f"worker id {member.id!r} is held by a live process on {other.host} "
-                    f"({other.conn.peer}); give this one another --worker-id",
+                    f"({other.conn.peer}); give this one another --worker-id, or if that machine is "
+                    f"dead, try again in {max(0.0, self.args.worker_timeout - silent):.0f} s",
                 )
 
     def _check_settings(self, member):
@@ -689,35 +807,76 @@ class Server:
 
     def _admit(self, conn, member):
         """Wait until the run starts, then answer a join with the parameters, or with `init` where
-        this worker is to bring them."""
+        this worker is to bring them, or newer slices of them than the server has."""
         while True:
-            self._wait(conn, lambda: self._may_enter(member), self._awaited_to_start)
+            self._wait(conn, lambda: self._task(member), self._awaited_to_start)
             with self.lock:
                 self._check_model(member)
                 if member not in (self.joining.get(member.id), self.members.get(member.id)):
                     raise Refused("id", "another connection of this worker has taken its place")
-                if self.manifest is None and self._is_first(member):
+                task = self._task(member)
+                if task in ("slices", "model"):
                     self.uploader = member.id
-                    break
-                if self.manifest is None or not (self.running or self._start()):
+                elif task == "enter" and not self.running and not self._start():
                     continue
-            return self._send_model(conn, member)
-        if self.weights is None:
-            return conn.send("init")
-        self._take_weights(member)
-        self._admit(conn, member)
+            if task == "enter":
+                return self._send_model(conn, member)
+            if task == "slices":
+                with self.lock:
+                    if not self.fragments:  # it died before its first checkpoint
+                        self._allocate(member.manifest, member.num_fragments)
+                    return conn.send("init", {"fragments": self._newest_of(member)})
+            if task == "model" and self.weights is None:
+                return conn.send("init")
+            if task == "model":
+                self._take_weights(member)
 
-    def _may_enter(self, member):
-        if self.joining.get(member.id) is not member or self.running:
-            return True
-        ready = self.manifest is not None or self._is_first(member)
-        return ready and len(self.joining) >= self.args.n
+    def _task(self, member):
+        """What a worker that joins has to do now: "enter" the run (or hear that another connection
+        has taken its place), upload the "model", or newer "slices" of it; None: wait."""
+        if self.running or self.joining.get(member.id) is not member:
+            return "enter"
+        if self.uploader or not self._is_ready():
+            return None
+        if self._newest_of(member):
+            return "slices"
+        if any(self._newest_of(other) for other in self.joining.values()):
+            return None
+        if not self.is_whole:
+            return "model" if member.id == min(self.joining) else None
+        return "enter"
 
-    def _is_first(self, member):
-        return self.uploader is None and member.id == min(self.joining)
+    def _is_ready(self):
+        """Whether all are there that the run starts with: `-n` workers, or after a crash its
+        members of then, as far as they have been heard of within --worker-timeout."""
+        now = time.monotonic()
+        if self.reopening:
+            left = self.expected.keys() - self.joining.keys()
+            return all(self._is_late(self.expected[worker], now) for worker in left)
+        # A crash before the first checkpoint leaves no names.
+        again = any(member.folded for member in self.joining.values())
+        return len(self.joining) >= self.args.n or (again and self._is_late(self.started, now))
+
+    def _is_late(self, heard, now):
+        return now - heard > self.args.worker_timeout
+
+    def _newest_of(self, member):
+        """The fragments of which, of all that wait, this worker holds the newest version, which is
+        newer than the server's."""
+        offers = [other for other in self.joining.values() if other.folded]
+        current = self._labels() or [["", -1]] * member.num_fragments  # less than any version
+        return [
+            k
+            for k, label in enumerate(current)
+            if member in offers
+            and member.labels[k] > label
+            and max(offers, key=lambda other: (other.labels[k], other.id)) is member
+        ]
 
     def _awaited_to_start(self):
         missing = self.args.n - len(self.joining)
+        if self.reopening:
+            return f"{', '.join(sorted(self.expected.keys() - self.joining.keys()))} to come back"
         return f"{missing} more worker(s) to join" if missing > 0 else f"{self.uploader}'s upload"
 
     def _start(self):
@@ -726,21 +885,34 @@ class Server:
             misfit = protocol.explain_mismatch(self.manifest, member.manifest)
             if misfit or member.conn.closed_by_peer():
                 self._forget_joining(worker)
-        if len(self.joining) < self.args.n:
+        if not self.joining or not self._is_ready():
             return False
-        for index, worker in enumerate(sorted(self.joining)):
-            self.joining[worker].step = self.step
-            self._make_member(self.joining[worker], index)
-        self.running = True
+        self.step = max([self.step, *(m.step for m in self.joining.values() if m.folded)])
+        for worker in sorted(self.joining, key=lambda w: (self.indices.get(w, KNOWN_WORKERS), w)):
+            member = self.joining[worker]
+            member.step = member.step if member.folded else self.step
+            self._make_member(member, self._free_index(worker))
+        if self.args.save_every and self.saved is None:
+            self.save_wanted.add("checkpoint")  # so that a crash in round 0 costs nothing either
+        self.running, self.reopening, self.expected = True, False, {}
         log(f"the run starts at round {self.round} with {', '.join(self.members)}")
+        protocol.audit(
+            "open", life=self.incarnation, labels=self._labels(), members=[*self.members]
+        )
         self.lock.notify_all()
         return True
 
     def _make_member(self, member, index):
+        self.indices.pop(member.id, None)
         member.index = self.indices[member.id] = index
         member.heard = time.monotonic()
         self.joining.pop(member.id, None)
         self.members[member.id] = member
+        for worker in list(self.indices)[:-KNOWN_WORKERS]:
+            if worker not in self.members:
+                del self.indices[worker]
+                for fragment in self.fragments:
+                    fragment.folded.pop(worker, None)
 
     def _forget_joining(self, worker):
         self.joining.pop(worker, None)
@@ -757,25 +929,39 @@ class Server:
         )
 
     def _send_model(self, conn, member):
-        """The reply to join: a place in the run, and the parameters in full."""
+        """The reply to join: a place in the run, what became of the worker's pushes, and the
+        parameters in full. `seqs` are final: no push of before can be folded any more, but for one
+        that a process of the same name has left, and to which this one adds nothing."""
         with self.hold(*self.fragments):
             with self.lock:
+                if member not in (self.joining.get(member.id), self.members.get(member.id)):
+                    raise Refused("id", "another connection of this worker has taken its place")
+                self._supersede(member)
                 due = self._next_pushes(member)
                 if self.members.get(member.id) is not member:
-                    member.step = max([self.step, *(m.step for m in self.members.values())])
+                    if not member.folded:
+                        member.step = max([self.step, *(m.step for m in self.members.values())])
                     self._make_member(member, self._free_index(member.id))
                     log(f"{member.id} joins the run as worker {member.index}")
                 fields = {
+                    "run": self.run_id,
+                    "ticket": member.ticket,
                     "index": member.index,
                     **self._share(member),
-                    "shares": self.shares,
-                    "heartbeat_seconds": min(HEARTBEAT_SECONDS, self.args.worker_timeout / 4),
+                    "num_shares": self.shares,
+                    "heartbeat_seconds": self.heartbeat_seconds,
                     "upload_codec": self.args.upload_codec,
                     "download_codec": self.args.download_codec,
                     "step": member.step,
                     "due": due,
                     "versions": self._labels(),
-                    "seqs": [f.folded.get(member.id, 0) for f in self.fragments],
+                    "folded": [dict(f.folded) for f in self.fragments],
+                    "seqs": [self._last_seq(f, member.id) for f in self.fragments],
+                    "staleness": [
+                        max(0, f.version - label[1]) if label else 0
+                        for f, label in itertools.zip_longest(self.fragments, member.labels)
+                    ],
+                    "max_staleness": self.args.max_staleness,
                     "outer": [self._outer(f) for f in self.fragments],
                 }
                 snapshot = self.snapshot()
@@ -783,6 +969,24 @@ class Server:
                 snapshot = Snapshot(self.params.clone(), fields["versions"])
                 self.snapshot = weakref.ref(snapshot)
         conn.send("join", fields, self._flat_specs(), [snapshot.params])
+
+    def _supersede(self, member):
+        """Take back those pushes of open rounds that a worker which joins again will send again:
+        its own, and those that a process made after the checkpoint that it goes on from. Needs
+        the lock, while no fragment is busy."""
+        old = self.members.get(member.id)
+        for fragment, label in itertools.zip_longest(self.fragments, member.labels):
+            push = fragment.pushes.get(member.id)
+            if push and (push.session == member.session or label == fragment.label):
+                del fragment.pushes[member.id]
+        if old and old is not member:
+            member.shares = old.shares if old.session == member.session else set()
+
+    @staticmethod
+    def _last_seq(fragment, worker):
+        """The highest sequence number of a worker's pushes that count, or will."""
+        push = fragment.pushes.get(worker)
+        return push.seq if push else fragment.folded.get(worker, 0)
 
     def _next_pushes(self, member):
         """Where a worker that joins is to begin: `open`, the fragments whose round waits for it,
@@ -810,9 +1014,16 @@ class Server:
         return {"open": [f.index for f in waiting], "next": nxt.index, "steps": steps}
 
     def _share(self, member):
-        """Its place among the live members, and their number: who reads which part of the data."""
+        """Its place among the live members, their number, and the shares of the text that it may
+        read from now on: every world-th from its rank on, but for those that another member has
+        not said to have let go of. Needs the lock."""
         live = sorted(other.index for other in self.members.values())
-        return {"rank": live.index(member.index), "world": len(live)}
+        rank, world = live.index(member.index), len(live)
+        others = [other.shares for other in self.members.values() if other is not member]
+        due = set(range(rank % self.shares, self.shares, world))
+        told = due.difference(*others) or member.shares.difference(*others)
+        member.shares |= told
+        return {"rank": rank, "world": world, "shares": sorted(told)}
 
     def _take_weights(self, member):
         """Fill the parameters from the weights that `-m` names, in the member's layout."""
@@ -827,7 +1038,7 @@ class Server:
 
     def on_init(self, conn, message):
         """The upload of the model by the worker that was asked for it: the tensors of its
-        manifest, then the descriptive files."""
+        manifest, or slices that are newer than the server's, then the descriptive files."""
         with self.lock:
             member = self.joining.get(conn.worker[0])
             if member is None or member.conn is not conn or self.uploader != member.id:
@@ -839,9 +1050,13 @@ class Server:
         if sum(sizes.values()) > protocol.MAX_FILES_BYTES:
             raise ProtocolError(f"init: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
         file_specs = [TensorSpec(f"file:{n}", torch.uint8, (s,)) for n, s in sizes.items()]
-        message.expect(member.manifest + file_specs)
-        params = torch.empty(sum(spec.numel for spec in member.manifest))
-        for spec, start, stop in protocol.ranges(member.manifest):
+        with self.lock:
+            newer = [self.fragments[k] for k in self._newest_of(member)] if self.fragments else []
+        specs = [TensorSpec(f"slice:{f.index}", torch.float32, (self._slice(f, self.params).numel(),))
+                 for f in newer]  # fmt: skip
+        message.expect((specs or member.manifest) + file_specs)
+        params = torch.empty(sum(spec.numel for spec in specs or member.manifest))
+        for spec, start, stop in protocol.ranges(specs or member.manifest):
             part = params[start:stop]
             raw = part if spec.dtype == torch.float32 else torch.empty_like(part, dtype=spec.dtype)
             conn.read(raw)
@@ -851,8 +1066,40 @@ class Server:
             raw = torch.empty(size, dtype=torch.uint8)
             conn.read(raw)
             files[name] = bytes(protocol.memory(raw))
-        self._take_model(member, params, files)
+        if not all(protocol.finite(part) for part in params.split(CHUNK)):
+            raise Refused("model", "the parameters that this worker sends are not all finite")
+        if newer:
+            parts = params.split([spec.numel for spec in specs])
+            self._take_slices(
+                member, dict(zip([f.index for f in newer], parts, strict=True)), files
+            )
+        else:
+            self._take_model(member, params, files)
         self._admit(conn, member)
+
+    def _take_slices(self, member, slices, files):
+        """Newer slices than the checkpoint had, with the pushes folded into them. The momentum
+        stays that of the checkpoint; what its rounding had left over has been sent since."""
+        for k, values in slices.items():
+            fragment = self.fragments[k]
+            with self.hold(fragment):
+                self._slice(fragment, self.params).copy_(values)
+                if self.residual is not None:
+                    self._slice(fragment, self.residual).zero_()
+                with self.lock:
+                    fragment.origin, fragment.version = member.labels[k]
+                    fragment.folded = dict(member.folded[k])
+            protocol.audit(
+                "take", life=self.incarnation, fragment=k, label=fragment.label, worker=member.id
+            )
+            log(f"fragment {k}: version {fragment.version} comes from {member.id}")
+        with self.lock:
+            self.files = self.files or files
+            self.uploader = None
+            self.save_wanted.add("checkpoint")
+            if self.is_whole:
+                self.weights, self.run_id = None, self.run_id or member.run
+            self.lock.notify_all()
 
     def _take_model(self, member, params, files):
         """The first parameters of a run, from a worker or from the disk."""
@@ -860,6 +1107,7 @@ class Server:
             raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
             self._allocate(member.manifest, member.num_fragments, params)
+            self.run_id = self.incarnation
             self.files = files
             self.uploader = self.weights = None
             self.lock.notify_all()
@@ -870,6 +1118,7 @@ class Server:
         with self.lock:
             member = self._member(conn)
             member.conn = conn
+            member.shares &= {s for s in message.field("shares", list, []) if type(s) is int}
             member.step = message.field("step", int)
             member.position = message.field("position", int, 0)
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
@@ -880,34 +1129,44 @@ class Server:
                 "round": self.round,
                 **self._share(member),
                 "members": sorted(self.members),
-                "orders": ["stop"] if self.stopping else [],
+                "orders": ["stop"] * self.stopping + ["away"] * self.closed,
             }
         conn.send("heartbeat", fields)
+        if "away" in fields["orders"]:
+            with self.lock:
+                member.told = True
+                self.lock.notify_all()
 
     def on_leave(self, conn, message):
         message.expect([])
         with self.lock:
-            self._remove(self._member(conn), f"leaves: {message.field('reason', str, 'done')}")
+            member, why = self._member(conn), message.field("reason", str, "done")
+            self._remove(member, f"leaves: {why}", ends=True)
         self.advance()
         conn.send("leave")
 
-    def _remove(self, member, why):
-        """Drop a member; the rounds it was awaited in go on without it. Needs the lock."""
+    def _remove(self, member, why, ends):
+        """Drop a member; the rounds it was awaited in go on without it. The run ends when the last
+        one `ends` its part; one that was only lost may come back to it. Needs the lock."""
         del self.members[member.id]
         log(f"{member.id} {why}")
         if not self.members:
-            self.running = self.stopping = False
+            self.running = not (ends or self.stopping)
+            self.stopping = False
             self.save_wanted.add("final")
         self.lock.notify_all()
 
     def _reap_loop(self):
-        """Drop members that have not been heard of for --worker-timeout."""
+        """Drop members that have not been heard of for --worker-timeout, and close the rounds of
+        which nobody waits for the reply."""
         limit = self.args.worker_timeout
         while not self.ended.wait(min(1.0, limit / 4)):
             with self.lock:
+                now = time.monotonic()
                 for member in list(self.members.values()):
-                    if time.monotonic() - member.heard > limit:
-                        self._remove(member, f"is gone: not heard of for {limit:g} s")
+                    if self._is_late(member.heard, now):
+                        why = f"is gone: not heard of for {limit:g} s"
+                        self._remove(member, why, ends=False)
             self.advance()
 
     # --- Rounds ---
@@ -917,14 +1176,17 @@ class Server:
         codec = CODECS[self.args.upload_codec]
         with self.lock:
             member, fragment = self._member(conn), self._fragment(message)
+            ticket, base = message.field("ticket", str), label_of(message.field("base", list))
             size = self._slice(fragment, self.params).numel()
             layout = codec.layout(size)
             if message.specs:
                 message.expect(layout)
             push = Push(
                 member.id,
+                member.session,
                 member.index,
                 message.field("seq", int, low=1),
+                message.field("staleness", int, 0),
                 message.field("step", int),
                 message.field("steps", int),
                 message.field("tokens", int, 0),
@@ -933,7 +1195,7 @@ class Server:
                 protocol.payload_bytes(message.specs),
                 member.buffers.pop(fragment.index, None) if message.specs else None,
             )
-            base, position = message.field("base", list), message.field("position", int, 0)
+            position = message.field("position", int, 0)
         if message.specs:
             push.buffer = push.buffer or Buffer(layout)
             conn.read(push.buffer.raw)
@@ -944,19 +1206,27 @@ class Server:
             # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
             self.lock.wait_for(lambda: not fragment.busy)
             member = self._member(conn)
+            if member.ticket != ticket:
+                raise Refused("rejoin", "this push is from before its worker joined again")
             member.step, member.position, member.loss = push.step, position, push.loss
-            new = push.seq > fragment.folded.get(push.worker, 0)
-            if new:
-                if base != fragment.label:
-                    raise Refused("rejoin", f"version {base} of the slice is not the current one")
+            new, target = push.seq > fragment.folded.get(push.worker, 0), fragment.label
+            if new and (base[1] > target[1] or (base[1] == target[1] and base != target)):
+                raise Refused("rejoin", f"version {base} of the slice is none of this server's")
+            push.staleness += target[1] - base[1]
+            if new and push.steps and push.staleness > self.args.max_staleness:
+                new, push.stale = False, True
+                push.refused = f"a push {push.staleness} rounds old is over --max-staleness"
+                log(f"WARNING: {push.worker}: {push.refused}; its {push.steps} steps are dropped")
+            elif new:
+                push.arrived = time.monotonic()
                 fragment.pushes[push.worker] = push
                 self.lock.notify_all()
         try:
-            while new and fragment.label == base:
+            while new and fragment.label == target:
                 self._wait(
                     conn,
-                    lambda: fragment.label != base or self._closable(fragment),
-                    lambda: ", ".join(sorted(self.members.keys() - fragment.pushes)),
+                    lambda: fragment.label != target or self._closable(fragment),
+                    lambda: self._awaited(fragment),
                 )
                 self.advance()
         except BaseException:
@@ -964,8 +1234,20 @@ class Server:
             raise
         self._answer_push(conn, fragment, push, base)
 
+    def _awaited(self, fragment):
+        """Who is missing in the open round of a fragment, in words. Needs the lock."""
+        names = ", ".join(sorted(self.members.keys() - fragment.pushes))
+        more = self.args.min_workers - len(self.members.keys() | fragment.pushes)
+        return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
+
     def _closable(self, fragment):
-        return not fragment.busy and round_closes(self.members, fragment.pushes)
+        if fragment.busy or self.closed:
+            return False
+        limit = self.args.round_timeout
+        begun = min((p.arrived for p in fragment.pushes.values() if not p.staleness), default=None)
+        overdue = limit and begun is not None and time.monotonic() - begun > limit
+        least = 1 if self.stopping else self.args.min_workers
+        return round_closes(self.members, fragment.pushes, least, overdue)
 
     def advance(self):
         """Take the outer step of every fragment whose round is over."""
@@ -1027,7 +1309,9 @@ class Server:
     def _publish(self, fragment, pushes, buffer, checksum, line):
         """Make a new version of a slice known. Needs the lock."""
         base, before = fragment.label, self.round
-        fragment.version, fragment.origin = fragment.version + 1, self.incarnation
+        label = [self.incarnation, fragment.version + 1]
+        self._audit_fold(fragment, label, pushes, checksum, line)
+        fragment.origin, fragment.version = label
         for push in pushes:
             fragment.folded[push.worker] = push.seq
             if push.buffer and push.worker in self.members:
@@ -1051,6 +1335,21 @@ class Server:
         self.lock.notify_all()
         return fragment.update
 
+    def _audit_fold(self, fragment, label, pushes, checksum, line):
+        named = [[p.worker, p.session, p.seq, p.steps, p.staleness] for p in pushes]
+        counts = [bool(push.buffer and not push.refused) for push in pushes]
+        protocol.audit(
+            "fold",
+            life=self.incarnation,
+            fragment=fragment.index,
+            base=fragment.label,
+            label=label,
+            pushes=list(itertools.compress(named, counts)),
+            others=list(itertools.compress(named, [not count for count in counts])),
+            plain=line["closing"],
+            checksum=bytes(checksum.tolist()).hex(),
+        )
+
     def _round_line(self, fragment, pushes, counted, began, norm):
         """What rounds.jsonl and the status say of a round; the sending is added as it is done."""
         return {
@@ -1058,6 +1357,7 @@ class Server:
             "round": fragment.version + 1,
             "fragment": fragment.index,
             "members": sorted(self.members),
+            "staleness": {p.worker: p.staleness for p in counted if p.staleness},
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
             "losses": {push.worker: push.loss for push in pushes},
@@ -1092,8 +1392,8 @@ class Server:
     def _answer_push(self, conn, fragment, push, base):
         """Send the update that leads on from the pusher's version, or the slice in full."""
         with self.lock:
-            update, member = fragment.update, self.members.get(push.worker)
-            fields = {"refused": push.refused, **(self._share(member) if member else {})}
+            update = fragment.update
+            fields = {"refused": push.refused, "stale": push.stale, "staleness": push.staleness}
             if update and update.base == base:
                 update.readers += 1
             else:
@@ -1121,9 +1421,10 @@ class Server:
         """Reply with a slice in full and its checksum."""
         with self.hold(fragment):
             copy, label = self._slice(fragment, self.params).clone(), fragment.label
+            folded = dict(fragment.folded)
         specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
         fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
-        fields["outer"] = self._outer(fragment)
+        fields |= {"outer": self._outer(fragment), "folded": folded}
         conn.send(type, fields, specs, [copy, protocol.checksum_of(copy)])
 
     def on_fetch(self, conn, message):
@@ -1166,12 +1467,14 @@ class Server:
             }
             fields = {
                 "mode": "streaming" if len(self.fragments) > 1 else "sync",
-                "state": "running" if self.running else "waiting for workers",
+                "state": self._state(),
+                "min_workers": self.args.min_workers,
                 "round": self.round,
                 "step": self.step,
                 "uptime_seconds": round(now - self.started, 1),
                 "parameters": 0 if self.params is None else self.params.numel(),
                 "workers_wanted": self.args.n,
+                "expected": sorted(self.expected.keys() - self.joining.keys()),
                 "workers": workers,
                 "joining": sorted(self.joining),
                 "awaited": sorted(awaited),
@@ -1189,6 +1492,13 @@ class Server:
                 "incarnation": self.incarnation,
             }
         conn.send("status", fields)
+
+    def _state(self):
+        if self.reopening:
+            return "waiting for workers to come back"
+        if not self.running:
+            return "waiting for workers"
+        return "running" if len(self.members) >= self.args.min_workers else "too few workers"
 
     def on_save(self, conn, message):
         """Write a checkpoint soon."""
@@ -1294,7 +1604,7 @@ def parse_args(argv=None):
     add, count, real = parser.add_argument, number(int, 0), number(float, 0)
     add("-m", "--model", required=True, metavar="DIR",
         help="the run's folder, a pretrained model (folder or file), or a new folder")
-    add("-n", type=number(int, 1), default=1, help="workers that must join before the run starts")
+    add("-n", type=number(int, 1), default=1, help="workers that a new run starts with")
     add("--spawn", metavar="CONFIG", help="start the -n workers here too, and end with them")
     add("--host", default="", help="address to listen on (all interfaces)")
     add("--port", type=number(int, 0, 65535), default=protocol.PORT, help="(%(default)s)")
@@ -1313,6 +1623,12 @@ def parse_args(argv=None):
     add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",
         help="a worker not heard of for so long is no longer waited for (%(default)s)")
+    add("--round-timeout", type=real, default=0.0, metavar="SECONDS",
+        help="close a round so long after its first push without those that are late (0: never)")
+    add("--min-workers", type=number(int, 1), default=1,
+        help="rounds wait for more workers below so many (%(default)s)")
+    add("--max-staleness", type=count, default=10, metavar="ROUNDS",
+        help="a push so late still counts; one that is later is dropped (%(default)s)")
     add("--until-done", action="store_true", help="end when the last worker has left")
     args = parser.parse_args(argv)
     if args.spawn and not os.path.isfile(args.spawn):

@@ -432,11 +432,7 @@ def story(seed, number):
 
 # --- Data -----------------------------------------------------------------------------------
 # A source has an `identity`, on which all workers of a run must agree, and a `division` of the
-# data, (rank, world, shares): of M shares, position r of n workers reads r, r + n, r + 2n, ...
-
-
-def own_shares(rank, world, shares):
-    return range(rank % shares, shares, world)  # with more workers than shares, some share one
+# data, (own, count): the numbers of the shares that this worker reads, of so many in all.
 
 
 class StorySource:
@@ -458,16 +454,16 @@ class StorySource:
             number += 1
         return torch.tensor(tokens[:count])
 
-    def set_shares(self, rank, world, shares, step):
+    def set_shares(self, own, count, step):
         """Look up the own shares. One that is new here starts behind all that another worker can
         have read of it in `step` steps."""
-        if (rank, world, shares) != self.division:
-            self.division, behind = (rank, world, shares), step * self.stories_per_step
-            self.cursors = {s: self.cursors.get(s, behind) for s in own_shares(*self.division)}
+        if (own, count) != self.division:
+            self.division, behind = (own, count), step * self.stories_per_step
+            self.cursors = {share: self.cursors.get(share, behind) for share in own}
 
     def batch(self, rows, context):
         """The next tokens of the own shares: int64 [rows, context + 1]."""
-        shares, count = self.division[2], rows * (context + 1)
+        shares, count = self.division[1], rows * (context + 1)
         while len(self.rest) < count:
             share = min(self.cursors, key=self.cursors.get)  # the least read
             number = (self.cursors[share] * shares + share) % (STORY_COUNT - HELD_OUT_STORIES)
@@ -487,7 +483,7 @@ class StorySource:
 class TextSource:
     """Random windows of a text, which is cut into equal shares before its held-out end.
 
-    `tokens` is an integer array; windows are drawn from (seed, rank) at the start."""
+    `tokens` is an integer array; windows are drawn from (seed, first own share at the start)."""
 
     def __init__(self, identity, tokens, seed, context):
         self.identity, self.seed, self.context = identity, seed, context
@@ -504,21 +500,21 @@ class TextSource:
     def held_out(self, count):
         return torch.from_numpy(self.held[:count].astype(np.int64))
 
-    def set_shares(self, rank, world, shares, step):
+    def set_shares(self, own, count, step):
         if self.generator is None:
-            self.generator = torch.Generator().manual_seed(mix(self.seed, rank, step))
-        if (rank, world, shares) != self.division:
-            self.division, self.share_tokens = (rank, world, shares), len(self.tokens) // shares
+            self.generator = torch.Generator().manual_seed(mix(self.seed, own[0], step))
+        if (own, count) != self.division:
+            self.division, self.share_tokens = (own, count), len(self.tokens) // count
             self.windows = self.share_tokens - self.context  # in a share, of context + 1 tokens
             if self.windows < 1:
                 raise RunError(
-                    f"the text is too small: {len(self.tokens)} tokens do not make {shares} shares "
+                    f"the text is too small: {len(self.tokens)} tokens do not make {count} shares "
                     f"of more than {self.context}; name more text in data.source, or start the "
                     "server with fewer --shares"
                 )
 
     def batch(self, rows, context):
-        shares, windows = own_shares(*self.division), []
+        shares, windows = self.division[0], []
         for drawn in torch.randint(len(shares) * self.windows, (rows,), generator=self.generator):
             share, offset = divmod(drawn.item(), self.windows)
             start = shares[share] * self.share_tokens + offset
@@ -531,7 +527,8 @@ class TextSource:
     def load_state_dict(self, state):
         self.generator = torch.Generator()
         self.generator.set_state(state["generator"])
-        self.set_shares(*state["division"], step=0)
+        own, count = state["division"]
+        self.set_shares(tuple(own), count, step=0)
 
 
 def download(url, path, progress):
@@ -898,8 +895,9 @@ class Run:
 
     def take_shares(self):
         worker = self.callback.worker
-        division = (worker.rank, worker.world, worker.shares) if worker else (0, 1, 1)
-        self.source.set_shares(*division, self.step)
+        own, count = (worker.shares, worker.num_shares) if worker else ((0,), 1)
+        if own:  # none, where the server went as it was about to say
+            self.source.set_shares(own, count, self.step)
 
     def begin(self):
         """Join the run, if there is one, and take its parameters and its step."""
@@ -1039,6 +1037,8 @@ def run_worker(settings, resume):
         if again or not looping:
             raise KeyboardInterrupt
         run.stop = True
+        if run.callback.worker:
+            run.callback.worker.part()
         output.line("stopping after this step; once more stops at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):

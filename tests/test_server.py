@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import pytest
 import safetensors
@@ -100,7 +101,7 @@ class Peer:
         """Push numbers (None: an empty push) and adopt the reply, whose fields are returned."""
         self.seq += 1
         fields = {"fragment": 0, "seq": self.seq, "base": self.version, "step": 5 * self.seq,
-                  "steps": 5 * (values is not None), **fields}  # fmt: skip
+                  "ticket": self.reply["ticket"], "steps": 5 * (values is not None), **fields}  # fmt: skip
         if self.data is None:
             self.data, _ = protocol.connect(self.server, self.session)
         tensors = {} if values is None else {"values": values.to(CODECS[codec].dtype)}
@@ -222,10 +223,17 @@ def test_momentum_and_the_rule_that_closes_a_round():
     assert [server.momentum_at(r, 0.9, True) for r in range(4)] == ramp
     assert server.momentum_at(27, 0.9, True) == server.momentum_at(10**6, 0.9, True) == 0.9
     assert server.momentum_at(0, 0.9, False) == 0.9
-    assert server.round_closes({"a": 1, "b": 1}, {"a": 1, "b": 1})
-    assert not server.round_closes({"a": 1, "b": 1}, {"a": 1})
-    assert not server.round_closes({"a": 1}, {})
-    assert server.round_closes({"a": 1}, {"a": 1, "gone": 1})
+
+    def closes(members, pushed, *rest, closing=False):
+        push = types.SimpleNamespace(closing=closing)
+        return server.round_closes(dict.fromkeys(members), dict.fromkeys(pushed, push), *rest)
+
+    assert closes("ab", "ab") and closes("a", "ax")  # x has pushed and is gone
+    assert not closes("ab", "a") and not closes("a", "")
+    assert closes("abc", "ab", 2, True) and not closes("abc", "a", 2, True)
+    assert not closes("", "", 1, True)
+    assert not closes("a", "a", 2) and closes("a", "ax", 2)
+    assert closes("a", "a", 2, closing=True) and not closes("ab", "a", 2, closing=True)
 
 
 # --- Whole runs ------------------------------------------------------------------------------
@@ -468,7 +476,8 @@ def test_a_push_sent_again_while_its_first_copy_is_being_folded_counts_once(serv
     payload = memoryview(protocol.memory(values))
     for milliseconds in range(0, 40, 2):
         a.seq += 1
-        fields = {"type": "push", "fragment": 0, "seq": a.seq, "base": a.version, "step": 1, "steps": 1}  # fmt: skip
+        fields = {"type": "push", "fragment": 0, "seq": a.seq, "base": a.version, "step": 1,
+                  "steps": 1, "ticket": a.reply["ticket"]}  # fmt: skip
         first, second = (protocol.connect(host.address, a.session)[0] for _ in range(2))
         for conn in (second, first):
             conn.sock.sendall(protocol.encode_header(fields, specs))

@@ -260,17 +260,11 @@ def stories_read(source, batches, rows=4, context=256):
     return models.ByteTokenizer().decode(stream.tolist()).split(worker.SEPARATOR)[:-1]
 
 
-def test_own_shares_are_disjoint_and_cover_all():
-    for shares, world in [(8, 2), (8, 3), (8, 8), (5, 4), (1, 1)]:
-        owned = [worker.own_shares(rank, world, shares) for rank in range(world)]
-        assert sorted(itertools.chain(*owned)) == list(range(shares))
-
-
 def test_story_shares_do_not_overlap_and_leave_nothing_out():
     read = []
     for rank in range(3):
         source = story_source()
-        source.set_shares(rank, 3, 8, step=0)
+        source.set_shares(tuple(range(rank, 8, 3)), 8, step=0)
         read.append(stories_read(source, 20))
     everything = list(itertools.chain(*read))
     assert len(everything) == len(set(everything)) > 60
@@ -280,7 +274,7 @@ def test_story_shares_do_not_overlap_and_leave_nothing_out():
 
 def test_held_out_stories_are_the_same_for_all_and_in_no_share():
     first, second = story_source(), story_source()
-    second.set_shares(1, 2, 8, step=0)
+    second.set_shares(tuple(range(1, 8, 2)), 8, step=0)
     held = first.held_out(20_000)
     assert torch.equal(held, second.held_out(20_000)) and len(held) == 20_000
     texts = set(models.ByteTokenizer().decode(held.tolist()).split(worker.SEPARATOR))
@@ -292,13 +286,13 @@ def test_new_shares_start_behind_what_others_have_read():
     """A worker reads all shares for 30 steps, then half of them go to a late joiner."""
     tokens = 4 * 257
     old, late = story_source(tokens), story_source(tokens)
-    old.set_shares(0, 1, 8, step=0)
+    old.set_shares(tuple(range(0, 8, 1)), 8, step=0)
     before = stories_read(old, 30)
-    old.set_shares(0, 2, 8, step=30)
-    late.set_shares(1, 2, 8, step=30)
+    old.set_shares(tuple(range(0, 8, 2)), 8, step=30)
+    late.set_shares(tuple(range(1, 8, 2)), 8, step=30)
     after = stories_read(old, 10) + stories_read(late, 10)
     assert not set(before) & set(after[1:]) and len(after) == len(set(after))
-    old.set_shares(0, 1, 8, step=40)  # the late one leaves: its shares come back
+    old.set_shares(tuple(range(0, 8, 1)), 8, step=40)  # the late one leaves: its shares come back
     assert not (set(before) | set(after)) & set(stories_read(old, 10)[1:])
 
 
@@ -310,10 +304,10 @@ def test_a_source_goes_on_from_its_state(kind):
         return worker.TextSource("text:x", torch.arange(20_000).numpy(), 1, 32)
 
     source, again = make(), make()
-    source.set_shares(1, 3, 8, step=5)
+    source.set_shares(tuple(range(1, 8, 3)), 8, step=5)
     source.batch(4, 32)
     again.load_state_dict(source.state_dict())
-    again.set_shares(1, 3, 8, step=9)
+    again.set_shares(tuple(range(1, 8, 3)), 8, step=9)
     for _ in range(5):
         assert torch.equal(source.batch(4, 32), again.batch(4, 32))
 
@@ -326,7 +320,7 @@ def test_text_shares_are_disjoint_and_held_out_is_apart():
     seen = []
     for rank in range(3):
         source = text_source()
-        source.set_shares(rank, 3, 8, step=0)
+        source.set_shares(tuple(range(rank, 8, 3)), 8, step=0)
         batch = torch.cat([source.batch(64, 16) for _ in range(40)])
         assert batch.dtype == torch.int64 and batch.shape == (2560, 17)
         assert ((batch[:, 1:] - batch[:, :-1]) == 1).all()  # windows are whole
@@ -338,10 +332,10 @@ def test_text_shares_are_disjoint_and_held_out_is_apart():
     assert len(set().union(*seen, held)) > 0.99 * 30_000
 
 
-def test_text_windows_depend_on_seed_rank_and_step():
-    def first(seed, rank, step):
+def test_text_windows_depend_on_seed_share_and_step():
+    def first(seed, share, step):
         source = text_source(seed=seed)
-        source.set_shares(rank, 1, 1, step)  # one share: ranks may see the same text
+        source.set_shares((share,), 2, step)
         return source.batch(8, 16).tolist()
 
     draws = [first(1, 0, 0), first(2, 0, 0), first(1, 1, 0), first(1, 0, 100)]
@@ -354,8 +348,8 @@ def test_too_small_a_text_is_refused():
         text_source(5000)
     source = text_source(9000, context=700)
     with pytest.raises(worker.RunError, match="8 shares of more than 700"):
-        source.set_shares(0, 2, 8, step=0)
-    source.set_shares(0, 1, 1, step=0)
+        source.set_shares(tuple(range(0, 8, 2)), 8, step=0)
+    source.set_shares(tuple(range(0, 1, 1)), 1, step=0)
 
 
 def test_text_files_give_documents_and_an_identity_of_their_contents(tmp_path):
