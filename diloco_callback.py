@@ -181,7 +181,7 @@ class Fragment:
     velocity (of the outer optimizer; None without prediction): views of float32 vectors.
     """
 
-    def __init__(self, flat, due, anchor, residual, velocity, up, down):
+    def __init__(self, flat, anchor, residual, velocity, up, down):
         self.flat, self.size = flat, flat.numel
         self.anchor, self.residual, self.velocity = anchor, residual, velocity
         self.up, self.down = up, down
@@ -513,6 +513,8 @@ class DiLoCoWorker:
         self._take_share(reply)
         labels = [fragment.version for fragment in self.fragments]
         self._audit("joined", labels=labels, index=self.index, again=self.joins > 1)
+        for fragment in self.fragments:
+            self._audit_anchor(fragment)
         numbers = [number for _, number in labels]
         log(
             f"{self.worker_id} {'has joined again as' if self.joins > 1 else 'is'} worker "
@@ -566,12 +568,11 @@ class DiLoCoWorker:
         velocity = torch.zeros_like(params) if predicts else None
         for k in range(count):
             flat = protocol.FlatModel([self.named[name] for name in names], k, count)
-            due = (k + 1) * self.sync_every // count
             views = (
                 None if vector is None else protocol.fragment_of(vector, k, count)
                 for vector in (params, residual, velocity)
             )
-            self.fragments.append(Fragment(flat, due, *views, up, down))
+            self.fragments.append(Fragment(flat, *views, up, down))
         if self.fragments[0].flat.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.fragments[0].flat.device)
         self.step = self.run_step = reply.field("step", int)
@@ -655,7 +656,6 @@ class DiLoCoWorker:
         if not self.kept_place and (place != self.next or steps is not None):
             whole = self._due(place) - (self._due(place - 1) if place else 0)
             self.next, self.wait = place, whole if steps is None else min(steps, whole)
-        self.kept_place = False
         for fragment in relaunched:
             flight = fragment.flight
             if flight.dropped:
@@ -663,7 +663,9 @@ class DiLoCoWorker:
             flight.error, flight.arrived = None, False
             flight.done.clear()
             self._launch(fragment)
-        for k in due["open"]:
+        opened = [] if self.kept_place else due["open"]  # it comes to them in its own time
+        self.kept_place = False
+        for k in opened:
             if self.fragments[k].flight is None:
                 self._begin(self.fragments[k])
                 if self.delay == 0:
@@ -841,10 +843,7 @@ class DiLoCoWorker:
                 self.mismatches += 1
                 log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
                 self._persist(lambda: self._fetch(fragment))
-            if protocol.is_audited():
-                checksum = bytes(protocol.checksum_of(fragment.anchor).tolist()).hex()
-                k = flight.fields["fragment"]
-                self._audit("adopt", fragment=k, label=fragment.version, checksum=checksum)
+            self._audit_anchor(fragment)
             flight.reply = reply
         except BaseException as error:
             flight.error = error
@@ -1004,7 +1003,8 @@ class DiLoCoWorker:
     def _settle(self, fragment):
         """The steps of a fragment's push are in the global model."""
         flight = fragment.flight
-        self._audit("settled", fragment=flight.fields["fragment"], seq=flight.fields["seq"])
+        if not (flight.reply and flight.reply.fields.get("refused")):
+            self._audit("settled", fragment=flight.fields["fragment"], seq=flight.fields["seq"])
         fragment.mark, fragment.staleness = flight.mark, 0
         fragment.closed = flight.fields["closing"]
         self.fragment_syncs += 1
@@ -1026,7 +1026,7 @@ class DiLoCoWorker:
         """Join again: the server was restarted, or had given this worker up. What became of the
         pushes under way is learnt from it. False where it cannot be reached."""
         self.interrupt.set()
-        for conn in list(self.used):
+        for conn in self.used.copy():
             conn.close()
         for fragment in self.fragments:
             if fragment.flight:
@@ -1079,6 +1079,12 @@ class DiLoCoWorker:
 
     def _audit(self, event, **facts):
         protocol.audit(event, worker=self.worker_id, session=self.session, **facts)
+
+    def _audit_anchor(self, fragment):
+        if protocol.is_audited():
+            checksum = bytes(protocol.checksum_of(fragment.anchor).tolist()).hex()
+            k, label = self.fragments.index(fragment), fragment.version
+            self._audit("adopt", fragment=k, label=label, checksum=checksum)
 
     # --- Heartbeats, leaving ---
 
@@ -1143,7 +1149,7 @@ class DiLoCoWorker:
                     self.control.request("leave", {"reason": reason[:200]})
                 self.control.close()
         self.interrupt.set()
-        for conn in [*self.data, *self.used]:
+        for conn in [*self.data, *self.used.copy()]:
             conn.close()
         self.pool.close(seconds=5.0)
         with torch.no_grad(), uninterrupted():  # leave the local values as training made them

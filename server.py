@@ -78,6 +78,7 @@ class Member:
     run: str = ""  # that its local work belongs to
     labels: list = field(default_factory=list)  # versions that its local work started from, or None
     folded: list = field(default_factory=list)  # as Fragment.folded, of slices that it can upload
+    asked: list = field(default_factory=list)  # fragments that it is to upload
     index: int = -1
     position: int = 0  # steps since its cycle began
     steps_per_second: float = 0.0
@@ -815,6 +816,7 @@ class Server:
                 if member not in (self.joining.get(member.id), self.members.get(member.id)):
                     raise Refused("id", "another connection of this worker has taken its place")
                 task = self._task(member)
+                member.asked = []
                 if task in ("slices", "model"):
                     self.uploader = member.id
                 elif task == "enter" and not self.running and not self._start():
@@ -825,7 +827,8 @@ class Server:
                 with self.lock:
                     if not self.fragments:  # it died before its first checkpoint
                         self._allocate(member.manifest, member.num_fragments)
-                    return conn.send("init", {"fragments": self._newest_of(member)})
+                    member.asked = self._newest_of(member)
+                return conn.send("init", {"fragments": member.asked})
             if task == "model" and self.weights is None:
                 return conn.send("init")
             if task == "model":
@@ -1050,8 +1053,7 @@ class Server:
         if sum(sizes.values()) > protocol.MAX_FILES_BYTES:
             raise ProtocolError(f"init: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
         file_specs = [TensorSpec(f"file:{n}", torch.uint8, (s,)) for n, s in sizes.items()]
-        with self.lock:
-            newer = [self.fragments[k] for k in self._newest_of(member)] if self.fragments else []
+        newer = [self.fragments[k] for k in member.asked]
         specs = [TensorSpec(f"slice:{f.index}", torch.float32, (self._slice(f, self.params).numel(),))
                  for f in newer]  # fmt: skip
         message.expect((specs or member.manifest) + file_specs)

@@ -75,9 +75,14 @@ def render(status):
         )
     lines += table(rows) if status["workers"] else ["  no workers"]
     lines.append("")
-    if status["state"] != "running":
-        there = ", ".join(status["joining"]) or "none"
+    there = ", ".join(status["joining"]) or "none"
+    if status["expected"]:
+        lines.append(f"the run goes on with {', '.join(status['expected'])}, as soon as they are "
+                     f"back or given up; there: {there}")  # fmt: skip
+    elif status["state"] == "waiting for workers":
         lines.append(f"the run starts with {status['workers_wanted']} workers; there: {there}")
+    elif status["state"] == "too few workers":
+        lines.append(f"rounds wait until there are {status['min_workers']} workers (--min-workers)")
     if status["awaited"]:
         lines.append(f"the round waits for: {', '.join(status['awaited'])}")
     if len(status["fragments"]) > 1:
@@ -86,11 +91,13 @@ def render(status):
                   for k, f in enumerate(status["fragments"]) if f["pushes"]]  # fmt: skip
         lines.append(f"fragments: versions {versions}; in flight: {', '.join(flying) or 'none'}")
     if last := status["last_round"]:
+        late = ", ".join(f"{worker} by {rounds}" for worker, rounds in last["staleness"].items())
         lines.append(
             f"last round: waited {last['seconds_waiting']:.2f} s, folded "
             f"{last['seconds_folding']:.2f} s, sent {last['seconds_sending']:.2f} s; up "
             f"{last['bytes_up'] / 1e6:.2f} MB, down {last['bytes_down'] / 1e6:.2f} MB; "
             f"{last['steps']} steps, {last['tokens']:,} tokens"
+            f"{'; late: ' + late if late else ''}"
         )
     if status["save_error"]:
         lines.append(f"WARNING: {status['save_error']}")
