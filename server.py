@@ -256,6 +256,13 @@ def checkpoints(folder):
     return sorted(found, reverse=True)
 
 
+def discard(checkpoint):
+    """Remove a checkpoint. It loses its name first: one that a kill leaves half removed is none."""
+    old = os.path.join(os.path.dirname(checkpoint), ".tmp-checkpoint-old")
+    os.rename(checkpoint, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def foreign_weights(folder):
     """Weight files in a folder, or in its checkpoint folders, that this program did not write."""
     patterns = ("*.safetensors", "*.bin", "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
@@ -491,6 +498,7 @@ class Server:
             return
         beside = os.path.join(self.output, ".tmp-checkpoint")
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside + "-old", ignore_errors=True)
         os.mkdir(beside)
         try:
             with contextlib.ExitStack() as files:
@@ -509,9 +517,8 @@ class Server:
             if os.path.exists(path):  # of the same round, but not of the same versions
                 if not is_ours(os.path.join(path, "outer.safetensors")):
                     raise FileExistsError(f"{path} is not this program's")
-                os.rename(path, beside + "-old")
+                discard(path)
             os.rename(beside, path)
-            shutil.rmtree(beside + "-old", ignore_errors=True)
             protocol.sync_folder(self.output)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
@@ -519,7 +526,7 @@ class Server:
         self.saved = saved
         log(f"saved {os.path.abspath(path)}")
         for _, old in checkpoints(self.output)[self.args.save_total_limit :]:
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
 
     def _write_vectors(self, model, outer):
         """Write both safetensors files of a checkpoint, straight from the live vectors."""

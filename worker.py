@@ -122,7 +122,9 @@ class DilocoSettings:
     fragment_sync_delay: int | None = setting(None, least=0)  # steps; else to the next push
     fragment_update: str = setting("predict", choices=("predict", "rebase", "mix"))
     fragment_update_alpha: float = setting(0.5, least=0, most=1)  # the local share of a mix
-    reconnect_timeout: float = setting(600.0, least=0)  # seconds that a sync waits for a lost server
+    reconnect_timeout: float = setting(
+        600.0, least=0
+    )  # seconds that a sync waits for a lost server
 
 
 @dataclass

@@ -539,6 +539,15 @@ def test_a_checkpoint_that_is_not_whole_is_skipped(serve, tmp_path, cut):
     assert not (tmp_path / "model-diloco").exists()
 
 
+def test_a_checkpoint_that_is_being_removed_is_none_any_more(start, tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "outer.safetensors").write_bytes(b"x")
+    killed = "import os, shutil, server; shutil.rmtree = lambda *_, **__: os._exit(9); "
+    assert start("-c", f"{killed}server.discard({str(checkpoint)!r})").wait() == 9
+    assert not list(tmp_path.glob("checkpoint-*")) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_run_that_ended_goes_on_with_its_momentum_and_the_new_rate(serve, tmp_path):
     host = serve("--until-done")
     a = Peer(host, "a").join()
