@@ -412,7 +412,7 @@ class DiLoCoWorker:
         self.loss = None
         self.joins = 0
         self.kept_local = self.kept_place = False  # local work of a checkpoint; also where it was
-        self.flushed = self.stop_ordered = self.away = False
+        self.ending = self.flushed = self.stop_ordered = self.away = False
         self.leave_by = None  # when a worker that was told to leave waits no longer
         self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
         self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
@@ -735,7 +735,7 @@ class DiLoCoWorker:
         cannot be reached for `reconnect_timeout`. After `part`, what has arrived is left to count."""
         if self.flushed:
             return
-        self.down_since = None
+        self.down_since, self.ending = None, True
         for fragment in self.fragments:
             if fragment.flight:
                 self._adopt(fragment)
@@ -1117,6 +1117,7 @@ class DiLoCoWorker:
             "steps_per_second": self.steps_per_second,
             "loss": self._sane_loss(),
             "shares": list(self.shares),
+            "ending": self.ending,
         }
         reply = self.control.request("heartbeat", fields)
         orders = reply.field("orders", list)

@@ -18,6 +18,7 @@ Needs torch and nothing else, so that it can be copied into other projects.
 import bisect
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import ipaddress
 import itertools
@@ -28,6 +29,7 @@ import re
 import select
 import socket
 import struct
+import termios
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -487,10 +489,14 @@ class Connection:
 
     def _receive_into(self, view, idle):
         self.sock.settimeout(idle)
+        unsent = self._unsent()
         while view.nbytes:
             try:
                 count = self.sock.recv_into(view)
             except TimeoutError:
+                before, unsent = unsent, self._unsent()
+                if unsent < before:  # what was sent last still moves, on a slow line
+                    continue
                 seconds = self.sock.gettimeout() or 0  # 0: the keep-alive noticed
                 raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
             if not count:
@@ -498,6 +504,13 @@ class Connection:
             self.sock.settimeout(self.stall)
             self.bytes_in += count
             view = view[count:]
+
+    def _unsent(self):
+        """Bytes that were sent, and that the peer's system has not acknowledged."""
+        try:
+            return struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
+        except OSError:  # not on this system
+            return 0
 
     def discard(self):
         """Read the payload of the last message and throw it away."""

@@ -87,6 +87,7 @@ class Member:
     buffers: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
     shares: set = field(default_factory=set)  # of the text, that it may be reading
     told: bool = False  # that the server ends
+    ending: bool = False  # it has made its last step
     # Names this membership. A push that was made before its worker joined again carries another
     # ticket, and is refused however late it comes: the join has settled what became of it.
     ticket: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -112,6 +113,7 @@ class Push:
     stale: bool = False  # refused for its age
     arrived: float = 0.0  # when it was there whole
     waiting: bool = True  # a connection waits for the reply
+    update: object = None  # the Update that came of its round
 
 
 @dataclass(eq=False)
@@ -1128,7 +1130,10 @@ class Server:
             member = self._member(conn)
             member.conn = conn
             member.shares &= {s for s in message.field("shares", list, []) if type(s) is int}
-            member.step = message.field("step", int)
+            member.step, member.ending = (
+                message.field("step", int),
+                message.field("ending", bool, False),
+            )
             member.position = message.field("position", int, 0)
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
             member.loss = message.field(
@@ -1238,10 +1243,9 @@ class Server:
                     lambda: self._awaited(fragment),
                 )
                 self.advance()
-        except BaseException:
-            push.waiting = False
-            raise
-        self._answer_push(conn, fragment, push, base)
+            self._answer_push(conn, fragment, push, base)
+        finally:
+            self._end_push(push)
 
     def _awaited(self, fragment):
         """Who is missing in the open round of a fragment, in words. Needs the lock."""
@@ -1255,7 +1259,8 @@ class Server:
         limit = self.args.round_timeout
         begun = min((p.arrived for p in fragment.pushes.values() if not p.staleness), default=None)
         overdue = limit and begun is not None and time.monotonic() - begun > limit
-        least = 1 if self.stopping else self.args.min_workers
+        ending = self.stopping or all(member.ending for member in self.members.values())
+        least = 1 if ending else self.args.min_workers
         return round_closes(self.members, fragment.pushes, least, overdue)
 
     def advance(self):
@@ -1336,6 +1341,8 @@ class Server:
         }
         waiting = [push for push in pushes if push.waiting]
         fragment.update = Update(base, buffer, checksum, fields, line, waiting)
+        for push in pushes:
+            push.update = fragment.update
         fragment.busy = False
         self.last_round = line
         every = self.args.save_every
@@ -1419,12 +1426,19 @@ class Server:
             with self.lock:
                 update.readers -= 1
                 update.line["bytes_down"] += conn.bytes_out - before
-                update.line["seconds_sending"] = round(time.monotonic() - update.made, 4)
-                last = update.unanswered == [push]
-                if push in update.unanswered:
-                    update.unanswered.remove(push)
-            if last:
-                self._write_line(update.line)
+
+    def _end_push(self, push):
+        """A push has been answered, or its connection is gone: with the last one the round's line
+        is complete."""
+        with self.lock:
+            push.waiting, update = False, push.update
+            if update is None or push not in update.unanswered:
+                return
+            update.unanswered.remove(push)
+            update.line["seconds_sending"] = round(time.monotonic() - update.made, 4)
+            last = not update.unanswered
+        if last:
+            self._write_line(update.line)
 
     def _send_slice(self, conn, type, fragment, fields):
         """Reply with a slice in full and its checksum."""
