@@ -53,6 +53,7 @@ SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # that training waits for a server that is gone, before it goes on
 PARTING_SECONDS = 5.0  # that a worker which is told to stop waits for its last push to arrive
 LONGEST_PAUSE_SECONDS = 10.0  # between two attempts to connect
+RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 
 
@@ -164,7 +165,9 @@ class Flight:
     predicted: bool = False  # the local values have jumped to `_predicted`
     late: bool = False  # training has gone on without its reply
     arrived: bool = False  # the server has all of it, and waits for others
-    committed: bool = False  # its residual is
+    moved: bool = False  # the local values are the new global ones already
+    queued: object = None  # on a GPU: the event that the local values of the push are there
+    encoded: int = 0  # elements that are in the push buffer, and whose rounding is in the residual
     dropped: bool = False  # its values are gone: sent again it would be an empty push
     lock: threading.Lock = field(default_factory=threading.Lock)  # while local values are read
     done: threading.Event = field(default_factory=threading.Event)
@@ -177,16 +180,20 @@ class Fragment:
     """A slice of the model with a version and pushes of its own: its numbers, and the arithmetic on
     them, chunk by chunk. Positions are within the slice.
 
-    flat: the local parameters. anchor, residual (None where the upload codec loses nothing) and
-    velocity (of the outer optimizer; None without prediction): views of float32 vectors.
+    flat: the local parameters. anchor, residual (None without error feedback) and velocity (of the
+    outer optimizer; None without prediction): float32 vectors of its own, where the parameters
+    live. There everything is worked out; encoded bytes alone are on the host.
     """
 
     def __init__(self, flat, anchor, residual, velocity, up, down):
-        self.flat, self.size = flat, flat.numel
+        self.flat, self.size, self.device = flat, flat.numel, anchor.device
         self.anchor, self.residual, self.velocity = anchor, residual, velocity
         self.up, self.down = up, down
-        self.push = Buffer(up.layout(self.size))
-        self.update = Buffer([*down.layout(self.size), Checksum.SPEC])
+        pinned = self.device.type == "cuda"
+        self.push = Buffer(up.layout(self.size), pinned=pinned)
+        self.update = Buffer([*down.layout(self.size), Checksum.SPEC], pinned=pinned)
+        self.is_staged = self.device.type != "cpu"
+        self.stages = {}  # (codec, elements) -> Buffer on the device for one chunk
         self.version = None  # [origin, number] of the anchor
         self.outer = None  # the outer step that follows the next push: lr, momentum, nesterov
         self.seq = 0  # of the last push
@@ -196,44 +203,65 @@ class Fragment:
         self.closed = False  # the closing push is in the global model
         self.flight = None  # the push that is under way
 
+    def scratch(self):
+        """Room for a chunk."""
+        return torch.empty(CHUNK, device=self.device)
+
+    def _at(self, codec, buffer, start, count):
+        """(tensors, start) that a codec is to work on for a chunk of a message: the message's own,
+        or on another device than the host, a buffer of the chunk's size and the bytes that it
+        stands for."""
+        if not self.is_staged:
+            return buffer.tensors, start, None, None
+        if (codec, count) not in self.stages:
+            self.stages[codec, count] = Buffer(codec.layout(count), device=self.device)
+        stage, first = self.stages[codec, count], protocol.payload_bytes(codec.layout(start))
+        return stage.tensors, 0, stage.raw, buffer.raw[first : first + len(stage.raw)]
+
     def difference(self, flight, start, out):
         """Anchor minus local at the push, plus what rounding lost before, into `out`."""
         part = slice(start, start + out.numel())
         if flight.snapshot is None:
-            self.flat.read(start, out)
+            self.flat.subtract_from(start, self.anchor[part], out)
         else:
-            out.copy_(flight.snapshot[part])
-        torch.sub(self.flat.rounded(start, self.anchor[part]), out, out=out)
+            torch.sub(self.flat.rounded(start, self.anchor[part]), flight.snapshot[part], out=out)
         return out if self.residual is None else out.add_(self.residual[part])
 
-    def encode(self, flight):
-        """Fill the push buffer."""
-        scratch = torch.empty(CHUNK)
-        for start, stop in protocol.chunks(self.size):
-            delta = self.difference(flight, start, scratch[: stop - start])
-            self.up.encode(delta, self.push.tensors, start)
+    def encode(self, flight, start, stop, scratch):
+        """Fill a chunk of the push buffer, and keep what rounding takes from it. The residual is
+        that of an accepted push from here on: `take_back` is for the few that are not."""
+        delta = self.difference(flight, start, scratch[: stop - start])
+        tensors, at, device, host = self._at(self.up, self.push, start, stop - start)
+        self.up.encode(delta, tensors, at)
+        if device is not None:
+            host.copy_(device)
+        if self.residual is not None:
+            self.up.subtract(delta, tensors, at, self.residual[start:stop])
+        flight.encoded = stop
 
-    def commit_residual(self, flight):
-        """Keep what rounding took from a push that was accepted. The difference is worked out once
-        more, which costs less than keeping it: neither side of it has changed since the push."""
-        if self.residual is None or not flight.steps or flight.committed:
+    def take_back(self, flight):
+        """Make the residual what it was before a push that was not accepted: what the push carried
+        and what it left, less the difference that it was made from."""
+        if self.residual is None or not flight.encoded:
             return
-        flight.committed = True
-        scratch, sent = torch.empty(CHUNK), torch.empty(CHUNK)
-        for start, stop in protocol.chunks(self.size):
-            delta, part = (
-                self.difference(flight, start, scratch[: stop - start]),
-                sent[: stop - start],
-            )
-            self.up.decode(self.push.tensors, start, part)
-            self.residual[start:stop].copy_(delta.sub_(part))
+        scratch, carried = self.scratch(), self.scratch()
+        for start, stop in protocol.chunks(flight.encoded):
+            left, total = self.residual[start:stop], carried[: stop - start]
+            tensors, at, device, host = self._at(self.up, self.push, start, stop - start)
+            if device is not None:
+                device.copy_(host)
+            self.up.decode(tensors, at, total)
+            total.add_(left)
+            left.zero_()  # it is a term of the difference
+            torch.sub(total, self.difference(flight, start, scratch[: stop - start]), out=left)
+        flight.encoded = 0
 
     def predicted(self, flight):
         """Where the slice would be if all workers had pushed what this one has: (start, stop,
         values rounded to the parameters' dtypes) of each chunk. The outer step is the server's, and
         all that it needs is still what it was at the push."""
         lr, mu, nesterov = (self.outer[name] for name in ("lr", "momentum", "nesterov"))
-        scratch, other = torch.empty(CHUNK), torch.empty(CHUNK)
+        scratch, other = self.scratch(), self.scratch()
         for start, stop in protocol.chunks(self.size):
             own, ahead, anchor = (
                 scratch[: stop - start],
@@ -267,20 +295,27 @@ class Fragment:
                 self.flat.write(start, local.sub_(values).add_(flight.snapshot[start:stop]))
             flight.predicted = False
 
-    def advance(self, reply, whole):
+    def advance(self, reply, whole, move=False):
         """Bring the anchor to a reply's version: by its update, to the slice in full, or not at all
-        where nothing was folded. False if the checksum then differs from the server's."""
-        checksum, scratch = Checksum(), torch.empty(CHUNK)
+        where nothing was folded; with `move` the local values too, while they are in the cache.
+        False if the checksum then differs from the server's."""
+        checksum, scratch = Checksum(), self.scratch()
+        learns = self.velocity is not None and not reply.field("plain", bool, True)
         for start, stop in protocol.chunks(self.size):
             anchor, step = self.anchor[start:stop], scratch[: stop - start]
             if whole is not None:
                 anchor.copy_(whole[start:stop])
             elif reply.specs == self.update.specs:
-                self.down.decode(self.update.tensors, start, step)
-                anchor.add_(step)
-                if self.velocity is not None and not reply.field("plain", bool):
+                tensors, at, device, host = self._at(self.down, self.update, start, stop - start)
+                if device is not None:
+                    device.copy_(host)
+                self.down.add(tensors, at, anchor)
+                if learns:
+                    self.down.decode(tensors, at, step)
                     self._learn_velocity(start, stop, step)
             checksum.add(anchor)
+            if move:
+                self.flat.write(start, anchor)
         self.version, self.outer = reply.field("version", list), reply.field("outer", dict)
         folded = reply.field("folded", dict)
         self.folded = {**({} if whole is not None else self.folded), **folded}
@@ -300,12 +335,13 @@ class Fragment:
     def moved(self, flight, alpha):
         """Adopt a flight's reply: the anchor, with what was done since the push on top of it.
         `alpha`: of `fragment_update: mix`, which is for steps of one interval, not of an outage."""
-        self.move(self.anchor, flight.snapshot, None if flight.late else alpha)
+        if not flight.moved:
+            self.move(self.anchor, flight.snapshot, None if flight.late else alpha)
 
     def move(self, new, since=None, alpha=None):
         """Set the local values to the global slice `new`, with what was done since they were
         `since` on top; with `alpha`, to so much of the local values and the rest of `new`."""
-        scratch = torch.empty(CHUNK)
+        scratch = self.scratch()
         for start, stop in protocol.chunks(self.size):
             target, local = new[start:stop], scratch[: stop - start]
             if since is not None:
@@ -335,6 +371,7 @@ class DiLoCoWorker:
     reconnect_timeout: seconds that a step waits for a server that cannot be reached, once per
     outage; then training goes on, and what it does is sent when the server is back.
     state: what `state_dict` gave, to go on with local work that had not been sent.
+    residual: path of what `save_residual` wrote with that.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
     when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
@@ -358,11 +395,12 @@ class DiLoCoWorker:
         source="",
         reconnect_timeout=RECONNECT_SECONDS,
         state=None,
+        residual=None,
     ):
         self.server = server or os.environ.get("DILOCO_SERVER")
         if not self.server:
             raise ValueError("no server: pass server='host:port' or set DILOCO_SERVER")
-        self.saved = state or {}
+        self.saved, self.residual_path = state or {}, residual
         self.sync_every = int(sync_every or os.environ.get("DILOCO_SYNC_EVERY") or SYNC_EVERY)
         self.num_fragments = int(num_fragments or os.environ.get("DILOCO_NUM_FRAGMENTS") or 1)
         self.update = fragment_update
@@ -398,7 +436,6 @@ class DiLoCoWorker:
         self.down_since = None  # when the outage of the server that lasts still was noticed
         self.heart = None
         self.hook = None
-        self.stream = None  # of CUDA, for copies to the host
         self.anchor_lock = threading.Lock()  # while a slice of the anchor moves
         self.fragments, self.snapshots = [], []
 
@@ -542,7 +579,7 @@ class DiLoCoWorker:
         if newer:
             chosen = {f"slice:{k}": self.fragments[k].anchor for k in newer}
             specs = protocol.specs_of(chosen.items())
-            parameters = (anchor.contiguous() for anchor in chosen.values())
+            parameters = (anchor.cpu() for anchor in chosen.values())
         else:
             specs = manifest
             parameters = (p.detach().cpu().contiguous() for p in self.named.values())
@@ -563,18 +600,15 @@ class DiLoCoWorker:
         """The first join of this process: set up, and take the parameters or keep one's own."""
         names, count = [spec.name for spec in reply.specs], self.num_fragments
         up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
-        residual = torch.zeros_like(params) if up.lossy else None
-        predicts = self.update == "predict" and self.delay
-        velocity = torch.zeros_like(params) if predicts else None
+        wanted = (
+            up.lossy and reply.field("error_feedback", bool, True),  # a residual
+            self.update == "predict" and self.delay,  # a velocity
+        )
         for k in range(count):
             flat = protocol.FlatModel([self.named[name] for name in names], k, count)
-            views = (
-                None if vector is None else protocol.fragment_of(vector, k, count)
-                for vector in (params, residual, velocity)
-            )
-            self.fragments.append(Fragment(flat, *views, up, down))
-        if self.fragments[0].flat.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.fragments[0].flat.device)
+            anchor = protocol.fragment_of(params, k, count).to(flat.device).contiguous()
+            more = (torch.zeros_like(anchor) if wants else None for wants in wanted)
+            self.fragments.append(Fragment(flat, anchor, *more, up, down))
         self.step = self.run_step = reply.field("step", int)
         held, kept = self._resumable() or [None] * count, []
         for k, fragment in enumerate(self.fragments):
@@ -590,6 +624,8 @@ class DiLoCoWorker:
                 fragment.seq, fragment.mark = old["seq"], (-old["steps"], 0)
             else:
                 fragment.move(fragment.anchor)
+        if self.saved:
+            self._load_residual()
         self.kept_local = any(kept)
         if self.kept_local:
             self.step = self.saved["step"]
@@ -600,6 +636,22 @@ class DiLoCoWorker:
             self.next = next(k for k in range(count) if left[k] > 0)
             self.wait, self.kept_place = left[self.next], True
 
+    def _load_residual(self):
+        """Take up what rounding had lost of the pushes before the checkpoint."""
+        lossy = {f"residual.{k}": f.residual for k, f in enumerate(self.fragments)
+                 if f.residual is not None}  # fmt: skip
+        try:
+            fields, tensors = protocol.load_file(self.residual_path) if lossy else ({}, {})
+            if protocol.specs_of(tensors.items()) != protocol.specs_of(lossy.items()):
+                raise ProtocolError("it is of another model, or of other fragments")
+            if lossy and fields.get("run") != self.saved.get("run"):
+                raise ProtocolError("it is of another run")
+        except (OSError, TypeError, ProtocolError) as error:
+            return log(f"{self.worker_id}: no residual beside the checkpoint ({error}): what rounding "
+                       "lost of the pushes before it is not made up for")  # fmt: skip
+        for name, residual in lossy.items():
+            residual.copy_(tensors[name])
+
     def _reenter(self, reply, params):
         """A later join: the server was restarted, or had given this worker up. Local work stays, on
         top of the new global parameters: all of it, or where a push was folded after all, what
@@ -609,9 +661,9 @@ class DiLoCoWorker:
         limit, stale = reply.field("max_staleness", int), 0
         for k, (fragment, news_of) in enumerate(zip(self.fragments, news, strict=True)):
             label, seq, outer, folded, staleness = news_of
-            flight, new = fragment.flight, protocol.fragment_of(params, k, self.num_fragments)
+            flight = fragment.flight
+            new = protocol.fragment_of(params, k, self.num_fragments).to(fragment.device)
             if flight and seq >= flight.fields["seq"] and self._is_sound(fragment, flight):
-                fragment.commit_residual(flight)
                 fragment.keep_prediction(flight)
                 fragment.anchor.copy_(new)
                 fragment.moved(flight, self.alpha)
@@ -794,31 +846,23 @@ class DiLoCoWorker:
             snapshot,
         )
         if snapshot is not None and fragment.velocity is not None:
-            if self.stream is not None:
-                self.stream.synchronize()  # the prediction is worked out from the snapshot
             fragment.predict(fragment.flight)
         self._launch(fragment)
 
     def _copy_out(self, fragment):
-        """A copy of a slice of the local parameters on the host. On a GPU the copy has a stream of
-        its own; what is queued behind waits for it there, and this thread does not."""
+        """A copy of a slice of the local parameters, where they live."""
         if self.snapshots:
             snapshot = self.snapshots.pop()
         else:
             largest = max(fragment.size for fragment in self.fragments)
-            snapshot = torch.empty(largest, pin_memory=self.stream is not None)
-        if self.stream is None:
-            fragment.flat.read(0, snapshot[: fragment.size])
-            return snapshot
-        training = torch.cuda.current_stream(fragment.flat.device)
-        self.stream.wait_stream(training)
-        with torch.cuda.stream(self.stream):
-            fragment.flat.read(0, snapshot[: fragment.size], non_blocking=True)
-        training.wait_stream(self.stream)
+            snapshot = torch.empty(largest, device=fragment.device)
+        fragment.flat.read(0, snapshot[: fragment.size])
         return snapshot
 
     def _launch(self, fragment):
         flight = fragment.flight
+        if fragment.device.type == "cuda":  # the pool's thread has another stream, perhaps
+            flight.queued = torch.cuda.current_stream(fragment.device).record_event()
         self.pool.submit(lambda: self._fly(fragment, flight))
 
     @torch.no_grad()
@@ -827,18 +871,15 @@ class DiLoCoWorker:
         to the training thread. Never raises: see `flight.error`."""
         began = time.monotonic()
         try:
-            if self.stream is not None:
-                self.stream.synchronize()
-            if flight.steps:
-                with flight.lock:
-                    fragment.encode(flight)
+            if flight.queued:
+                flight.queued.synchronize()
             reply, whole = self._persist(lambda: self._exchange(fragment, flight))
             with flight.lock:
-                if not reply.fields.get("refused"):
-                    fragment.commit_residual(flight)
                 fragment.keep_prediction(flight)
+                still = flight.snapshot is None and not reply.fields.get("refused")
                 with self.anchor_lock:
-                    equal = fragment.advance(reply, whole)
+                    equal = fragment.advance(reply, whole, move=still)
+                flight.moved = still and equal
             if not equal:  # the anchor is not what the server holds
                 self.mismatches += 1
                 log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
@@ -849,6 +890,8 @@ class DiLoCoWorker:
             flight.error = error
             if isinstance(error, Refused) and error.code == "rejoin":
                 self.must_join.set()
+        if fragment.device.type == "cuda":
+            torch.cuda.current_stream(fragment.device).synchronize()
         flight.seconds += time.monotonic() - began
         flight.done.set()
 
@@ -889,7 +932,9 @@ class DiLoCoWorker:
         before = conn.bytes_out, conn.bytes_in
         try:
             push = fragment.push
-            specs, payload = (push.specs, [push.raw]) if flight.steps else ([], [])
+            specs, payload = [], []
+            if flight.steps:
+                specs, payload = push.specs, self._payload(fragment, flight)
             fields = {**flight.fields, "ticket": self.ticket}
             reply = conn.request("push", fields, specs, payload, lambda _: self._arrived(flight))
             whole = self._read_update(conn, fragment, reply)
@@ -901,6 +946,16 @@ class DiLoCoWorker:
         self.last_send, self.last_recv = conn.bytes_out - before[0], conn.bytes_in - before[1]
         self.data.append(conn)
         return reply, whole
+
+    @staticmethod
+    def _payload(fragment, flight):
+        """The bytes of a push, chunk by chunk: while one is on its way the next is made."""
+        scratch = fragment.scratch()
+        for start, stop, first, last in protocol.chunk_bytes(fragment.up, fragment.size):
+            if flight.encoded < stop:
+                with flight.lock:
+                    fragment.encode(flight, start, stop, scratch)
+            yield fragment.push.raw[first:last]
 
     def _arrived(self, flight):
         flight.arrived = True
@@ -970,8 +1025,8 @@ class DiLoCoWorker:
         with flight.lock:  # they may be being read
             if flight.snapshot is None:
                 flight.snapshot = self._copy_out(fragment)
-                if self.stream is not None:
-                    self.stream.synchronize()
+                if fragment.device.type == "cuda":
+                    torch.cuda.current_stream(fragment.device).synchronize()
         if not flight.late and self.leave_by is None:
             log(f"WARNING: {self.worker_id} trains on without the server; the push of "
                 f"{flight.steps} steps is kept until it is back")  # fmt: skip
@@ -1014,6 +1069,7 @@ class DiLoCoWorker:
         """Take back a push that is not in the global model: its steps go with the next."""
         fields = fragment.flight.fields
         self._audit("released", fragment=fields["fragment"], seq=fields["seq"])
+        fragment.take_back(fragment.flight)
         fragment.undo_prediction(fragment.flight)
         self._forget_flight(fragment)
 
@@ -1062,9 +1118,11 @@ class DiLoCoWorker:
                 fragment.move(fragment.anchor)
                 if flight and not answered:  # it may count yet; what came after it does not
                     if flight.snapshot is None:
-                        flight.snapshot = torch.empty(fragment.size)
+                        flight.snapshot = torch.empty(fragment.size, device=fragment.device)
                     fragment.flat.read(0, flight.snapshot[: fragment.size])
-                    flight.predicted, flight.committed, flight.dropped = False, True, True
+                    flight.predicted, flight.dropped = False, True
+                    if flight.encoded < fragment.size:  # the rest of it cannot be made any more
+                        flight.steps = flight.fields["steps"] = 0
                     first, flight.mark = flight.mark[0], (self.local_step, self.tokens)
             if answered:
                 refused = flight.reply.field("refused", str, "")
@@ -1073,6 +1131,8 @@ class DiLoCoWorker:
             if first < self.local_step:
                 self._audit("dropped", fragment=k, first=first, last=self.local_step, why=why)
             fragment.mark, fragment.staleness = (self.local_step, self.tokens), 0
+            if fragment.residual is not None:
+                fragment.residual.zero_()
         self.optimizer.state.clear()
         log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
             "optimizer's state")  # fmt: skip
@@ -1225,6 +1285,18 @@ class DiLoCoWorker:
             "diloco/mismatches": self.mismatches,
         }
 
+    def save_residual(self, path):
+        """Write what rounding has lost so far, which the next pushes make up for, into a
+        safetensors file; nothing where the upload codec loses nothing. Belongs to a checkpoint."""
+        residuals = {}
+        for k, fragment in enumerate(self.fragments):
+            if fragment.residual is not None:
+                flight = fragment.flight
+                with flight.lock if flight else contextlib.nullcontext():
+                    residuals[f"residual.{k}"] = fragment.residual.cpu().clone()
+        if residuals:
+            protocol.save_file(path, residuals, {"program": "diloco", "run": self.run})
+
     def state_dict(self):
         """Sync progress as JSON-able values, never parameters. With the model's parameters of the
         same moment it lets another process go on with local work that had not been sent."""
@@ -1274,7 +1346,7 @@ class DiLoCoCallback:
         self.server = server or os.environ.get("DILOCO_SERVER")
         self.options = {"sync_every": sync_every, "worker_id": worker_id, **options}
         self.worker = None
-        self.saved = {}
+        self.saved, self.folder = {}, None
         self.warned = False
 
     def __getattr__(self, name):
@@ -1289,7 +1361,12 @@ class DiLoCoCallback:
                 log("no server given and DILOCO_SERVER is not set: training standalone")
             self.warned = True
             return
-        self.worker = DiLoCoWorker(model, optimizer, self.server, state=self.saved, **self.options)
+        folder = self.folder
+        if folder is None and getattr(state, "global_step", 0):
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        residual = os.path.join(folder, RESIDUAL_FILE) if folder else None
+        saved = {"state": self.saved, "residual": residual}
+        self.worker = DiLoCoWorker(model, optimizer, self.server, **saved, **self.options)
         self.worker.start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -1318,6 +1395,15 @@ class DiLoCoCallback:
             finally:
                 self.close()
 
+    def on_save(self, args, state, control, **kwargs):
+        """Put the residual into the trainer's checkpoint."""
+        self.save_residual(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+    def save_residual(self, folder):
+        """Write what rounding has lost so far into a checkpoint's folder, where there is one."""
+        if self.worker is not None and os.path.isdir(folder):
+            self.worker.save_residual(os.path.join(folder, RESIDUAL_FILE))
+
     def close(self, reason="done"):
         """Leave the run; what has not been sent is not sent."""
         if self.worker is not None:
@@ -1327,6 +1413,6 @@ class DiLoCoCallback:
         """Sync progress, to be saved beside the model's parameters; see DiLoCoWorker."""
         return self.worker.state_dict() if self.worker else dict(self.saved)
 
-    def load_state_dict(self, state):
-        """Progress from `state_dict`, before training begins."""
-        self.saved = dict(state)
+    def load_state_dict(self, state, folder=None):
+        """Progress from `state_dict`, before training begins, and the folder of `save_residual`."""
+        self.saved, self.folder = dict(state), folder

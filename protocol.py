@@ -30,6 +30,7 @@ import select
 import socket
 import struct
 import termios
+import threading
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,7 +49,11 @@ STALL_SECONDS = 60.0  # no byte for so long means that the peer or the line is g
 # after three questions without an answer, or a minute in which it took no byte, the line is dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for others
-CHUNK = 1 << 17  # elements worked on at once: 512 KiB of float32, a few of which fit in a cache
+CHUNK = (
+    1 << 19
+)  # elements worked on at once: 2 MiB of float32. Smaller ones would fit in a nearer cache,
+# but the threads of a process hand Python's lock to each other with each operation on one
+BLOCK = 64  # numbers that share a scale in int8 and int4: see tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: a sum of a million of them still is
 
 # The descriptive files that may travel with a model. Nothing else is ever written by name.
@@ -263,11 +268,13 @@ def memory(tensor):
 
 
 class Buffer:
-    """Memory for the payload of one frame: `raw` holds its bytes, `tensors` views them by name."""
+    """Memory for the payload of one frame: `raw` holds its bytes, `tensors` views them by name.
+    `pinned`: for fast copies to and from a GPU; `device`: not for the wire."""
 
-    def __init__(self, specs):
-        self.specs = list(specs)
-        self.raw = torch.empty(payload_bytes(self.specs), dtype=torch.uint8)
+    def __init__(self, specs, device="cpu", pinned=False):
+        self.specs, size = list(specs), payload_bytes(specs)
+        # Filled, so that the system hands out its memory now and not in the midst of a round.
+        self.raw = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
         self.tensors, start = {}, 0
         for spec in self.specs:
             part = self.raw[start : start + spec.nbytes]
@@ -501,7 +508,8 @@ class Connection:
                 raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
             if not count:
                 raise ConnectionError(f"{self.peer} closed the connection")
-            self.sock.settimeout(self.stall)
+            if self.sock.gettimeout() != self.stall:  # a system call, where it changes nothing too
+                self.sock.settimeout(self.stall)
             self.bytes_in += count
             view = view[count:]
 
@@ -738,6 +746,14 @@ class FlatModel:
         for parameter, inside, outside in self.spans(start, start + out.numel()):
             out[outside].copy_(parameter.reshape(-1)[inside], non_blocking=non_blocking)
 
+    def subtract_from(self, start, numbers, out):
+        """`numbers`, rounded to the parameters' dtypes, minus the elements from `start` on, into
+        `out`; both are float32 chunks."""
+        numbers = self.rounded(start, numbers)
+        for parameter, inside, outside in self.spans(start, start + out.numel()):
+            local = parameter.reshape(-1)[inside]
+            torch.sub(numbers[outside], local.to(out.device, out.dtype), out=out[outside])
+
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""
         for parameter, inside, outside in self.spans(start, start + values.numel()):
@@ -764,10 +780,11 @@ def chunks(count):
 
 
 class Checksum:
-    """A checksum of float32 bits that any device computes at the speed of its memory.
+    """A checksum of float32 bits at the speed of memory.
 
-    The bits of each chunk of CHUNK elements are added up as integers (exact, so in any order), and
-    the list of sums is hashed. Guards against faults, not against forgery.
+    The bits of each chunk of CHUNK elements are added up, two elements as one integer of 64 bits
+    (modulo 2 to the 64th, so in any order), and the list of sums is hashed. Guards against faults,
+    not against forgery.
     """
 
     SPEC = TensorSpec("checksum", torch.uint8, (16,))
@@ -776,12 +793,16 @@ class Checksum:
         self.sums = []
 
     def add(self, chunk):
-        self.sums.append(chunk.view(torch.int32).sum(dtype=torch.int64))
+        """Add the next chunk, float32 and contiguous."""
+        even = chunk.numel() & ~1
+        total = chunk[:even].view(torch.int64).sum().item() if even else 0
+        if even < chunk.numel():
+            total += chunk[even:].view(torch.int32).item() & 0xFFFFFFFF
+        self.sums.append(total & 0xFFFFFFFFFFFFFFFF)
 
     def digest(self):
         """16 bytes, as a uint8 tensor."""
-        sums = torch.stack(self.sums).tolist() if self.sums else []
-        raw = struct.pack(f"<{len(sums)}q", *sums)
+        raw = struct.pack(f"<{len(self.sums)}Q", *self.sums)
         return torch.frombuffer(
             bytearray(hashlib.blake2b(raw, digest_size=16).digest()), dtype=torch.uint8
         )
@@ -791,11 +812,31 @@ def checksum_of(numbers):
     """The Checksum of a whole float32 slice."""
     checksum = Checksum()
     for start, stop in chunks(numbers.numel()):
-        checksum.add(numbers[start:stop])
+        checksum.add(numbers[start:stop].contiguous())
     return checksum.digest()
 
 
 # --- Codecs ---------------------------------------------------------------------------------
+
+
+class Rooms(threading.local):
+    """Memory that a thread works in, chunk after chunk: to ask the system for it each time would
+    take longer than the work."""
+
+    def __init__(self):
+        self.kept = {}
+
+
+ROOMS = Rooms()
+
+
+def room(like, count):
+    """An uninitialized tensor of this thread's: `count` elements of the dtype and on the device of
+    `like`. The next call with such a `like` may give the same memory."""
+    key = like.dtype, like.device
+    if key not in ROOMS.kept or ROOMS.kept[key].numel() < count:
+        ROOMS.kept[key] = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
+    return ROOMS.kept[key][:count]
 
 
 class Cast:
@@ -817,22 +858,125 @@ class Cast:
         """Decode elements from `start` on into the float32 chunk `out`."""
         out.copy_(tensors["values"][start : start + out.numel()])
 
+    def add(self, tensors, start, out):
+        """Decode elements from `start` on and add them to the float32 chunk `out`."""
+        out.add_(tensors["values"][start : start + out.numel()])
 
-# A codec works on chunks that begin at multiples of CHUNK, so it may have blocks that divide that.
-CODECS = {"fp32": Cast(torch.float32), "bf16": Cast(torch.bfloat16)}
+    def subtract(self, numbers, tensors, start, out):
+        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
+        torch.sub(numbers, tensors["values"][start : start + out.numel()], out=out)
+
+    def finite(self, tensors, start, stop):
+        """Whether all of a chunk is finite and at most MAX_ABS in size."""
+        return within(tensors["values"][start:stop])
 
 
-def finite(numbers):
-    """Whether all numbers are finite and at most MAX_ABS in size."""
-    low, high = torch.aminmax(numbers)
-    return bool(low >= -MAX_ABS and high <= MAX_ABS)
+class Blocks:
+    """A codec that stores BLOCK numbers as integers of `bits` (8 or 4) and one scale.
+
+    A scale is the largest absolute value of its block over the largest integer, as bfloat16 rounded
+    up: with float16 the small updates of a late round would underflow. Each chunk has its scales
+    first, then its integers; of 4 bits, the first half of the chunk's numbers is in the low halves
+    of the bytes, the second in the high ones. A last block that is not full is filled with zeros.
+    """
+
+    lossy = True
+    TINY = 1e-30  # a block with nothing larger is sent as zeros: the reciprocal would overflow
+
+    def __init__(self, bits):
+        self.bits, self.top = bits, (1 << (bits - 1)) - 1
+
+    def layout(self, count):
+        """The tensors that `count` float32 numbers become."""
+        blocks = -(-count // BLOCK)
+        return [TensorSpec("values", torch.uint8, (blocks * (2 + BLOCK * self.bits // 8),))]
+
+    def _parts(self, tensors, start, count):
+        """(scales bfloat16 [blocks], integers uint8) of the chunk at `start`."""
+        begin, end = (payload_bytes(self.layout(n)) for n in (start, start + count))
+        scales = 2 * -(-count // BLOCK)
+        raw = tensors["values"][begin:end]
+        return raw[:scales].view(torch.bfloat16), raw[scales:]
+
+    def encode(self, numbers, tensors, start):
+        """Encode a float32 chunk into the message's tensors, at element `start`."""
+        scales, integers = self._parts(tensors, start, numbers.numel())
+        size = len(scales) * BLOCK
+        if numbers.numel() < size:
+            numbers = torch.nn.functional.pad(numbers, (0, size - numbers.numel()))
+        blocks, work = numbers.view(-1, BLOCK), room(numbers, size).view(-1, BLOCK)
+        largest = torch.abs(blocks, out=work).amax(1).div_(self.top)
+        # The upper half of a float32 is a bfloat16; adding just less than one to it rounds it up.
+        # So no quotient rounds to more than the largest integer.
+        largest.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
+        scales.copy_(largest)
+        inverse = torch.where(largest > self.TINY, largest.reciprocal(), 0)
+        torch.mul(blocks, inverse.unsqueeze(1), out=work).round_()
+        if self.bits == 8:
+            integers.view(torch.int8).copy_(work.view(-1))
+        else:
+            low, high = work.view(2, -1)
+            integers.copy_(low.add_(high, alpha=16).add_(8 + 16 * 8))
+
+    def decode(self, tensors, start, out):
+        """Decode elements from `start` on into the float32 chunk `out`."""
+        scales, integers = self._parts(tensors, start, out.numel())
+        size = len(scales) * BLOCK
+        blocks = out if out.numel() == size else out.new_empty(size)
+        if self.bits == 8:
+            blocks.copy_(integers.view(torch.int8))
+        else:
+            low, high = blocks.view(2, -1)
+            half = room(integers, len(integers))
+            low.copy_(torch.bitwise_and(integers, 15, out=half).sub_(8).view(torch.int8))
+            torch.bitwise_right_shift(integers, 4, out=half)
+            high.copy_(half.sub_(8).view(torch.int8))
+        blocks.view(-1, BLOCK).mul_(scales.float().unsqueeze(1))
+        if blocks is not out:
+            out.copy_(blocks[: out.numel()])
+
+    def add(self, tensors, start, out):
+        """Decode elements from `start` on and add them to the float32 chunk `out`."""
+        decoded = room(out, out.numel())
+        self.decode(tensors, start, decoded)
+        out.add_(decoded)
+
+    def subtract(self, numbers, tensors, start, out):
+        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
+        decoded = room(numbers, numbers.numel())
+        self.decode(tensors, start, decoded)
+        torch.sub(numbers, decoded, out=out)
+
+    def finite(self, tensors, start, stop):
+        """Whether all of a chunk is finite and at most MAX_ABS in size, as its scales say."""
+        return within(self._parts(tensors, start, stop - start)[0], MAX_ABS / (self.top + 1))
+
+
+# A codec works on chunks that begin at multiples of CHUNK and has their bytes one after the other,
+# so that a message can be made, sent and taken apart chunk by chunk.
+CODECS = {
+    "fp32": Cast(torch.float32),
+    "bf16": Cast(torch.bfloat16),
+    "int8": Blocks(8),
+    "int4": Blocks(4),
+}
+
+
+def chunk_bytes(codec, count):
+    """(start, stop, first byte, last byte) of the chunks of a slice of `count` elements."""
+    for start, stop in chunks(count):
+        yield start, stop, *(payload_bytes(codec.layout(n)) for n in (start, stop))
+
+
+def within(numbers, limit=MAX_ABS):
+    """Whether all of some floating-point numbers are finite and at most `limit` in size: without
+    their signs they have the order of their bits as integers, in which NaN comes last."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.dtype.itemsize]
+    largest = torch.tensor(limit, dtype=numbers.dtype).view(bits).item()
+    unsigned = numbers.view(bits).bitwise_and(torch.iinfo(bits).max)
+    return unsigned.numel() == 0 or unsigned.amax().item() <= largest
 
 
 def all_finite(codec, tensors, count):
     """The same of an encoded slice of `count` elements."""
-    scratch = torch.empty(CHUNK)
-    for start, stop in chunks(count):
-        codec.decode(tensors, start, scratch[: stop - start])
-        if not finite(scratch[: stop - start]):
-            return False
-    return True
+    return all(codec.finite(tensors, start, stop) for start, stop in chunks(count))

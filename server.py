@@ -18,6 +18,7 @@ Notable:
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import glob
@@ -34,9 +35,14 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 import zipfile
 from dataclasses import dataclass, field
+
+# Chunks fit into a core's cache. More threads at one of them would spend their time spinning; several
+# chunks at a time are folded by threads of our own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -45,6 +51,8 @@ from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, Te
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 LEAST_SHARES = 8  # of the text: so many workers can join before there is none left to read
+FOLDED_AT_ONCE = CHUNK  # elements that a thread folds before it hands them on to be sent
+FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more would wait for memory
 MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
 LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
 FAREWELL_SECONDS = (
@@ -118,16 +126,39 @@ class Push:
 
 @dataclass(eq=False)
 class Update:
-    """The latest update of a fragment, as it is sent."""
+    """The latest update of a fragment, as it is sent, which begins while it is still being made."""
 
     base: list  # the version, as [origin, number], that it leads on from
     buffer: Buffer | None  # None: no numbers, the slice did not change
-    checksum: torch.Tensor  # of the slice after adding
     fields: dict
-    line: dict  # of rounds.jsonl, written when the last reply has gone out
     unanswered: list  # pushes whose connections wait for this
-    made: float = field(default_factory=time.monotonic)
+    checksum: torch.Tensor | None = None  # of the slice after adding, when that is done
+    line: dict | None = None  # of rounds.jsonl, written when the last reply has gone out
+    made: float = 0.0  # when it was done
+    bytes_down: int = 0
     readers: int = 0  # replies being sent from `buffer`
+    ready: int = 0  # elements that `buffer` holds so far; guarded by `progress`
+    progress: threading.Condition = field(default_factory=threading.Condition)
+
+    def advance(self, stop):
+        """Elements up to `stop` can be sent."""
+        with self.progress:
+            self.ready = stop
+            self.progress.notify_all()
+
+    def pieces(self, codec, count):
+        """The payload in pieces, each as soon as it is there; the checksum comes last."""
+        first = 0
+        while first < count:
+            with self.progress:
+                self.progress.wait_for(lambda first=first: self.ready > first)
+                stop = self.ready
+            span = (protocol.payload_bytes(codec.layout(n)) for n in (first, stop))
+            yield self.buffer.raw[slice(*span)]
+            first = stop
+        with self.progress:
+            self.progress.wait_for(lambda: self.checksum is not None)
+        yield self.checksum
 
 
 @dataclass(eq=False)
@@ -140,7 +171,9 @@ class Fragment:
     folded: dict = field(default_factory=dict)  # worker id -> highest sequence number folded
     pushes: dict = field(default_factory=dict)  # worker id -> Push of the open round
     update: Update | None = None
-    busy: bool = False  # being stepped or copied: nobody else may touch its numbers
+    spare: Buffer | None = None  # for the first update
+    busy: bool = False  # being stepped: nobody else may touch its numbers
+    readers: int = 0  # those that copy its numbers: nobody may step it
 
     @property
     def label(self):
@@ -197,43 +230,56 @@ def momentum_at(round, momentum, warmup):
     return min(momentum, round / (round + 3)) if warmup else momentum
 
 
-def outer_step(params, momentum, residual, pushes, up, down, update, lr, mu, nesterov, plain):
+def outer_step(
+    params, momentum, residual, pushes, up, down, update, lr, mu, nesterov, plain,
+    progress=lambda stop: None, run=map,
+):  # fmt: skip
     """Fold encoded pushes in their order, step `params` in place and encode the update.
 
-    `params`, `momentum`, `residual`: float32 slices of one length (`residual` is None where the
-    download codec loses nothing). `pushes`: lists of tensors encoded with `up`. `update`: tensors
-    of `down`, which are filled. SGD with Nesterov momentum as torch.optim.SGD defines it, the
-    pseudo-gradient in the gradient's place:
+    `params`, `momentum`, `residual`: float32 slices of one length (`residual` is None without error
+    feedback). `pushes`: lists of tensors encoded with `up`. `update`: tensors of `down`, which are
+    filled. SGD with Nesterov momentum as torch.optim.SGD defines it, the pseudo-gradient in the
+    gradient's place:
 
         v = mu * v + g;  d = g + mu * v if nesterov else v;  update = -lr * d
 
     `plain` takes the mean as it is (lr 1, momentum untouched). What the codec rounds off is kept
-    in `residual` and added next time. Returns (checksum tensor, norm of the mean).
+    in `residual` and added next time. `run` is `map`, or that of a pool of threads: parts of the
+    slice are independent of each other. `progress(stop)` is called in order, when the elements up
+    to there are done. Returns (checksum tensor, norm of the mean).
     """
-    checksum, square = Checksum(), 0.0
-    mean_scratch, other_scratch = torch.empty(CHUNK), torch.empty(CHUNK)
-    for start, stop in protocol.chunks(params.numel()):
-        mean, other = mean_scratch[: stop - start], other_scratch[: stop - start]
-        up.decode(pushes[0], start, mean)
-        for push in pushes[1:]:
-            up.decode(push, start, other)
-            mean.add_(other)
-        mean.div_(len(pushes))
-        square += mean.dot(mean).item()
-        if plain:
-            delta = mean.neg_()
-        else:
-            velocity = momentum[start:stop].mul_(mu).add_(mean)
-            delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
-            delta.mul_(-lr)
-        if residual is not None:
-            delta.add_(residual[start:stop])
-        down.encode(delta, update, start)
-        down.decode(update, start, other)
-        if residual is not None:
-            torch.sub(delta, other, out=residual[start:stop])
-        checksum.add(params[start:stop].add_(other))
-    return checksum.digest(), square**0.5
+
+    def fold(first):
+        sums, square, scratch = Checksum(), 0.0, torch.empty(CHUNK)
+        for start in range(first, min(first + FOLDED_AT_ONCE, params.numel()), CHUNK):
+            stop = min(start + CHUNK, params.numel())
+            mean = scratch[: stop - start]
+            up.decode(pushes[0], start, mean)
+            for push in pushes[1:]:
+                up.add(push, start, mean)
+            mean.div_(len(pushes))
+            square += mean.dot(mean).item()
+            if plain:
+                delta = mean.neg_()
+            else:
+                velocity = momentum[start:stop].mul_(mu).add_(mean)
+                delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
+                delta.mul_(-lr)
+            if residual is not None:
+                delta.add_(residual[start:stop])
+            down.encode(delta, update, start)
+            if residual is not None:
+                down.subtract(delta, update, start, residual[start:stop])
+            down.add(update, start, params[start:stop])
+            sums.add(params[start:stop].contiguous())
+        return sums, square, stop
+
+    checksum, squares = Checksum(), 0.0
+    for sums, square, stop in run(fold, range(0, params.numel(), FOLDED_AT_ONCE)):
+        checksum.sums += sums.sums
+        squares += square
+        progress(stop)
+    return checksum.digest(), squares**0.5
 
 
 # --- Where the model comes from, and where it goes --------------------------------------------
@@ -374,6 +420,8 @@ class Server:
         self.files = {}  # descriptive files: name -> bytes
         self.weights = None  # {name: tensor} of -m, until the first worker names its tensors
         self.snapshot = lambda: None  # weak: joiners at one version share a copy
+        self.folders = concurrent.futures.ThreadPoolExecutor(FOLDING_THREADS)
+        self.copying = threading.Lock()  # so that they do not make two at the same time
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
         self.shares = args.shares
         self.output, source = choose_output(args.model, args.output_dir)
@@ -447,8 +495,8 @@ class Server:
         if params is None:
             params = torch.empty(sum(spec.numel for spec in manifest))
         self.params, self.momentum = params, torch.zeros_like(params)
-        lossy = CODECS[self.args.download_codec].lossy
-        self.residual = torch.zeros_like(params) if lossy else None
+        feedback = CODECS[self.args.download_codec].lossy and self.args.error_feedback
+        self.residual = torch.zeros_like(params) if feedback else None
         self.fragments = [Fragment(k, version, origin) for k in range(num_fragments)]
         self.manifest = manifest
 
@@ -578,17 +626,20 @@ class Server:
         log(f"the model of round {self.round} is in {os.path.abspath(self.output)}")
 
     @contextlib.contextmanager
-    def hold(self, *fragments):
-        """Have the numbers of some fragments to oneself."""
+    def hold(self, *fragments, alone=False):
+        """Keep the numbers of some fragments from being stepped, while they are copied; `alone`:
+        from being copied too, while they are replaced."""
         with self.lock:
-            self.lock.wait_for(lambda: not any(fragment.busy for fragment in fragments))
+            self.lock.wait_for(lambda: not any(f.busy or (alone and f.readers) for f in fragments))
             for fragment in fragments:
-                fragment.busy = True
+                fragment.readers += 1
+                fragment.busy = alone
         try:
             yield
         finally:
             with self.lock:
                 for fragment in fragments:
+                    fragment.readers -= 1
                     fragment.busy = False
                 self.lock.notify_all()
 
@@ -949,7 +1000,7 @@ class Server:
                 if member not in (self.joining.get(member.id), self.members.get(member.id)):
                     raise Refused("id", "another connection of this worker has taken its place")
                 self._supersede(member)
-                due = self._next_pushes(member)
+                due, starts = self._next_pushes(member), self.members.get(member.id) is member
                 if self.members.get(member.id) is not member:
                     if not member.folded:
                         member.step = max([self.step, *(m.step for m in self.members.values())])
@@ -964,6 +1015,7 @@ class Server:
                     "heartbeat_seconds": self.heartbeat_seconds,
                     "upload_codec": self.args.upload_codec,
                     "download_codec": self.args.download_codec,
+                    "error_feedback": self.args.error_feedback,
                     "step": member.step,
                     "due": due,
                     "versions": self._labels(),
@@ -974,13 +1026,34 @@ class Server:
                         for f, label in itertools.zip_longest(self.fragments, member.labels)
                     ],
                     "max_staleness": self.args.max_staleness,
-                    "outer": [self._outer(f) for f in self.fragments],
+                    "outer": [self._outer(f.version) for f in self.fragments],
                 }
-                snapshot = self.snapshot()
-            if snapshot is None or snapshot.versions != fields["versions"]:
-                snapshot = Snapshot(self.params.clone(), fields["versions"])
-                self.snapshot = weakref.ref(snapshot)
-        conn.send("join", fields, self._flat_specs(), [snapshot.params])
+            if starts:  # with the others: no round closes before all have the parameters
+                conn.send("join", fields, self._flat_specs(), [self.params])
+            else:
+                with self.copying:
+                    snapshot = self.snapshot()
+                    if snapshot is None or snapshot.versions != fields["versions"]:
+                        snapshot = Snapshot(self.params.clone(), fields["versions"])
+                        self.snapshot = weakref.ref(snapshot)
+        if not starts:
+            conn.send("join", fields, self._flat_specs(), [snapshot.params])
+        self._make_room(member)
+
+    def _make_room(self, member):
+        """Have the memory for its pushes, and for the first update, while it trains: the system
+        takes longer to hand it out than to fill it."""
+        codecs = [CODECS[name] for name in (self.args.upload_codec, self.args.download_codec)]
+        for fragment in self.fragments:
+            size = self._slice(fragment, self.params).numel()
+            up, down = (codec.layout(size) for codec in codecs)
+            if fragment.index not in member.buffers:
+                buffer = Buffer(up)
+                with self.lock:
+                    member.buffers.setdefault(fragment.index, buffer)
+            with self.copying:
+                if fragment.update is None and fragment.spare is None:
+                    fragment.spare = Buffer([*down, Checksum.SPEC])
 
     def _supersede(self, member):
         """Take back those pushes of open rounds that a worker which joins again will send again:
@@ -1077,7 +1150,7 @@ class Server:
             raw = torch.empty(size, dtype=torch.uint8)
             conn.read(raw)
             files[name] = bytes(protocol.memory(raw))
-        if not all(protocol.finite(part) for part in params.split(CHUNK)):
+        if not all(protocol.within(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters that this worker sends are not all finite")
         if newer:
             parts = params.split([spec.numel for spec in specs])
@@ -1093,7 +1166,7 @@ class Server:
         stays that of the checkpoint; what its rounding had left over has been sent since."""
         for k, values in slices.items():
             fragment = self.fragments[k]
-            with self.hold(fragment):
+            with self.hold(fragment, alone=True):
                 self._slice(fragment, self.params).copy_(values)
                 if self.residual is not None:
                     self._slice(fragment, self.residual).zero_()
@@ -1114,7 +1187,7 @@ class Server:
 
     def _take_model(self, member, params, files):
         """The first parameters of a run, from a worker or from the disk."""
-        if not all(protocol.finite(part) for part in params.split(CHUNK)):
+        if not all(protocol.within(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
             self._allocate(member.manifest, member.num_fragments, params)
@@ -1212,8 +1285,7 @@ class Server:
             position = message.field("position", int, 0)
         if message.specs:
             push.buffer = push.buffer or Buffer(layout)
-            conn.read(push.buffer.raw)
-            if not protocol.all_finite(codec, push.buffer.tensors, size):
+            if not self._read_push(conn, codec, push.buffer, size):
                 push.refused = "the pseudo-gradient is not finite"
                 log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
         with self.lock:
@@ -1236,16 +1308,32 @@ class Server:
                 fragment.pushes[push.worker] = push
                 self.lock.notify_all()
         try:
-            while new and fragment.label == target:
+            while new and not self._is_answered(fragment, target):
                 self._wait(
                     conn,
-                    lambda: fragment.label != target or self._closable(fragment),
+                    lambda: self._is_answered(fragment, target) or self._closable(fragment),
                     lambda: self._awaited(fragment),
                 )
                 self.advance()
             self._answer_push(conn, fragment, push, base)
         finally:
             self._end_push(push)
+
+    @staticmethod
+    def _read_push(conn, codec, buffer, size):
+        """Fill a push's buffer. Returns whether all its numbers are finite; they are looked at
+        while they are in the cache, and more are on their way."""
+        good = True
+        for start, stop, first, last in protocol.chunk_bytes(codec, size):
+            conn.read(buffer.raw[first:last])
+            good = good and codec.finite(buffer.tensors, start, stop)
+        return good
+
+    @staticmethod
+    def _is_answered(fragment, target):
+        """Whether an update that leads on from version `target` is there, or being made."""
+        update = fragment.update
+        return fragment.label != target or (update is not None and update.base == target)
 
     def _awaited(self, fragment):
         """Who is missing in the open round of a fragment, in words. Needs the lock."""
@@ -1254,7 +1342,7 @@ class Server:
         return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
 
     def _closable(self, fragment):
-        if fragment.busy or self.closed:
+        if fragment.busy or fragment.readers or self.closed:
             return False
         limit = self.args.round_timeout
         begun = min((p.arrived for p in fragment.pushes.values() if not p.staleness), default=None)
@@ -1264,7 +1352,7 @@ class Server:
         return round_closes(self.members, fragment.pushes, least, overdue)
 
     def advance(self):
-        """Take the outer step of every fragment whose round is over."""
+        """Have the outer step taken of every fragment whose round is over."""
         while True:
             with self.lock:
                 fragment = next(filter(self._closable, self.fragments), None)
@@ -1272,20 +1360,32 @@ class Server:
                     return
                 fragment.busy = True
                 pushes, fragment.pushes = fragment.pushes, {}
-            self._close_round(fragment, sorted(pushes.values(), key=lambda push: push.index))
+            pushes = sorted(pushes.values(), key=lambda push: push.index)
+            threading.Thread(target=self._fold, args=[fragment, pushes], daemon=True).start()
+
+    def _fold(self, fragment, pushes):
+        """Close a round, in a thread of its own: those that wait send what it has got so far."""
+        try:
+            self._close_round(fragment, pushes)
+        except BaseException:  # half of the slice is of one version, half of another
+            traceback.print_exc()
+            log("FATAL: an outer step failed; the same command goes on from the newest checkpoint")
+            os._exit(1)
 
     def _close_round(self, fragment, pushes):
         """Fold the pushes, step the slice, publish the update. The fragment is busy throughout."""
         began = time.monotonic()
         params, down = self._slice(fragment, self.params), CODECS[self.args.download_codec]
         counted = [push for push in pushes if push.buffer and not push.refused]
-        buffer, norm = None, 0.0
+        plain, norm = all(push.closing for push in pushes), 0.0
+        with self.lock:
+            old, outer = fragment.update, self._outer(fragment.version)
+            buffer = old.buffer if old and not old.readers else fragment.spare
+            fragment.spare = None
+            if counted:
+                buffer = buffer or Buffer([*down.layout(params.numel()), Checksum.SPEC])
+            update = self._announce(fragment, pushes, buffer if counted else None, plain)
         if counted:
-            with self.lock:
-                old, fragment.update = fragment.update, None
-                buffer = old.buffer if old and not old.readers else None
-            buffer = buffer or Buffer([*down.layout(params.numel()), Checksum.SPEC])
-            outer = self._outer(fragment)
             checksum, norm = outer_step(
                 params,
                 self._slice(fragment, self.momentum),
@@ -1297,61 +1397,67 @@ class Server:
                 outer["lr"],
                 outer["momentum"],
                 outer["nesterov"],
-                plain=all(push.closing for push in pushes),
+                plain,
+                update.advance,
+                self.folders.map,
             )
-            buffer.tensors["checksum"].copy_(checksum)
         else:
             checksum = protocol.checksum_of(params)
         with self.lock:
-            line = self._round_line(fragment, pushes, counted, began, norm)
-            update = self._publish(fragment, pushes, buffer, checksum, line)
+            update.made, update.line = time.monotonic(), self._round_line(fragment, pushes, counted, began, norm)  # fmt: skip
+            self._audit_fold(fragment, update.fields["version"], pushes, checksum, plain)
+            self._publish(fragment, pushes, update)
             answered = not update.unanswered
+        update.checksum = checksum
+        update.advance(params.numel())
         if answered:
-            self._write_line(line)
+            self._write_line(update.line)
 
-    def _outer(self, fragment):
-        """The outer step that the next round of a fragment ends with, unless it closes the run."""
+    def _outer(self, version):
+        """The outer step on a version of a fragment, unless it closes the run."""
         lr, momentum, warmup = (
             self.settings[name] for name in ("outer_lr", "outer_momentum", "momentum_warmup")
         )
         return {
             "lr": lr,
-            "momentum": momentum_at(fragment.version, momentum, warmup),
+            "momentum": momentum_at(version, momentum, warmup),
             "nesterov": self.settings["nesterov"],
         }
 
-    def _publish(self, fragment, pushes, buffer, checksum, line):
+    def _announce(self, fragment, pushes, buffer, plain):
+        """Let those that wait begin to send the update that is about to be made. Needs the lock."""
+        self.step = max([self.step, *(push.step for push in pushes)])
+        fields = {
+            "fragment": fragment.index,
+            "version": [self.incarnation, fragment.version + 1],
+            "folded": {push.worker: push.seq for push in pushes},
+            "plain": plain,
+            "outer": self._outer(fragment.version + 1),
+            "step": self.step,
+        }
+        waiting = [push for push in pushes if push.waiting]
+        fragment.update = Update(fragment.label, buffer, fields, waiting)
+        for push in pushes:
+            push.update = fragment.update
+        self.lock.notify_all()
+        return fragment.update
+
+    def _publish(self, fragment, pushes, update):
         """Make a new version of a slice known. Needs the lock."""
-        base, before = fragment.label, self.round
-        label = [self.incarnation, fragment.version + 1]
-        self._audit_fold(fragment, label, pushes, checksum, line)
-        fragment.origin, fragment.version = label
+        before = self.round
+        fragment.origin, fragment.version = update.fields["version"]
         for push in pushes:
             fragment.folded[push.worker] = push.seq
             if push.buffer and push.worker in self.members:
                 self.members[push.worker].buffers[fragment.index] = push.buffer
-        self.step = max([self.step, *(push.step for push in pushes)])
-        fields = {
-            "fragment": fragment.index,
-            "version": fragment.label,
-            "folded": {push.worker: push.seq for push in pushes},
-            "plain": line["closing"],
-            "outer": self._outer(fragment),
-            "step": self.step,
-        }
-        waiting = [push for push in pushes if push.waiting]
-        fragment.update = Update(base, buffer, checksum, fields, line, waiting)
-        for push in pushes:
-            push.update = fragment.update
         fragment.busy = False
-        self.last_round = line
+        self.last_round = update.line
         every = self.args.save_every
         if every and self.round // every > before // every:
             self.save_wanted.add("checkpoint")
         self.lock.notify_all()
-        return fragment.update
 
-    def _audit_fold(self, fragment, label, pushes, checksum, line):
+    def _audit_fold(self, fragment, label, pushes, checksum, plain):
         named = [[p.worker, p.session, p.seq, p.steps, p.staleness] for p in pushes]
         counts = [bool(push.buffer and not push.refused) for push in pushes]
         protocol.audit(
@@ -1362,7 +1468,7 @@ class Server:
             label=label,
             pushes=list(itertools.compress(named, counts)),
             others=list(itertools.compress(named, [not count for count in counts])),
-            plain=line["closing"],
+            plain=plain,
             checksum=bytes(checksum.tolist()).hex(),
         )
 
@@ -1417,15 +1523,16 @@ class Server:
         if update is None:
             return self._send_slice(conn, "push", fragment, fields)
         fields, before = {**update.fields, **fields}, conn.bytes_out
+        specs, count = [Checksum.SPEC], 0
+        if update.buffer is not None:
+            specs, count = update.buffer.specs, self._slice(fragment, self.params).numel()
         try:
-            if update.buffer is None:
-                conn.send("push", fields, [Checksum.SPEC], [update.checksum])
-            else:
-                conn.send("push", fields, update.buffer.specs, [update.buffer.raw])
+            codec = CODECS[self.args.download_codec]
+            conn.send("push", fields, specs, update.pieces(codec, count))
         finally:
             with self.lock:
                 update.readers -= 1
-                update.line["bytes_down"] += conn.bytes_out - before
+                update.bytes_down += conn.bytes_out - before
 
     def _end_push(self, push):
         """A push has been answered, or its connection is gone: with the last one the round's line
@@ -1435,10 +1542,12 @@ class Server:
             if update is None or push not in update.unanswered:
                 return
             update.unanswered.remove(push)
-            update.line["seconds_sending"] = round(time.monotonic() - update.made, 4)
-            last = not update.unanswered
+            if line := update.line:
+                line["bytes_down"] = update.bytes_down
+                line["seconds_sending"] = round(time.monotonic() - update.made, 4)
+            last = line and not update.unanswered
         if last:
-            self._write_line(update.line)
+            self._write_line(line)
 
     def _send_slice(self, conn, type, fragment, fields):
         """Reply with a slice in full and its checksum."""
@@ -1447,7 +1556,7 @@ class Server:
             folded = dict(fragment.folded)
         specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
         fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
-        fields |= {"outer": self._outer(fragment), "folded": folded}
+        fields |= {"outer": self._outer(label[1]), "folded": folded}
         conn.send(type, fields, specs, [copy, protocol.checksum_of(copy)])
 
     def on_fetch(self, conn, message):
@@ -1640,6 +1749,8 @@ def parse_args(argv=None):
         help="full momentum from the first round on, as in the paper")
     add("--upload-codec", choices=CODECS, default="bf16", help="of pseudo-gradients (%(default)s)")
     add("--download-codec", choices=CODECS, default="bf16", help="of updates (%(default)s)")
+    add("--no-error-feedback", dest="error_feedback", action="store_false",
+        help="do not add what rounding lost to the next message (to measure what that is worth)")
     add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
     add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only at the end")
     add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")

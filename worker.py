@@ -761,13 +761,15 @@ class Output:
             self.drawn = time.monotonic()
             print(self.clear + text, end="", flush=True)
 
-    def save_checkpoint(self, step, limit, model, files, state):
-        """Write step-N beside, sync it, rename it, and remove all but the newest `limit`."""
+    def save_checkpoint(self, step, limit, model, files, state, save_more):
+        """Write step-N beside, sync it, rename it, and remove all but the newest `limit`.
+        `save_more(folder)` puts further files into it."""
         target, beside = self.folder / f"step-{step}", self.folder / ".step-unfinished"
         for path in (beside, target):  # what a crash, or an older run, left there
             shutil.rmtree(path, ignore_errors=True)
         models.save(model, beside, files)
         torch.save(state, beside / "trainer.pt")
+        save_more(beside)
         for path in (*beside.iterdir(), beside):
             sync(path)
         os.replace(beside, target)
@@ -874,7 +876,7 @@ class Run:
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        self.callback.load_state_dict(saved["callback"])
+        self.callback.load_state_dict(saved["callback"], folder)
         self.output.line(f"resumed from {folder}")
 
     def save(self):
@@ -890,7 +892,8 @@ class Run:
             "callback": self.callback.state_dict(),
         }
         limit = self.settings.output.save_total_limit
-        self.output.save_checkpoint(self.step, limit, self.model, self.files, state)
+        more = self.callback.save_residual
+        self.output.save_checkpoint(self.step, limit, self.model, self.files, state, more)
 
     @property
     def rank(self):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,6 +185,25 @@ def put(model, vector):
     return model
 
 
+def rounded(vector, codec):
+    """What a vector is after a codec has had it, worked out with numpy on the whole of it."""
+    if codec == "fp32":
+        return vector.float()
+    if codec == "bf16":
+        return vector.bfloat16().float()
+    top = np.float32({"int8": 127, "int4": 7}[codec])
+    padded = np.zeros(-(-vector.numel() // 64) * 64, dtype=np.float32)
+    padded[: vector.numel()] = vector.float().numpy()
+    blocks = padded.reshape(-1, 64)
+    largest = np.abs(blocks).max(1) / top
+    scale = ((largest.view(np.uint32) + 0xFFFF) & 0xFFFF0000).view(np.float32)  # up, to bfloat16
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale > 1e-30, np.float32(1) / scale, np.float32(0))
+    integers = np.rint(blocks * inverse[:, None]) + np.float32(0)  # which has no -0.0
+    decoded = integers * scale[:, None]
+    return torch.from_numpy(decoded.reshape(-1)[: vector.numel()].copy())
+
+
 class Outer:
     """The server's arithmetic written out: the mean of the pushes, SGD with Nesterov momentum,
     and an update in the download codec with error feedback."""
@@ -206,10 +226,10 @@ class Outer:
             self.velocity = self.velocity * mu + mean
             update = mean.add(self.velocity, alpha=mu) if self.nesterov else self.velocity
             update = update * -self.lr
-        if self.codec == "bf16":
+        if self.codec != "fp32":
             update = update + self.residual
-            self.residual = update - update.bfloat16().float()
-            update = update.bfloat16().float()
+            sent = rounded(update, self.codec)
+            self.residual, update = update - sent, sent
         self.params = self.params + update
         return self
 
@@ -233,10 +253,10 @@ def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 
             for _ in range(count):
                 next(run)
             delta = outer.params.to(model[0].weight.dtype).float() - flat(model)
-            if codec == "bf16":
+            if codec != "fp32":
                 delta = delta + residuals[k]
-                residuals[k] = delta - delta.bfloat16().float()
-                delta = delta.bfloat16()
+                residuals[k] = delta - rounded(delta, codec)
+                delta = rounded(delta, codec)
             pushes += [delta] if count else []
         outer.step(pushes, closing=count < sync_every)
         for model in models:

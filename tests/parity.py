@@ -2,13 +2,15 @@
 
     python tests/parity.py                                   # three seeds, some 15 minutes
     python tests/parity.py --seeds 1 --only full,stream-4    # a part of it
+    python tests/parity.py --against full-fp32 --only full-fp32,full,full-int8,full-int4
     python tests/parity.py --text my.txt --rounds 30 --sync-every 40
 
 Trains a small model on one text: alone, alone with twice the batch (what two data-parallel workers
 would do), with DiLoCo at two workers, and with streaming DiLoCo in 2 or 4 fragments, with a delay of one
-interval (or, "tenth", of a tenth of the cycle) and each `fragment_update`. Every run takes the same number of
+interval (or, "tenth", of a tenth of the cycle) and each `fragment_update`; and the full model in each
+codec both ways ("full" is bf16; "plain": without error feedback). Every run takes the same number of
 steps and is judged by the loss of the global model on the same held-out text. The percentages are
-against full-model DiLoCo of the same seed, averaged.
+against one variant (full-model DiLoCo, or `--against`) of the same seed, averaged.
 """
 
 import argparse
@@ -50,12 +52,18 @@ def variants(sync_every):
             "diloco.fragment_sync_delay": "null" if delay is None else delay,
         }
 
+    def codec(name, *more):
+        return 2, {}, ["--upload-codec", name, "--download-codec", name, *more]
+
     tenth = max(1, sync_every // 10)
     return {
         "one": (0, {}, []),
         "twice-batch": (0, {"train.batch_size": 2 * SMALL["train.batch_size"]}, []),
         "full": (2, {}, []),
-        "full-fp32": (2, {}, ["--upload-codec", "fp32", "--download-codec", "fp32"]),
+        "full-fp32": codec("fp32"),
+        "full-int8": codec("int8"),
+        "full-int4": codec("int4"),
+        "full-int4-plain": codec("int4", "--no-error-feedback"),
         "full-paper": (2, {}, ["--no-momentum-warmup"]),
         "stream-2": (2, streaming(2, "predict"), []),
         "stream-2-rebase": (2, streaming(2, "rebase"), []),
@@ -108,6 +116,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sync-every", type=int, default=40)
     parser.add_argument("--only", help="names of variants, separated by commas")
+    parser.add_argument("--against", default="full", help="the variant that others are held to")
     args = parser.parse_args()
     source = args.text or (TEXT if os.path.isfile(TEXT) else "builtin")
     source = source if source == "builtin" else os.path.abspath(source)
@@ -127,12 +136,12 @@ def main():
             losses[name].append(loss)
             print(f"seed {seed}  {name:20} {loss:.4f}  {seconds:.0f} s", flush=True)
 
-    print(f"\n{'variant':20} {'mean':>7} {'spread':>7}  against full")
+    print(f"\n{'variant':20} {'mean':>7} {'spread':>7}  against {args.against}")
     for name, values in losses.items():
         spread = max(values) - min(values)
         against = ""
-        if "full" in losses:
-            ratios = [a / b for a, b in zip(values, losses["full"], strict=True)]
+        if args.against in losses:
+            ratios = [a / b for a, b in zip(values, losses[args.against], strict=True)]
             against = f"{100 * (statistics.mean(ratios) - 1):+.2f}%"
         print(f"{name:20} {statistics.mean(values):7.4f} {spread:7.4f}  {against:>8}")
 

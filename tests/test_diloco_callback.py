@@ -17,7 +17,8 @@ import types
 import pytest
 import torch
 import toy_worker
-from conftest import ROOT, Outer, flat, put, result, status, until
+from conftest import ROOT, Outer, flat, put, result, rounded, status, until
+from safetensors.torch import load_file
 
 from diloco_callback import DiLoCoCallback, DiLoCoWorker
 from protocol import Refused
@@ -68,10 +69,10 @@ def expected(steps, sync_every=5, codec="bf16", seed=0):
         for _ in range(count):
             next(run)
         delta = outer.params - flat(model)
-        if codec == "bf16":
+        if codec != "fp32":
             delta = delta + residual
-            residual = delta - delta.bfloat16().float()
-            delta = delta.bfloat16()
+            sent = rounded(delta, codec)
+            residual, delta = delta - sent, sent
         outer.step([delta] if count else [], closing=count < sync_every)
         put(model, outer.params)
     return outer.params
@@ -327,9 +328,11 @@ def test_a_sync_that_fails_leaves_everything_as_it_was(serve, capsys):
     train(twin, optimizer, 1)
     assert "trains on without the server" in capsys.readouterr().err
     assert same_bits(flat(model), flat(twin))
-    assert same_bits(worker.fragments[0].anchor, anchor) and same_bits(
-        worker.fragments[0].residual, residual
-    )
+    fragment = worker.fragments[0]
+    assert same_bits(fragment.anchor, anchor)
+    fragment.take_back(fragment.flight)  # as it would be if the push turned out not to count
+    torch.testing.assert_close(fragment.residual, residual, rtol=1e-3, atol=1e-9)
+    fragment.encode(fragment.flight, 0, fragment.size, fragment.scratch())
     assert (worker.steps, worker.version[1]) == (5, 1)
     train(model, worker.optimizer, 7)
     train(twin, optimizer, 7)
@@ -428,6 +431,65 @@ def test_a_worker_that_comes_back_keeps_its_steps_while_the_round_is_the_same(se
     assert not worker.kept_local and same_bits(flat(late), flat(back))
     assert worker.steps == 0
     worker.close()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int4"])
+def test_what_rounding_lost_survives_a_checkpoint(serve, tmp_path, capsys, codec):
+    host = serve("--upload-codec", codec, "--download-codec", codec)
+    model, worker = joined(host)
+    train(model, worker.optimizer, 7)
+    state, path = json.loads(json.dumps(worker.state_dict())), tmp_path / "residual.safetensors"
+    worker.save_residual(path)
+    assert same_bits(load_file(path)["residual.0"], worker.fragments[0].residual)
+    saved = copy.deepcopy(model.state_dict())
+    worker.close("crashed")
+
+    back = toy_worker.build((5, 7, 2))
+    back.load_state_dict(saved)
+    _, worker = joined(host, None, model=back, state=state, residual=str(path))
+    assert "no residual" not in capsys.readouterr().err
+    train(back, worker.optimizer, 6, skip=7)
+    worker.flush()
+    worker.close()
+    assert same_bits(flat(back), expected(13, codec=codec))
+
+    late = toy_worker.build((5, 7, 2))
+    _, worker = joined(host, None, model=late, state=state, residual=str(tmp_path / "none"))
+    worker.close()
+    assert "no residual beside the checkpoint" in capsys.readouterr().err
+
+
+def test_a_trainers_checkpoint_gets_the_residual(serve, tmp_path):
+    host = serve()
+    model = toy_worker.build((5, 7, 2))
+    callback = DiLoCoCallback(host.address, 5, "a")
+    args = types.SimpleNamespace(output_dir=str(tmp_path))
+    state = types.SimpleNamespace(global_step=0, max_steps=0)
+    callback.on_train_begin(args, state, None, model=model, optimizer=sgd(model))
+    train(model, callback.worker.optimizer, 7)
+    state.global_step = 7
+    (tmp_path / "checkpoint-7").mkdir()
+    callback.on_save(args, state, None)
+    held = callback.worker.fragments[0].residual.clone()
+    again = DiLoCoCallback(host.address, 5)
+    again.load_state_dict(callback.state_dict())
+    callback.close()
+    back = toy_worker.build((5, 7, 2))
+    again.on_train_begin(args, state, None, model=back, optimizer=sgd(back))
+    assert held.any() and same_bits(again.worker.fragments[0].residual, held)
+    again.close()
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
+def test_encoding_on_another_device_gives_the_same_bits(serve, codec):
+    """No other device is there: the way by buffers of a chunk's size is taken on this one."""
+    host = serve("--upload-codec", codec, "--download-codec", codec)
+    model, worker = joined(host)
+    worker.fragments[0].is_staged = True
+    train(model, worker.optimizer, 13)
+    worker.flush()
+    worker.close()
+    assert worker.fragments[0].stages and same_bits(flat(model), expected(13, codec=codec))
 
 
 def test_a_worker_that_was_given_up_joins_again_with_its_work(serve):

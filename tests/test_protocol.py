@@ -22,6 +22,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import rounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -747,23 +748,60 @@ def test_a_codec_in_chunks_equals_the_whole(name, width):
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK, CHUNK + 4])
 def test_one_number_that_is_not_finite_is_found(codec, at):
-    values = Buffer(codec.layout(CHUNK + 5)).tensors
-    values["values"].fill_(-9e29)
-    assert protocol.all_finite(codec, values, CHUNK + 5)
-    for bad in (math.nan, math.inf, -math.inf, 1.1e30, -1.1e30):
-        values["values"][at] = bad
-        assert not protocol.all_finite(codec, values, CHUNK + 5)
-        assert not protocol.finite(torch.tensor([0.0, bad, 1.0]))
-    assert protocol.all_finite(codec, values, at)  # counts the slice's elements only
-    assert protocol.finite(torch.tensor([-1e30, 1e30, 0.0]))
+    numbers, values = torch.full((CHUNK + 5,), -8e29), Buffer(codec.layout(CHUNK + 5)).tensors
+
+    def is_finite():
+        for a, b in protocol.chunks(CHUNK + 5):
+            codec.encode(numbers[a:b], values, a)
+        return protocol.all_finite(codec, values, CHUNK + 5)
+
+    assert is_finite()
+    for bad in (math.nan, math.inf, -math.inf, 1.2e30, -1.2e30):
+        numbers[at] = bad
+        assert not is_finite()
+        assert not protocol.within(torch.tensor([0.0, bad, 1.0]))
+    if isinstance(codec, protocol.Cast):
+        assert protocol.all_finite(codec, values, at)  # counts the slice's elements only
+    assert protocol.within(torch.tensor([-1e30, 1e30, 0.0]))
+
+
+@pytest.mark.parametrize("name, per_number", [("int8", 1.07), ("int4", 0.57)])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
+def test_blocks_are_as_worked_out_with_numpy(name, per_number, count):
+    codec, buffer = CODECS[name], Buffer(CODECS[name].layout(count))
+    scales = torch.logspace(-35, 20, 55)  # from less than can be sent to far more than is likely
+    numbers = torch.randn(count) * scales[torch.arange(count) // 64 % 55]
+    assert codec.lossy and len(buffer.raw) <= per_number * (count + 128)
+    decoded, added, left = (torch.ones(count) for _ in range(3))
+    for a, b in protocol.chunks(count):
+        codec.encode(numbers[a:b], buffer.tensors, a)
+    for a, b in protocol.chunks(count):
+        codec.decode(buffer.tensors, a, decoded[a:b])
+        codec.add(buffer.tensors, a, added[a:b])
+        codec.subtract(numbers[a:b], buffer.tensors, a, left[a:b])
+    assert bits(decoded) == bits(rounded(numbers, name))
+    assert bits(added) == bits(1 + decoded) and bits(left) == bits(numbers - decoded)
+    assert protocol.all_finite(codec, buffer.tensors, count)
+
+
+def test_the_bytes_of_a_block_by_hand():
+    """A scale of 1 is 0x3F80 as bfloat16; -7 to 7 are stored as 1 to 15."""
+    buffer = Buffer(CODECS["int8"].layout(64))
+    CODECS["int8"].encode(torch.arange(-127.0, 1.0, 2.0), buffer.tensors, 0)
+    assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes(b & 0xFF for b in range(-127, 1, 2))
+    buffer = Buffer(CODECS["int4"].layout(64))
+    low, high = [-7.0, 7, 0, 1] * 8, [3.0, -1, 0, -7] * 8
+    CODECS["int4"].encode(torch.tensor([*low, *high]), buffer.tensors, 0)
+    assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes([0xB1, 0x7F, 0x88, 0x19] * 8)
 
 
 def checksum_by_hand(numbers):
     raw, sums = bytes(memory(numbers)), []
     for start in range(0, len(raw), 4 * CHUNK):
         part = raw[start : start + 4 * CHUNK]
-        sums.append(sum(struct.unpack(f"<{len(part) // 4}i", part)))
-    return list(hashlib.blake2b(struct.pack(f"<{len(sums)}q", *sums), digest_size=16).digest())
+        part += bytes(-len(part) % 8)
+        sums.append(sum(struct.unpack(f"<{len(part) // 8}Q", part)) % (1 << 64))
+    return list(hashlib.blake2b(struct.pack(f"<{len(sums)}Q", *sums), digest_size=16).digest())
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 import toy_worker
-from conftest import DEADLINE, ROOT, Outer, flat, put, result, simulate, status, until
+from conftest import DEADLINE, ROOT, Outer, flat, put, result, rounded, simulate, status, until
 
 import protocol
 import server
@@ -163,14 +163,19 @@ def step_once(params, momentum, residual, pushes, codec, mu, nesterov=True, plai
     count = params.numel()
     params, momentum = params.clone(), momentum.clone()
     residual = residual.clone() if CODECS[codec].lossy else None
-    encoded = [{"values": push.to(CODECS[codec].dtype)} for push in pushes]
-    update = Buffer(CODECS[codec].layout(count)).tensors
+    encoded = [Buffer(CODECS[codec].layout(count)).tensors for _ in pushes]
+    for push, tensors in zip(pushes, encoded, strict=True):
+        for start, stop in protocol.chunks(count):
+            CODECS[codec].encode(push[start:stop].float(), tensors, start)
+    update, decoded = Buffer(CODECS[codec].layout(count)).tensors, torch.empty(count)
     checksum, norm = server.outer_step(
         params, momentum, residual, encoded, CODECS[codec], CODECS[codec], update,
         0.7, mu, nesterov, plain,
     )  # fmt: skip
     assert same_bits(checksum, protocol.checksum_of(params))
-    return params, momentum, residual, update["values"], norm
+    for start, stop in protocol.chunks(count):
+        CODECS[codec].decode(update, start, decoded[start:stop])
+    return params, momentum, residual, decoded, norm
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
@@ -192,23 +197,23 @@ def test_outer_step_is_sgd_of_torch_to_the_last_bit(count, mu, nesterov):
         size = torch.stack([before, params, update]).abs().amax(0)
         last_bit = torch.nextafter(size, torch.tensor(torch.inf)) - size
         assert ((params - theirs).abs() <= last_bit).all()
-        assert norm == pytest.approx(theirs.grad.norm().item(), rel=1e-5)
+        assert norm == pytest.approx(theirs.grad.double().norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, CHUNK, CHUNK + 1])
-@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_outer_step_with_codecs_is_the_whole_tensor_computation(count, codec):
     params, momentum, residual = numbers(0, count, 1.0), torch.zeros(count), torch.zeros(count)
     outer = Outer(params, codec)
     for round in range(6):
         plain = round in (3, 5)
-        pushes = [numbers(10 * round + k, count).to(CODECS[codec].dtype) for k in range(3)]
+        pushes = [numbers(10 * round + k, count) for k in range(3)]
         held = momentum.clone()
         mu = server.momentum_at(round, 0.9, True)
         params, momentum, residual, update, _ = step_once(
             params, momentum, residual, pushes, codec, mu, True, plain
         )
-        outer.step(pushes, closing=plain)
+        outer.step([rounded(push, codec) for push in pushes], closing=plain)
         assert same_bits(params, outer.params)
         assert same_bits(momentum, outer.velocity)
         assert residual is None or same_bits(residual, outer.residual)
@@ -241,14 +246,15 @@ def test_momentum_and_the_rule_that_closes_a_round():
 
 @pytest.mark.parametrize(
     ("codec", "dtype", "slow"),
-    [("fp32", "float32", 0), ("bf16", "float32", 0), ("bf16", "float32", 1), ("bf16", "bfloat16", 0)],
+    [("fp32", "float32", 0), ("bf16", "float32", 0), ("bf16", "float32", 1), ("bf16", "bfloat16", 0),
+     ("int8", "float32", 0), ("int4", "float32", 1), ("int4", "bfloat16", 0)],
 )  # fmt: skip
 def test_two_workers_end_as_one_process_would_whatever_the_timing(
     serve, toy, tmp_path, codec, dtype, slow
 ):
-    sizes = (300, 440, 2)  # more than one chunk
+    sizes = (300, 450, 450, 450, 2)  # more than one chunk
     host = serve("-n", 2, "--until-done", "--upload-codec", codec, "--download-codec", codec)
-    options = {"steps": 13, "sync_every": 5, "sizes": "300,440,2", "dtype": dtype}
+    options = {"steps": 13, "sync_every": 5, "sizes": "300,450,450,450,2", "dtype": dtype}
     pauses = [0.0, 0.0]
     pauses[slow] = 0.05
     workers = [toy(host, f"w{k}", seed=k + 1, pause=pauses[k], **options) for k in (0, 1)]

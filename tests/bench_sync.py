@@ -1,0 +1,309 @@
+"""What a round costs beside what bare sockets need for the same bytes: seconds, CPU, memory.
+
+    python tests/bench_sync.py                                    # 100 million parameters, 2 workers
+    python tests/bench_sync.py --upload-codec int4 --download-codec int4
+    python tests/bench_sync.py --parameters 10e6 --workers 8 --fragments 4 --rounds 10
+
+A real server and real workers, as processes on loopback; the trainer does nothing but change a few
+numbers. Between rounds the workers wait for each other, so that a round's time runs from the last
+push to the last adoption. Then processes of the same number, with the same socket options, send the
+same bytes up, and down again, with nothing in between; what is compared has been measured in one run.
+
+Every number of the model is adopted by every worker, and their digests are compared at the end.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import protocol
+from diloco_callback import DiLoCoWorker
+
+ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
+TENSOR = 1 << 20  # elements of one tensor of the model: a few large ones, as models have
+
+
+def usage(pid="self"):
+    """(CPU seconds, peak of resident memory in bytes) of a process."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        peak = next(line.split()[1] for line in file if line.startswith("VmHWM"))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(peak) * 1024
+
+
+def say(**fields):
+    print(json.dumps(fields), flush=True)
+
+
+# --- Roles: each is a process that is told when to go on by a line on its standard input -----
+
+
+class Nothing(torch.optim.Optimizer):
+    """An optimizer that does nothing, and calls its hooks."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Do nothing."""
+
+
+def worker_role(args):
+    """Sync `--rounds` times, one fragment after the other where there are several."""
+    torch.set_num_threads(1)
+    sizes = [TENSOR] * (args.parameters // TENSOR) + [args.parameters % TENSOR]
+    model = torch.nn.ParameterList([torch.zeros(size) for size in sizes if size])
+    with torch.no_grad():
+        for k, parameter in enumerate(model):
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k))
+            )
+    optimizer = Nothing(model.parameters())
+    optimizer.step()  # what torch imports for it is not of ours
+    say(event="alone", usage=usage())
+    options = {"num_fragments": args.fragments, "fragment_sync_delay": 0}
+    with DiLoCoWorker(
+        model, optimizer, args.server, args.fragments, args.name, **options
+    ) as worker:
+        say(event="ready", usage=usage())
+        drift = torch.randn(TENSOR, generator=torch.Generator().manual_seed(hash(args.name) % 1000))
+        for line in sys.stdin:
+            if line.strip() == "end":
+                break
+            with torch.no_grad():
+                for parameter in model:
+                    parameter.add_(drift[: parameter.numel()], alpha=1e-3)
+            say(event="set", usage=usage())
+            sys.stdin.readline()
+            began = time.monotonic()
+            sent = (
+                sum(conn.bytes_out for conn in worker.data),
+                sum(conn.bytes_in for conn in worker.data),
+            )
+            for _ in range(args.fragments):
+                optimizer.step()
+            ended = time.monotonic()
+            now = (
+                sum(conn.bytes_out for conn in worker.data),
+                sum(conn.bytes_in for conn in worker.data),
+            )
+            moved = [b - a for a, b in zip(sent, now, strict=True)]
+            say(event="round", began=began, ended=ended, bytes=moved, usage=usage())
+        checksums = [bytes(protocol.checksum_of(f.anchor).tolist()).hex() for f in worker.fragments]
+    say(event="done", checksums=checksums, mismatches=worker.mismatches)
+
+
+def bare_worker_role(args):
+    """Send as many bytes as a push has, and receive as many as an update has, each round."""
+    up, down = (torch.ones(int(n), dtype=torch.uint8) for n in args.bytes.split(","))
+    conn = protocol.Connection(
+        socket.create_connection(protocol.parse_address(args.server)), "server"
+    )
+    say(event="ready")
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        say(event="set")
+        sys.stdin.readline()
+        began = time.monotonic()
+        conn._send_all([protocol.memory(up)])
+        conn._receive_into(protocol.memory(down), None)
+        say(event="round", began=began, ended=time.monotonic())
+
+
+def bare_server_role(args):
+    """Receive the bytes of all, each in a thread, then send all theirs."""
+    up, down = (int(n) for n in args.bytes.split(","))
+    listener = socket.create_server(("127.0.0.1", 0))
+    say(port=listener.getsockname()[1])
+    barrier = threading.Barrier(args.workers)
+    update = torch.ones(down, dtype=torch.uint8)
+
+    def serve(conn):
+        buffer = torch.ones(up, dtype=torch.uint8)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                conn._receive_into(protocol.memory(buffer), None)
+                barrier.wait()
+                conn._send_all([protocol.memory(update)])
+
+    for _ in range(args.workers):
+        conn = protocol.Connection(listener.accept()[0], "worker")
+        threading.Thread(target=serve, args=[conn], daemon=True).start()
+    sys.stdin.read()
+    os._exit(0)
+
+
+# --- The benchmark ---------------------------------------------------------------------------
+
+
+class Peer:
+    """A role as a process, spoken to in lines."""
+
+    def __init__(self, role, **options):
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--role", role, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def tell(self, text):
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def hear(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def rounds(peers, count):
+    """[(seconds from the last start to the last end, what the peers say)] of some rounds."""
+    results = []
+    for _ in range(count):
+        for step in ("set", "round"):
+            for peer in peers:
+                peer.tell(step)
+            said = [peer.hear() for peer in peers]
+        seconds = max(s["ended"] for s in said) - max(s["began"] for s in said)
+        results.append((seconds, said))
+    return results
+
+
+def bare(args, up, down):
+    """Seconds of each round with bare sockets."""
+    server = Peer("bare-server", workers=args.workers, bytes=f"{up},{down}")
+    address = f"127.0.0.1:{server.hear()['port']}"
+    peers = [Peer("bare-worker", server=address, bytes=f"{up},{down}") for _ in range(args.workers)]
+    for peer in peers:
+        peer.hear()
+    seconds = [seconds for seconds, _ in rounds(peers, args.rounds)]
+    for peer in peers:
+        peer.end()
+    server.end()
+    return seconds
+
+
+def start_server(args, folder):
+    """The server's process, and its address."""
+    codecs = ["--upload-codec", args.upload_codec, "--download-codec", args.download_codec]
+    server = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, "server.py"), "-m", os.path.join(folder, "model"),
+         "-n", str(args.workers), "--host", "127.0.0.1", "--port", "0", "--save-every", str(args.save_every),
+         "--until-done", *codecs],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    for line in server.stdout:
+        if "listening on port" in line:
+            threading.Thread(target=lambda: [None for _ in server.stdout], daemon=True).start()
+            return server, f"127.0.0.1:{line.split('port ')[1].split(';')[0]}"
+    raise SystemExit("the server did not start")
+
+
+def measure(args, folder):
+    """Run the rounds with a real server: (results of `rounds`, server's and workers' figures)."""
+    server, address = start_server(args, folder)
+    options = {"server": address, "parameters": args.parameters, "fragments": args.fragments}
+    peers = [Peer("worker", name=f"w{k}", **options) for k in range(args.workers)]
+    alone = [peer.hear()["usage"] for peer in peers]
+    ready = [peer.hear()["usage"] for peer in peers]
+    before = usage(server.pid)
+    results = rounds(peers, args.rounds)
+    after = usage(server.pid)
+    for peer in peers:
+        peer.tell("end")
+    ends = [peer.hear() for peer in peers]
+    assert all(end["checksums"] == ends[0]["checksums"] and not end["mismatches"] for end in ends)
+    for peer in peers:
+        peer.end()
+    server.wait(120)
+    last = results[-1][1]
+    figures = {
+        "server cpu": (after[0] - before[0]) / args.rounds,
+        "server peak": after[1],
+        "worker cpu": (last[0]["usage"][0] - ready[0][0]) / args.rounds,
+        "worker overhead": max(s["usage"][1] - a[1] for s, a in zip(last, alone, strict=True)),
+    }
+    return results, figures
+
+
+def report(args, results, figures, bare_seconds):
+    first, rest = results[0][0], [seconds for seconds, _ in results[1:]]
+    up, down = results[-1][1][0]["bytes"]
+    median, base = statistics.median(rest), statistics.median(bare_seconds[1:])
+    count, gb = args.parameters, 1e9
+    print(f"{count:,} parameters, {args.workers} workers, up {args.upload_codec}, down "
+          f"{args.download_codec}, {args.fragments} fragment(s), {len(rest)} rounds after the first")  # fmt: skip
+    print(
+        f"  round                   {median:.3f} s (from {min(rest):.3f} to {max(rest):.3f}), first {first:.3f} s"
+    )
+    print(
+        f"  bare sockets            {base:.3f} s (from {min(bare_seconds[1:]):.3f} to {max(bare_seconds[1:]):.3f})"
+    )
+    print(f"  ratio                   {median / base:.2f}, first round {first / base:.2f}")
+    print(f"  bytes per worker        up {up / 1e6:.2f} MB ({up / count:.4f} B/parameter), down "
+          f"{down / 1e6:.2f} MB ({down / count:.4f})")  # fmt: skip
+    print(
+        f"  CPU per round           server {figures['server cpu']:.3f} s, worker {figures['worker cpu']:.3f} s"
+    )
+    print(f"  server memory, peak     {figures['server peak'] / gb:.3f} GB, {figures['server peak'] / count / 4:.2f} "
+          "times 4 bytes a parameter")  # fmt: skip
+    limit = 12 * count + args.workers * up + down + 400e6
+    print(f"    against the bound     {figures['server peak'] / limit:.2f} of {limit / gb:.3f} GB")
+    limit = 8 * count + up + down + 100e6
+    print(f"  worker overhead, peak   {figures['worker overhead'] / gb:.3f} GB, {figures['worker overhead'] / limit:.2f} "
+          f"of its bound {limit / gb:.3f} GB")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--parameters", type=lambda text: int(float(text)), default=100_000_000)
+    add("--workers", type=int, default=2)
+    add("--upload-codec", default="bf16")
+    add("--download-codec", default="bf16")
+    add("--fragments", type=int, default=1)
+    add("--rounds", type=int, default=6, help="the first one is reported apart")
+    add("--save-every", type=int, default=0, help="checkpoints, as server.py has it")
+    for name in ("role", "server", "name", "bytes"):
+        add(f"--{name}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    roles = {
+        "worker": worker_role,
+        "bare-worker": bare_worker_role,
+        "bare-server": bare_server_role,
+    }
+    if args.role:
+        return roles[args.role](args)
+    with tempfile.TemporaryDirectory() as folder:
+        results, figures = measure(args, folder)
+    up, down = results[-1][1][0]["bytes"]
+    report(args, results, figures, bare(args, up, down))
+
+
+if __name__ == "__main__":
+    main()
