@@ -53,7 +53,7 @@ CHUNK = (
     1 << 19
 )  # elements worked on at once: 2 MiB of float32. Smaller ones would fit in a nearer cache,
 # but the threads of a process hand Python's lock to each other with each operation on one
-BLOCK = 64  # numbers that share a scale in int8 and int4: see tests/bench_codecs.py
+BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: a sum of a million of them still is
 
 # The descriptive files that may travel with a model. Nothing else is ever written by name.

@@ -10,7 +10,8 @@ Notable:
 - One thread a connection. The one lock is held for bookkeeping only; arithmetic, disk and network
   happen outside it, on slices that are marked busy.
 - `round_closes` is the only place that says when a round is over.
-- The thread whose push is the last of a round takes the outer step; all others wait for it.
+- A push is checked while it arrives. The outer step goes through the slice once, in threads of its
+  own, and what it has done is sent while it goes on.
 - Workers come and go: one that is silent is given up, one that comes back learns what became of its
   pushes, one that is late counts in the round that is open then.
 - The same command after a crash goes on from the newest whole checkpoint, and from whatever newer
@@ -40,9 +41,10 @@ import weakref
 import zipfile
 from dataclasses import dataclass, field
 
-# Chunks fit into a core's cache. More threads at one of them would spend their time spinning; several
-# chunks at a time are folded by threads of our own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several chunks at a time are folded by threads of our own; more of them at one chunk would spend their
+# time waiting for each other. What the user wants is for the workers.
+USER_THREADS = os.environ.get("OMP_NUM_THREADS")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
@@ -1652,6 +1654,12 @@ class Server:
 # --- The command line ----------------------------------------------------------------------------
 
 
+def worker_environment(count):
+    """The environment of one of `count` workers on this machine, which share its cores."""
+    threads = USER_THREADS or str(max(1, (os.cpu_count() or 1) // count))
+    return {"PYTHONUNBUFFERED": "1", **os.environ, "OMP_NUM_THREADS": threads}
+
+
 class Spawn:
     """The workers that `--spawn` starts on this machine, and their output."""
 
@@ -1660,7 +1668,6 @@ class Spawn:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
         host = server.args.host or "127.0.0.1"
         address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
-        threads = str(max(1, (os.cpu_count() or 1) // server.args.n))
         self.workers, self.readers = {}, []
         for name in (f"worker-{number}" for number in range(server.args.n)):
             command = [sys.executable, script, "--server", address, "--worker-id", name]
@@ -1668,7 +1675,7 @@ class Spawn:
                 [*command, server.args.spawn],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ},
+                env=worker_environment(server.args.n),
                 start_new_session=True,  # a Ctrl-C here is passed on once, not twice
                 preexec_fn=_end_with_parent,
             )

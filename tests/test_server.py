@@ -834,6 +834,14 @@ def test_spawned_workers_that_fail_at_once_end_the_server(start, tmp_path):
     assert "worker-0: " in host.output and "no_such_setting" in host.output
 
 
+@pytest.mark.parametrize("threads", ["", "3"])
+def test_spawned_workers_share_the_cores_unless_the_user_says_otherwise(start, threads):
+    code = "import server; print(server.worker_environment(2)['OMP_NUM_THREADS'])"
+    process = start("-c", code, env={"OMP_NUM_THREADS": threads})
+    assert process.wait() == 0
+    assert process.output == (threads or str(max(1, os.cpu_count() // 2)))
+
+
 def test_bad_arguments_are_refused_by_name(capsys):
     for bad in (["-n", "0"], ["--outer-lr", "nan"], ["--outer-momentum", "1"], ["--port", "70000"],
                 ["--upload-codec", "zip"], ["--spawn", "nowhere"]):  # fmt: skip
