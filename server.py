@@ -41,11 +41,6 @@ import weakref
 import zipfile
 from dataclasses import dataclass, field
 
-# Several chunks at a time are folded by threads of our own; more of them at one chunk would spend their
-# time waiting for each other. What the user wants is for the workers.
-USER_THREADS = os.environ.get("OMP_NUM_THREADS")
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import torch
 
 import protocol
@@ -422,7 +417,11 @@ class Server:
         self.files = {}  # descriptive files: name -> bytes
         self.weights = None  # {name: tensor} of -m, until the first worker names its tensors
         self.snapshot = lambda: None  # weak: joiners at one version share a copy
-        self.folders = concurrent.futures.ThreadPoolExecutor(FOLDING_THREADS)
+        # Several chunks at a time; more threads at one would spend their time waiting.
+        torch.set_num_threads(1)
+        self.folders = concurrent.futures.ThreadPoolExecutor(
+            FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
+        )
         self.copying = threading.Lock()  # so that they do not make two at the same time
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
         self.shares = args.shares
@@ -1656,8 +1655,8 @@ class Server:
 
 def worker_environment(count):
     """The environment of one of `count` workers on this machine, which share its cores."""
-    threads = USER_THREADS or str(max(1, (os.cpu_count() or 1) // count))
-    return {"PYTHONUNBUFFERED": "1", **os.environ, "OMP_NUM_THREADS": threads}
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ}
 
 
 class Spawn:

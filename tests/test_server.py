@@ -837,7 +837,8 @@ def test_spawned_workers_that_fail_at_once_end_the_server(start, tmp_path):
 @pytest.mark.parametrize("threads", ["", "3"])
 def test_spawned_workers_share_the_cores_unless_the_user_says_otherwise(start, threads):
     code = "import server; print(server.worker_environment(2)['OMP_NUM_THREADS'])"
-    process = start("-c", code, env={"OMP_NUM_THREADS": threads})
+    code = code if threads else f"import os; del os.environ['OMP_NUM_THREADS']; {code}"
+    process = start("-c", code, env={"OMP_NUM_THREADS": threads or "1"})
     assert process.wait() == 0
     assert process.output == (threads or str(max(1, os.cpu_count() // 2)))
 
