@@ -208,9 +208,9 @@ class Fragment:
         return torch.empty(CHUNK, device=self.device)
 
     def _at(self, codec, buffer, start, count):
-        """(tensors, start) that a codec is to work on for a chunk of a message: the message's own,
-        or on another device than the host, a buffer of the chunk's size and the bytes that it
-        stands for."""
+        """What a codec is to work on for a chunk of a message: (tensors, position in them, bytes on
+        the device, the bytes on the host that those stand for). On the host the tensors are the
+        message's own, and there are no others; elsewhere they are a buffer of the chunk's size."""
         if not self.is_staged:
             return buffer.tensors, start, None, None
         if (codec, count) not in self.stages:
