@@ -792,13 +792,18 @@ class Checksum:
     def __init__(self):
         self.sums = []
 
-    def add(self, chunk):
-        """Add the next chunk, float32 and contiguous."""
+    @staticmethod
+    def sum_of(chunk):
+        """The sum of a chunk, float32 and contiguous."""
         even = chunk.numel() & ~1
         total = chunk[:even].view(torch.int64).sum().item() if even else 0
         if even < chunk.numel():
             total += chunk[even:].view(torch.int32).item() & 0xFFFFFFFF
-        self.sums.append(total & 0xFFFFFFFFFFFFFFFF)
+        return total & 0xFFFFFFFFFFFFFFFF
+
+    def add(self, chunk):
+        """Add the next chunk."""
+        self.sums.append(self.sum_of(chunk))
 
     def digest(self):
         """16 bytes, as a uint8 tensor."""

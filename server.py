@@ -48,7 +48,6 @@ from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, Te
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 LEAST_SHARES = 8  # of the text: so many workers can join before there is none left to read
-FOLDED_AT_ONCE = CHUNK  # elements that a thread folds before it hands them on to be sent
 FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more would wait for memory
 MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
 LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
@@ -246,34 +245,31 @@ def outer_step(
     to there are done. Returns (checksum tensor, norm of the mean).
     """
 
-    def fold(first):
-        sums, square, scratch = Checksum(), 0.0, torch.empty(CHUNK)
-        for start in range(first, min(first + FOLDED_AT_ONCE, params.numel()), CHUNK):
-            stop = min(start + CHUNK, params.numel())
-            mean = scratch[: stop - start]
-            up.decode(pushes[0], start, mean)
-            for push in pushes[1:]:
-                up.add(push, start, mean)
-            mean.div_(len(pushes))
-            square += mean.dot(mean).item()
-            if plain:
-                delta = mean.neg_()
-            else:
-                velocity = momentum[start:stop].mul_(mu).add_(mean)
-                delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
-                delta.mul_(-lr)
-            if residual is not None:
-                delta.add_(residual[start:stop])
-            down.encode(delta, update, start)
-            if residual is not None:
-                down.subtract(delta, update, start, residual[start:stop])
-            down.add(update, start, params[start:stop])
-            sums.add(params[start:stop].contiguous())
-        return sums, square, stop
+    def fold(chunk):
+        start, stop = chunk
+        mean, part = torch.empty(stop - start), params[start:stop]
+        up.decode(pushes[0], start, mean)
+        for push in pushes[1:]:
+            up.add(push, start, mean)
+        mean.div_(len(pushes))
+        square = mean.dot(mean).item()
+        if plain:
+            delta = mean.neg_()
+        else:
+            velocity = momentum[start:stop].mul_(mu).add_(mean)
+            delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
+            delta.mul_(-lr)
+        if residual is not None:
+            delta.add_(residual[start:stop])
+        down.encode(delta, update, start)
+        if residual is not None:
+            down.subtract(delta, update, start, residual[start:stop])
+        down.add(update, start, part)
+        return Checksum.sum_of(part.contiguous()), square, stop
 
     checksum, squares = Checksum(), 0.0
-    for sums, square, stop in run(fold, range(0, params.numel(), FOLDED_AT_ONCE)):
-        checksum.sums += sums.sums
+    for total, square, stop in run(fold, protocol.chunks(params.numel())):
+        checksum.sums.append(total)
         squares += square
         progress(stop)
     return checksum.digest(), squares**0.5
