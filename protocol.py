@@ -835,16 +835,55 @@ class Rooms(threading.local):
 ROOMS = Rooms()
 
 
-def room(like, count):
+def room(use, like, count):
     """An uninitialized tensor of this thread's: `count` elements of the dtype and on the device of
-    `like`. The next call with such a `like` may give the same memory."""
-    key = like.dtype, like.device
+    `like`. The next call with the same `use` may give the same memory."""
+    key = use, like.dtype, like.device
     if key not in ROOMS.kept or ROOMS.kept[key].numel() < count:
         ROOMS.kept[key] = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
     return ROOMS.kept[key][:count]
 
 
-class Cast:
+class Codec:
+    """How float32 numbers travel: encoded into the tensors of a message, chunk by chunk. A chunk
+    begins at a multiple of CHUNK; chunks have their bytes one after the other, so that a message can
+    be made, sent and taken apart chunk by chunk. A codec says `layout`, `encode`, `decode` and
+    `finite`; `lossy` tells whether rounding loses anything."""
+
+    lossy = True
+
+    def layout(self, count):
+        """The tensors that `count` float32 numbers become."""
+        raise NotImplementedError
+
+    def encode(self, numbers, tensors, start):
+        """Encode a float32 chunk into the message's tensors, at element `start`."""
+        raise NotImplementedError
+
+    def decode(self, tensors, start, out):
+        """Decode elements from `start` on into the float32 chunk `out`."""
+        raise NotImplementedError
+
+    def finite(self, tensors, start, stop):
+        """Whether all of a chunk is finite and at most MAX_ABS in size."""
+        raise NotImplementedError
+
+    def decoded(self, tensors, start, like):
+        """Decoded elements from `start` on, as many as `like` has, to be read at once."""
+        numbers = room("decoded", like, like.numel())
+        self.decode(tensors, start, numbers)
+        return numbers
+
+    def add(self, tensors, start, out):
+        """Decode elements from `start` on and add them to the float32 chunk `out`."""
+        out.add_(self.decoded(tensors, start, out))
+
+    def subtract(self, numbers, tensors, start, out):
+        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
+        torch.sub(numbers, self.decoded(tensors, start, numbers), out=out)
+
+
+class Cast(Codec):
     """A codec that stores each number in another float dtype, rounded to nearest even."""
 
     def __init__(self, dtype):
@@ -852,31 +891,24 @@ class Cast:
         self.lossy = dtype != torch.float32
 
     def layout(self, count):
-        """The tensors that `count` float32 numbers become."""
         return [TensorSpec("values", self.dtype, (count,))]
 
     def encode(self, numbers, tensors, start):
-        """Encode a float32 chunk into the message's tensors, at element `start`."""
         tensors["values"][start : start + numbers.numel()].copy_(numbers)
 
     def decode(self, tensors, start, out):
-        """Decode elements from `start` on into the float32 chunk `out`."""
         out.copy_(tensors["values"][start : start + out.numel()])
 
-    def add(self, tensors, start, out):
-        """Decode elements from `start` on and add them to the float32 chunk `out`."""
-        out.add_(tensors["values"][start : start + out.numel()])
-
-    def subtract(self, numbers, tensors, start, out):
-        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
-        torch.sub(numbers, tensors["values"][start : start + out.numel()], out=out)
+    def decoded(self, tensors, start, like):
+        if self.lossy:
+            return super().decoded(tensors, start, like)
+        return tensors["values"][start : start + like.numel()]
 
     def finite(self, tensors, start, stop):
-        """Whether all of a chunk is finite and at most MAX_ABS in size."""
         return within(tensors["values"][start:stop])
 
 
-class Blocks:
+class Blocks(Codec):
     """A codec that stores BLOCK numbers as integers of `bits` (8 or 4) and one scale.
 
     A scale is the largest absolute value of its block over the largest integer, as bfloat16 rounded
@@ -885,14 +917,12 @@ class Blocks:
     of the bytes, the second in the high ones. A last block that is not full is filled with zeros.
     """
 
-    lossy = True
     TINY = 1e-30  # a block with nothing larger is sent as zeros: the reciprocal would overflow
 
     def __init__(self, bits):
         self.bits, self.top = bits, (1 << (bits - 1)) - 1
 
     def layout(self, count):
-        """The tensors that `count` float32 numbers become."""
         blocks = -(-count // BLOCK)
         return [TensorSpec("values", torch.uint8, (blocks * (2 + BLOCK * self.bits // 8),))]
 
@@ -904,12 +934,11 @@ class Blocks:
         return raw[:scales].view(torch.bfloat16), raw[scales:]
 
     def encode(self, numbers, tensors, start):
-        """Encode a float32 chunk into the message's tensors, at element `start`."""
         scales, integers = self._parts(tensors, start, numbers.numel())
         size = len(scales) * BLOCK
         if numbers.numel() < size:
             numbers = torch.nn.functional.pad(numbers, (0, size - numbers.numel()))
-        blocks, work = numbers.view(-1, BLOCK), room(numbers, size).view(-1, BLOCK)
+        blocks, work = numbers.view(-1, BLOCK), room("quotients", numbers, size).view(-1, BLOCK)
         largest = torch.abs(blocks, out=work).amax(1).div_(self.top)
         # The upper half of a float32 is a bfloat16; adding just less than one to it rounds it up.
         # So no quotient rounds to more than the largest integer.
@@ -924,7 +953,6 @@ class Blocks:
             integers.copy_(low.add_(high, alpha=16).add_(8 + 16 * 8))
 
     def decode(self, tensors, start, out):
-        """Decode elements from `start` on into the float32 chunk `out`."""
         scales, integers = self._parts(tensors, start, out.numel())
         size = len(scales) * BLOCK
         blocks = out if out.numel() == size else out.new_empty(size)
@@ -932,7 +960,7 @@ class Blocks:
             blocks.copy_(integers.view(torch.int8))
         else:
             low, high = blocks.view(2, -1)
-            half = room(integers, len(integers))
+            half = room("halves", integers, len(integers))
             low.copy_(torch.bitwise_and(integers, 15, out=half).sub_(8).view(torch.int8))
             torch.bitwise_right_shift(integers, 4, out=half)
             high.copy_(half.sub_(8).view(torch.int8))
@@ -940,25 +968,10 @@ class Blocks:
         if blocks is not out:
             out.copy_(blocks[: out.numel()])
 
-    def add(self, tensors, start, out):
-        """Decode elements from `start` on and add them to the float32 chunk `out`."""
-        decoded = room(out, out.numel())
-        self.decode(tensors, start, decoded)
-        out.add_(decoded)
-
-    def subtract(self, numbers, tensors, start, out):
-        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
-        decoded = room(numbers, numbers.numel())
-        self.decode(tensors, start, decoded)
-        torch.sub(numbers, decoded, out=out)
-
     def finite(self, tensors, start, stop):
-        """Whether all of a chunk is finite and at most MAX_ABS in size, as its scales say."""
         return within(self._parts(tensors, start, stop - start)[0], MAX_ABS / (self.top + 1))
 
 
-# A codec works on chunks that begin at multiples of CHUNK and has their bytes one after the other,
-# so that a message can be made, sent and taken apart chunk by chunk.
 CODECS = {
     "fp32": Cast(torch.float32),
     "bf16": Cast(torch.bfloat16),
@@ -978,8 +991,10 @@ def within(numbers, limit=MAX_ABS):
     their signs they have the order of their bits as integers, in which NaN comes last."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.dtype.itemsize]
     largest = torch.tensor(limit, dtype=numbers.dtype).view(bits).item()
-    unsigned = numbers.view(bits).bitwise_and(torch.iinfo(bits).max)
-    return unsigned.numel() == 0 or unsigned.amax().item() <= largest
+    signed = numbers.view(bits)
+    unsigned = room("unsigned", signed, signed.numel())
+    torch.bitwise_and(signed, torch.iinfo(bits).max, out=unsigned)
+    return signed.numel() == 0 or unsigned.amax().item() <= largest
 
 
 def all_finite(codec, tensors, count):

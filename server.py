@@ -247,7 +247,8 @@ def outer_step(
 
     def fold(chunk):
         start, stop = chunk
-        mean, part = torch.empty(stop - start), params[start:stop]
+        part = params[start:stop]
+        mean = protocol.room("mean", params, stop - start)
         up.decode(pushes[0], start, mean)
         for push in pushes[1:]:
             up.add(push, start, mean)
