@@ -177,6 +177,44 @@ class Fragment:
         return [self.origin, self.version]
 
 
+class Picture:
+    """Flat vectors as they were when a checkpoint began, while steps on them go on. The writer takes
+    them piece by piece; a step that comes to a chunk before the writer leaves it a copy.
+
+    A piece is the same chunk of every fragment, which is a run of the flat vectors.
+    """
+
+    def __init__(self, vectors, num_fragments):
+        self.vectors, self.count = vectors, num_fragments
+        self.lock = threading.Lock()  # of the two below
+        self.taken = 0  # elements of each fragment that the writer has, or does not want any more
+        self.kept = {}  # (fragment, start) -> copies of that chunk of each vector
+
+    def keep(self, k, start, stop):
+        """Elements start to stop of fragment k, a chunk, are about to change."""
+        with self.lock:
+            if start >= self.taken and (k, start) not in self.kept:
+                parts = (protocol.fragment_of(v, k, self.count)[start:stop] for v in self.vectors)
+                self.kept[k, start] = [part.clone() for part in parts]
+
+    def pieces(self):
+        """(start in the flat vectors, [piece of each vector]), in their order."""
+        for first in range(0, self.vectors[0].numel(), CHUNK * self.count):
+            start = first // self.count
+            with self.lock:
+                pieces = [v[first : first + CHUNK * self.count].clone() for v in self.vectors]
+                for k in range(self.count):
+                    for n, part in enumerate(self.kept.pop((k, start), ())):
+                        protocol.fragment_of(pieces[n], k, self.count).copy_(part)
+                self.taken = start + CHUNK
+            yield first, pieces
+
+    def close(self):
+        """Nothing more is wanted."""
+        with self.lock:
+            self.taken, self.kept = self.vectors[0].numel(), {}
+
+
 @dataclass
 class Snapshot:
     """A copy of the parameters at some versions, shared by all who join at those."""
@@ -228,7 +266,7 @@ def momentum_at(round, momentum, warmup):
 
 def outer_step(
     params, momentum, residual, pushes, up, down, update, lr, mu, nesterov, plain,
-    progress=lambda stop: None, run=map,
+    before=lambda start, stop: None, progress=lambda stop: None, run=map,
 ):  # fmt: skip
     """Fold encoded pushes in their order, step `params` in place and encode the update.
 
@@ -241,12 +279,13 @@ def outer_step(
 
     `plain` takes the mean as it is (lr 1, momentum untouched). What the codec rounds off is kept
     in `residual` and added next time. `run` is `map`, or that of a pool of threads: parts of the
-    slice are independent of each other. `progress(stop)` is called in order, when the elements up
-    to there are done. Returns (checksum tensor, norm of the mean).
+    slice are independent of each other. `before(start, stop)` is called before a chunk changes, and
+    `progress(stop)`, in order, when the elements up to there are done. Returns (checksum tensor, norm of the mean).
     """
 
     def fold(chunk):
         start, stop = chunk
+        before(start, stop)
         part = params[start:stop]
         mean = protocol.room("mean", params, stop - start)
         up.decode(pushes[0], start, mean)
@@ -420,6 +459,7 @@ class Server:
             FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
         )
         self.copying = threading.Lock()  # so that they do not make two at the same time
+        self.picture = None  # of the checkpoint being written, or of the last one
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
         self.shares = args.shares
         self.output, source = choose_output(args.model, args.output_dir)
@@ -554,10 +594,17 @@ class Server:
                     files.enter_context(open(os.path.join(beside, name), "wb"))
                     for name in ("model.safetensors", "outer.safetensors")
                 )
-                with self.hold(*self.fragments):
+                with self.lock:
+                    self.lock.wait_for(lambda: not any(f.busy for f in self.fragments))
                     path = os.path.join(self.output, f"checkpoint-{self.round}")
-                    saved = self._labels(), self.running
-                    self._write_vectors(model, outer)
+                    saved, state = (self._labels(), self.running), self._state_to_save()
+                    vectors = [self.params, self.momentum, self.residual]
+                    vectors = [vector for vector in vectors if vector is not None]
+                    picture = self.picture = Picture(vectors, len(self.fragments))
+                try:
+                    self._write_vectors(model, outer, state, picture)
+                finally:
+                    picture.close()
                 for file in (model, outer):
                     file.flush()
                     os.fsync(file.fileno())
@@ -576,26 +623,39 @@ class Server:
         for _, old in checkpoints(self.output)[self.args.save_total_limit :]:
             discard(old)
 
-    def _write_vectors(self, model, outer):
-        """Write both safetensors files of a checkpoint, straight from the live vectors."""
-        with self.lock:
-            state = {
-                "program": "diloco",
-                "run": self.run_id,
-                "life": self.incarnation,
-                "step": self.step,
-                "shares": self.shares,
-                "settings": self.settings,
-                "indices": self.indices,
-                "members": sorted(self.members.keys() | self.expected.keys()),
-                "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
-                "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
-            }
-        vectors = {"momentum": self.momentum, "residual": self.residual}
-        vectors = {name: vector for name, vector in vectors.items() if vector is not None}
-        program = {"program": "diloco"}
-        protocol.write_frame(model, program, self._flat_specs(), [self.params], format="pt")
-        protocol.write_frame(outer, state, protocol.specs_of(vectors.items()), vectors.values())
+    def _state_to_save(self):
+        """What a checkpoint says of the run. Needs the lock."""
+        return {
+            "program": "diloco",
+            "run": self.run_id,
+            "life": self.incarnation,
+            "step": self.step,
+            "shares": self.shares,
+            "settings": self.settings,
+            "indices": dict(self.indices),
+            "members": sorted(self.members.keys() | self.expected.keys()),
+            "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
+            "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
+        }
+
+    def _write_vectors(self, model, outer, state, picture):
+        """Write both safetensors files of a checkpoint: the parameters in one, the rest in the
+        other, all of them side by side."""
+        size = picture.vectors[0].numel()
+        specs = [TensorSpec(n, torch.float32, (size,)) for n in ("momentum", "residual")]
+        specs = specs[: len(picture.vectors) - 1]
+        places = []
+        for file, fields, held in (
+            (model, {"program": "diloco"}, self._flat_specs()),
+            (outer, state, specs),
+        ):
+            file.write(protocol.encode_header(fields, held, format="pt"))
+            places.append((file, file.tell()))
+        places[2:] = [(outer, places[1][1] + size * 4)] * (len(specs) - 1)
+        for start, pieces in picture.pieces():
+            for (file, begin), piece in zip(places, pieces, strict=True):
+                file.seek(begin + 4 * start)
+                file.write(protocol.memory(piece))
 
     def _flat_specs(self):
         """The manifest as the flat vector holds it, in float32."""
@@ -622,6 +682,12 @@ class Server:
             protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
         self.final = labels
         log(f"the model of round {self.round} is in {os.path.abspath(self.output)}")
+
+    def _keeper(self, fragment):
+        """What is to be called before a chunk of a fragment's vectors changes; the fragment is
+        busy, so no checkpoint begins meanwhile."""
+        picture = self.picture
+        return lambda start, stop: picture and picture.keep(fragment.index, start, stop)
 
     @contextlib.contextmanager
     def hold(self, *fragments, alone=False):
@@ -1165,6 +1231,8 @@ class Server:
         for k, values in slices.items():
             fragment = self.fragments[k]
             with self.hold(fragment, alone=True):
+                for chunk in protocol.chunks(values.numel()):
+                    self._keeper(fragment)(*chunk)
                 self._slice(fragment, self.params).copy_(values)
                 if self.residual is not None:
                     self._slice(fragment, self.residual).zero_()
@@ -1396,6 +1464,7 @@ class Server:
                 outer["momentum"],
                 outer["nesterov"],
                 plain,
+                self._keeper(fragment),
                 update.advance,
                 self.folders.map,
             )

@@ -581,6 +581,60 @@ def test_a_run_that_ended_goes_on_with_its_momentum_and_the_new_rate(serve, tmp_
     assert [line["round"] for line in rounds(tmp_path / "model", 4)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("count", [5, 3 * CHUNK, 6 * CHUNK + 5])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_a_checkpoint_is_of_one_moment_while_all_changes_around_it(count, fragments):
+    vectors = [numbers(k, count) for k in range(3)]
+    before = [vector.clone() for vector in vectors]
+    picture, written = server.Picture(vectors, fragments), [torch.empty(count) for _ in vectors]
+    for n, (start, pieces) in enumerate(picture.pieces()):
+        for k in range(fragments):  # the steps overtake the writer, and step again
+            for _ in range(2):
+                for a, b in protocol.chunks(protocol.fragment_of(vectors[0], k, fragments).numel()):
+                    picture.keep(k, a, b)
+                    for vector in vectors:
+                        protocol.fragment_of(vector, k, fragments)[a:b] += n + 1
+        for vector, piece in zip(written, pieces, strict=True):
+            vector[start : start + piece.numel()] = piece
+    assert all(same_bits(*pair) for pair in zip(written, before, strict=True))
+    assert not picture.kept  # the memory is given back
+
+
+SLOW_DISK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import server
+
+def pieces(picture, at_once=server.Picture.pieces):
+    while not os.path.exists({gate!r}):
+        time.sleep(0.01)
+    yield from at_once(picture)
+
+server.Picture.pieces = pieces
+server.Server(server.parse_args()).run()
+"""
+
+
+def test_a_checkpoint_that_takes_long_to_write_delays_no_reply(start, serve, tmp_path):
+    folder, gate = tmp_path / "model", tmp_path / "gate"
+    script = SLOW_DISK.format(root=ROOT, gate=str(gate))
+    host = start("-c", script, "-m", folder, "--port", 0, "--save-every", 1)
+    host.address = f"127.0.0.1:{host.wait_for('port ([0-9]+)')[1]}"
+    a = Peer(host, "a").join()
+    before = a.params.clone()
+    until((folder / ".tmp-checkpoint" / "outer.safetensors").exists, "a checkpoint is begun")
+    for seed in (1, 2, 3):
+        a.push(numbers(seed))
+    assert not list(folder.glob("checkpoint-*"))
+    gate.touch()
+    host.wait_for("saved .*checkpoint-3")
+    host.kill()
+    assert same_bits(read_flat(folder / "checkpoint-0" / "model.safetensors"), before)
+    first = safetensors.torch.load_file(folder / "checkpoint-0" / "outer.safetensors")
+    assert not first["momentum"].any() and not first["residual"].any()
+    assert same_bits(read_flat(folder / "checkpoint-3" / "model.safetensors"), a.params)
+
+
 # --- Where the model comes from --------------------------------------------------------------
 
 
