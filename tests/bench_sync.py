@@ -14,6 +14,7 @@ Every number of the model is adopted by every worker, and their digests are comp
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -28,7 +29,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import protocol
-from diloco_callback import DiLoCoWorker
+import server
+from diloco_callback import DiLoCoWorker, Flight, Fragment
+from protocol import CODECS, FlatModel
 
 ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
 TENSOR = 1 << 20  # elements of one tensor of the model: a few large ones, as models have
@@ -121,7 +124,43 @@ def bare_worker_role(args):
         began = time.monotonic()
         conn._send_all([protocol.memory(up)])
         conn._receive_into(protocol.memory(down), None)
-        say(event="round", began=began, ended=time.monotonic())
+        say(event="round", began=began, ended=time.monotonic(), usage=usage())
+
+
+def arithmetic_role(args):
+    """A worker's and then the server's arithmetic of a round, on one core."""
+    torch.set_num_threads(1)
+    up, down = CODECS[args.upload_codec], CODECS[args.download_codec]
+    vectors = [torch.randn(args.parameters) for _ in range(2)]
+    residuals = [torch.zeros(args.parameters) if codec.lossy else None for codec in (up, down)]
+    fragment = Fragment(FlatModel(vectors[:1]), vectors[1], residuals[0], None, up, down)
+    momentum, params = torch.zeros(args.parameters), torch.randn(args.parameters)
+    outer = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+    fields = {"version": ["", 1], "outer": outer, "folded": {}}
+    reply = protocol.Message("push", fields, fragment.update.specs)
+    scratch = fragment.scratch()
+    say(event="ready")
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        vectors[0].add_(1e-3)
+        flight = Flight({}, 1, (), 0, None)
+        say(event="set")
+        sys.stdin.readline()
+        times = [time.process_time()]
+        for start, stop in protocol.chunks(args.parameters):
+            fragment.encode(flight, start, stop, scratch)
+        times.append(time.process_time())
+        pushes = [fragment.push.tensors] * args.workers
+        server.outer_step(
+            params, momentum, residuals[1], pushes, up, down, fragment.update.tensors,
+            outer["lr"], outer["momentum"], outer["nesterov"], plain=False,
+        )  # fmt: skip
+        times.append(time.process_time())
+        fragment.advance(reply, None, move=True)
+        times.append(time.process_time())
+        a, b, c = (after - before for before, after in itertools.pairwise(times))
+        say(event="round", began=0, ended=0, worker=a + c, server=b)
 
 
 def bare_server_role(args):
@@ -143,7 +182,8 @@ def bare_server_role(args):
     for _ in range(args.workers):
         conn = protocol.Connection(listener.accept()[0], "worker")
         threading.Thread(target=serve, args=[conn], daemon=True).start()
-    sys.stdin.read()
+    for _ in sys.stdin:
+        say(usage=usage())
     os._exit(0)
 
 
@@ -193,17 +233,37 @@ def rounds(peers, count):
 
 
 def bare(args, up, down):
-    """Seconds of each round with bare sockets."""
+    """Seconds of each round with bare sockets, and the CPU seconds of one."""
     server = Peer("bare-server", workers=args.workers, bytes=f"{up},{down}")
     address = f"127.0.0.1:{server.hear()['port']}"
     peers = [Peer("bare-worker", server=address, bytes=f"{up},{down}") for _ in range(args.workers)]
     for peer in peers:
         peer.hear()
-    seconds = [seconds for seconds, _ in rounds(peers, args.rounds)]
+
+    def cpu(said):
+        server.tell("usage")
+        return server.hear()["usage"][0] + sum(s["usage"][0] for s in said)
+
+    first = cpu(rounds(peers, 1)[0][1])
+    results = rounds(peers, args.rounds)
+    spent = (cpu(results[-1][1]) - first) / args.rounds
     for peer in peers:
         peer.end()
     server.end()
-    return seconds
+    return [seconds for seconds, _ in results], spent
+
+
+def arithmetic(args):
+    """CPU seconds of a round's arithmetic: (of a worker, of the server)."""
+    options = {"parameters": args.parameters, "workers": args.workers}
+    options |= {"upload-codec": args.upload_codec, "download-codec": args.download_codec}
+    peers = [Peer("arithmetic", **options) for _ in range(args.workers)]
+    for peer in peers:
+        peer.hear()
+    said = [s for _, all in rounds(peers, 4)[1:] for s in all]
+    for peer in peers:
+        peer.end()
+    return tuple(statistics.median(s[name] for s in said) for name in ("worker", "server"))
 
 
 def start_server(args, folder):
@@ -251,10 +311,11 @@ def measure(args, folder):
     return results, figures
 
 
-def report(args, results, figures, bare_seconds):
+def report(args, results, figures, bare_seconds, bare_cpu, worker, server):
     first, rest = results[0][0], [seconds for seconds, _ in results[1:]]
     up, down = results[-1][1][0]["bytes"]
-    median, base = statistics.median(rest), statistics.median(bare_seconds[1:])
+    median, base = statistics.median(rest), statistics.median(bare_seconds)
+    floor = (bare_cpu + args.workers * worker + server) / os.cpu_count()
     count, gb = args.parameters, 1e9
     print(f"{count:,} parameters, {args.workers} workers, up {args.upload_codec}, down "
           f"{args.download_codec}, {args.fragments} fragment(s), {len(rest)} rounds after the first")  # fmt: skip
@@ -262,9 +323,13 @@ def report(args, results, figures, bare_seconds):
         f"  round                   {median:.3f} s (from {min(rest):.3f} to {max(rest):.3f}), first {first:.3f} s"
     )
     print(
-        f"  bare sockets            {base:.3f} s (from {min(bare_seconds[1:]):.3f} to {max(bare_seconds[1:]):.3f})"
+        f"  bare sockets            {base:.3f} s (from {min(bare_seconds):.3f} to {max(bare_seconds):.3f})"
     )
     print(f"  ratio                   {median / base:.2f}, first round {first / base:.2f}")
+    print(
+        f"  bound by the cores      {floor:.3f} s, ratio {median / floor:.2f}: bare sockets {bare_cpu:.3f} CPU s, "
+        f"arithmetic {worker:.3f} s a worker and {server:.3f} s on the server, over {os.cpu_count()} cores"
+    )
     print(f"  bytes per worker        up {up / 1e6:.2f} MB ({up / count:.4f} B/parameter), down "
           f"{down / 1e6:.2f} MB ({down / count:.4f})")  # fmt: skip
     print(
@@ -296,13 +361,14 @@ def main():
         "worker": worker_role,
         "bare-worker": bare_worker_role,
         "bare-server": bare_server_role,
+        "arithmetic": arithmetic_role,
     }
     if args.role:
         return roles[args.role](args)
     with tempfile.TemporaryDirectory() as folder:
         results, figures = measure(args, folder)
     up, down = results[-1][1][0]["bytes"]
-    report(args, results, figures, bare(args, up, down))
+    report(args, results, figures, *bare(args, up, down), *arithmetic(args))
 
 
 if __name__ == "__main__":
