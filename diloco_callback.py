@@ -29,7 +29,9 @@ DILOCO_NUM_FRAGMENTS.
 
 import atexit
 import contextlib
+import datetime
 import itertools
+import json
 import os
 import queue
 import secrets
@@ -41,6 +43,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 try:
     from . import protocol
@@ -54,6 +57,18 @@ RECONNECT_SECONDS = 600.0  # that training waits for a server that is gone, befo
 PARTING_SECONDS = 5.0  # that a worker which is told to stop waits for its last push to arrive
 LONGEST_PAUSE_SECONDS = 10.0  # between two attempts to connect
 RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
+RANKS_PATIENCE = datetime.timedelta(days=30)  # of a worker's ranks, while one waits for a round
+# What rank 0 tells the others as it is, apart from the step and the shares of the data.
+TOLD = (
+    "run_step",
+    "stop_ordered",
+    "index",
+    "rank",
+    "world",
+    "num_shares",
+    "fragment_syncs",
+    "dropped_steps",
+)
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 
 
@@ -353,6 +368,48 @@ class Fragment:
             self.flat.write(start, target)
 
 
+class Ranks:
+    """The processes of one worker, as torch.distributed has them (DistributedDataParallel): rank 0
+    speaks to the server, and tells the others after each step what has become of it. Without
+    torch.distributed there is one rank, and nothing to tell."""
+
+    def __init__(self):
+        there = dist.is_available() and dist.is_initialized()
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        # A group of their own: a round may take longer than the trainer's group would wait.
+        self.group = (
+            dist.new_group(backend="gloo", timeout=RANKS_PATIENCE) if self.count > 1 else None
+        )
+        self.last = None  # what was told last
+
+    @property
+    def leads(self):
+        """Whether this rank speaks to the server."""
+        return self.rank == 0
+
+    def share(self, facts):
+        """What rank 0 gives as `facts`, a dict for JSON, on every rank; most often it is what was
+        told before, and goes without saying."""
+        if self.count == 1:
+            return facts
+        raw = json.dumps(facts).encode() if self.leads and facts != self.last else b""
+        size = torch.tensor([len(raw)])
+        dist.broadcast(size, 0, group=self.group)
+        if size.item():
+            data = torch.tensor(list(raw or bytes(size.item())), dtype=torch.uint8)
+            dist.broadcast(data, 0, group=self.group)
+            self.last = json.loads(bytes(data.tolist()))
+        return self.last
+
+    def spread(self, parameters):
+        """Give every rank the parameters of rank 0, to the bit."""
+        for parameter in parameters if self.count > 1 else ():
+            values = parameter.detach().contiguous()
+            dist.broadcast(values, 0)
+            if not self.leads:
+                parameter.copy_(values)
+
+
 class DiLoCoWorker:
     """One worker of a run: synchronizes `model` through `optimizer`'s step hook.
 
@@ -372,6 +429,9 @@ class DiLoCoWorker:
     outage; then training goes on, and what it does is sent when the server is back.
     state: what `state_dict` gave, to go on with local work that had not been sent.
     residual: path of what `save_residual` wrote with that.
+
+    Where torch.distributed is initialized, all its ranks are one worker: each makes one of these, rank 0
+    speaks to the server, and all have the same parameters to the bit after each step.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
     when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
@@ -452,6 +512,8 @@ class DiLoCoWorker:
         self.ending = self.flushed = self.stop_ordered = self.away = False
         self.leave_by = None  # when a worker that was told to leave waits no longer
         self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
+        self.ranks = None  # those of this worker, from `start` on
+        self.writes = 0  # changes of the local values that the other ranks have
         self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
         self.last_send = self.last_recv = 0
         self.started = time.monotonic()
@@ -478,18 +540,23 @@ class DiLoCoWorker:
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
+        self.ranks = Ranks()
+        with torch.no_grad(), self._telling():
+            if self.ranks.leads:
+                self._enter_run()
+        self.started = time.monotonic()
+        self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
+        return self
+
+    def _enter_run(self):
         while True:
             due = retry(self._join, self.reconnect_timeout, f"server {self.server}", self.closed)
             if self._await_shares():
                 break
-        self.started = time.monotonic()
         self.heart = threading.Thread(target=self._heartbeat_loop, daemon=True)
         self.heart.start()
         atexit.register(self.close, "the process ended")
-        with torch.no_grad():
-            self._align(due)
-        self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
-        return self
+        self._align(due)
 
     __enter__ = start
 
@@ -521,6 +588,7 @@ class DiLoCoWorker:
                 "num_fragments": self.num_fragments,
                 "source": self.source,
                 "host": socket.gethostname(),
+                "ranks": self.ranks.count,
                 "step": self.step,
                 "position": self.position,
                 "run": self.run,
@@ -751,27 +819,66 @@ class DiLoCoWorker:
                     return False
         return True
 
+    # --- The ranks of one worker ---
+
+    @contextlib.contextmanager
+    def _telling(self):
+        """At the end of the block rank 0 tells the others where the worker is, and hands them its
+        parameters where they have changed; if it failed there, they fail too."""
+        try:
+            yield
+        except BaseException as error:
+            if self.ranks.leads:
+                self.ranks.share({"error": f"{type(error).__name__}: {error}"})
+            raise
+        if self.ranks.count == 1:
+            return
+        writes = sum(fragment.flat.writes for fragment in self.fragments)
+        facts = {name: getattr(self, name) for name in TOLD}
+        facts |= {"ahead": self.step - self.local_step, "shares": list(self.shares)}
+        told = self.ranks.share({**facts, "writes": writes, "error": ""})
+        if told["error"]:
+            raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
+        if told["writes"] != self.writes:
+            self.ranks.spread(self.named.values())
+            self.writes = told["writes"]
+        if not self.ranks.leads:
+            self._heed(told)
+
+    def _heed(self, told):
+        """What another rank than 0 learns from it."""
+        if told["dropped_steps"] != self.dropped_steps:
+            self.optimizer.state.clear()
+        for name in TOLD:
+            setattr(self, name, told[name])
+        self.step, self.shares = self.local_step + told["ahead"], tuple(told["shares"])
+
     # --- Rounds ---
 
     def _after_step(self):
-        """The optimizer's hook: count the step, adopt what is due, then push what is due."""
+        """The optimizer's hook."""
+        with torch.no_grad(), self._telling():
+            self.local_step += 1
+            if self.ranks.leads:
+                self._step_on()
+
+    def _step_on(self):
+        """Count the step, adopt what is due, then push what is due."""
         self.step += 1
-        self.local_step += 1
         self.wait -= 1
-        with torch.no_grad():
-            if self.must_join.is_set():
-                self._rejoin()
-            for fragment in self.fragments:
-                if fragment.flight and self._is_due(fragment.flight):
-                    self._adopt(fragment)
-            if self.wait > 0:
-                return
-            fragment, before = self.fragments[self.next], self._due(self.next) % self.sync_every
-            self.next = (self.next + 1) % self.num_fragments
-            self.wait = self._due(self.next) - before
-            self._begin(fragment)
-            if self.delay == 0 and fragment.flight:
+        if self.must_join.is_set():
+            self._rejoin()
+        for fragment in self.fragments:
+            if fragment.flight and self._is_due(fragment.flight):
                 self._adopt(fragment)
+        if self.wait > 0:
+            return
+        fragment, before = self.fragments[self.next], self._due(self.next) % self.sync_every
+        self.next = (self.next + 1) % self.num_fragments
+        self.wait = self._due(self.next) - before
+        self._begin(fragment)
+        if self.delay == 0 and fragment.flight:
+            self._adopt(fragment)
 
     def _is_due(self, flight):
         """Whether the reply to a push is to be adopted now. One that training has gone on without
@@ -787,6 +894,12 @@ class DiLoCoWorker:
         cannot be reached for `reconnect_timeout`. After `part`, what has arrived is left to count."""
         if self.flushed:
             return
+        with self._telling():
+            if self.ranks.leads:
+                self._close_run()
+            self.flushed = True
+
+    def _close_run(self):
         self.down_since, self.ending = None, True
         for fragment in self.fragments:
             if fragment.flight:
@@ -1247,8 +1360,10 @@ class DiLoCoWorker:
         return max(0.0, 1 - self.stall_time / self.total_sync_time) if self.total_sync_time else 0.0
 
     def run_is_over(self, max_steps):
-        """Whether to stop: the server says so, or another worker has reached the run's length."""
-        return self.stop_ordered or 0 < max_steps <= self.run_step
+        """Whether to stop: the server says so, or another worker has reached the run's length. All
+        ranks of a worker say the same after the same step."""
+        told = self.ranks.last or {"stop_ordered": self.stop_ordered, "run_step": self.run_step}
+        return told["stop_ordered"] or 0 < max_steps <= told["run_step"]
 
     @contextlib.contextmanager
     @torch.no_grad()

@@ -717,6 +717,7 @@ class FlatModel:
 
     def __init__(self, parameters, first=0, stride=1):
         self.parts, self.stride, start = [], stride, -first
+        self.writes = 0  # changes made here
         for parameter in parameters:  # those from low to high in the vector are its elements
             low = -(-max(start, 0) // stride)
             high = -(-max(start + parameter.numel(), 0) // stride)
@@ -756,6 +757,7 @@ class FlatModel:
 
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""
+        self.writes += 1
         for parameter, inside, outside in self.spans(start, start + values.numel()):
             if parameter.is_contiguous():
                 parameter.view(-1)[inside].copy_(values[outside])

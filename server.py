@@ -85,6 +85,7 @@ class Member:
     asked: list = field(default_factory=list)  # fragments that it is to upload
     index: int = -1
     position: int = 0  # steps since its cycle began
+    ranks: int = 1  # processes that it consists of
     steps_per_second: float = 0.0
     loss: float | None = None
     heard: float = field(default_factory=time.monotonic)
@@ -854,6 +855,7 @@ class Server:
             [label and label_of(label) for label in message.field("versions", list, [])],
             [folded_of(folded) for folded in message.field("folded", list, [])],
             position=message.field("position", int, 0),
+            ranks=message.field("ranks", int, 1, low=1),
         )
         for held in (member.labels, member.folded):
             if len(held) not in (0, member.num_fragments):
@@ -1648,7 +1650,7 @@ class Server:
         message.expect([])
         now, shown = (
             time.monotonic(),
-            ("id", "index", "host", "step", "position", "sync_every", "loss"),
+            ("id", "index", "host", "ranks", "step", "position", "sync_every", "loss"),
         )
         with self.lock:
             workers = [

@@ -65,7 +65,7 @@ def render(status):
             (
                 str(worker["index"]),
                 worker["id"],
-                worker["host"],
+                worker["host"] + (f", {worker['ranks']} ranks" if worker["ranks"] > 1 else ""),
                 str(worker["step"]),
                 f"{worker['steps_per_second']:.2f}",
                 loss,
