@@ -4,6 +4,8 @@
     python worker.py --server host:8512 default.yaml        # on each machine that trains
     python worker.py default.yaml --set train.max_steps=100 --set data.source=builtin
     python worker.py default.yaml --resume                  # go on from the newest checkpoint
+    python worker.py default.yaml --dry-run                 # show the settings, do nothing
+    python worker.py --server host:8512 --sync-every 500 -- python train.py --their flags
 
 Notable:
 - Every setting has its default below; the YAML file overrides it, then `--set`, then the flags.
@@ -12,8 +14,11 @@ Notable:
   workers may change at any time. The held-out text is the same for all and in no share.
 - The built-in stories are endless, and the same on every machine.
 - A checkpoint holds all state: standalone, `--resume` goes on to the same bits.
+- After `--` comes any command with the callback in it. It gets the DILOCO_ variables and takes this
+  process's place, so that signals reach it and its exit status is its own.
 
-Exit status: 0 finished, 1 failed, 2 bad usage or settings, 130 or 143 stopped by a signal.
+Exit status: 0 finished, 1 failed, 2 bad usage or settings, 130 or 143 stopped by a signal; of a
+command its own, or 126 where it cannot be executed and 127 where it is not found.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import contextlib
 import difflib
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import operator
@@ -28,6 +34,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -36,7 +43,7 @@ import tempfile
 import time
 import typing
 import urllib.request
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +153,9 @@ class Settings:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
+ENVIRONMENT = {  # variables that the callback reads, and the keys of DilocoSettings they stand for
+    f"DILOCO_{key.upper()}": key for key in ("server", "sync_every", "worker_id", "num_fragments")
+}
 KINDS = {
     int: "a whole number",
     float: "a number",
@@ -218,13 +228,12 @@ def read_yaml(path):
 
 
 def load_settings(path, overrides=(), environment=None):
-    """Settings from the YAML file at `path`, then the (name, value) pairs of the command line,
-    then the environment for what neither says. SettingsError names whatever is wrong."""
+    """Settings from the YAML file at `path`, if any, then the (name, value) pairs of the command
+    line, then the environment for what neither says. SettingsError names whatever is wrong."""
     settings = Settings()
-    for name, value in [*read_yaml(path), *overrides]:
+    for name, value in [*(read_yaml(path) if path is not None else ()), *overrides]:
         assign(settings, name, value)
-    for key in ("server", "sync_every", "worker_id", "num_fragments"):
-        variable = f"DILOCO_{key.upper()}"
+    for variable, key in ENVIRONMENT.items():
         if getattr(settings.diloco, key) is None and (environment or {}).get(variable):
             spec = next(spec for spec in fields(DilocoSettings) if spec.name == key)
             setattr(settings.diloco, key, checked(variable, environment[variable], spec))
@@ -1066,12 +1075,78 @@ def run_worker(settings, resume):
     return 128 + stopped if stopped else 0
 
 
+# --- Somebody else's script -----------------------------------------------------------------
+
+OUR_TRAINING = {  # flags of which a command would not hear, and where their values are kept
+    "--set": "set",
+    "--resume": "resume",
+    "--output-dir": "output.dir",
+    "--max-steps": "train.max_steps",
+    "--device": "train.device",
+}
+
+
+def variables_for_command(options, settings):
+    """{name: text} of the environment that tells a callback what `settings` say. SettingsError
+    where something is asked for that it does not read there."""
+    for flag, dest in OUR_TRAINING.items():
+        if vars(options)[dest]:
+            raise SettingsError(f"{flag} does not reach a command: set it there, after the --")
+    usual = vars(DilocoSettings())
+    for key, value in vars(settings.diloco).items():
+        if key not in ENVIRONMENT.values() and value != usual[key]:
+            raise SettingsError(
+                f"diloco.{key} does not reach a command: give it to the callback in the script"
+            )
+    values = {name: getattr(settings.diloco, key) for name, key in ENVIRONMENT.items()}
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def shell_line(variables, command):
+    """What does the same in a shell."""
+    given = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join([*given, shlex.join(command)])
+
+
+def become(command, variables):
+    """Run the command in place of this process, so that nobody stands between it and its signals;
+    returns, with an exit status as a shell gives it, only where that cannot be."""
+    if "DILOCO_SERVER" not in variables:
+        print("worker.py: no --server: the command will train standalone", file=sys.stderr)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], command, {**os.environ, **variables})
+    except OSError as error:
+        print(f"worker.py: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
+
+
+def run_command(options, settings):
+    """What to do with a command; returns the exit status, unless the command takes over."""
+    variables = variables_for_command(options, settings)
+    if options.dry_run:
+        print(shell_line(variables, options.command))
+        return 0
+    return become(options.command, variables)
+
+
+# --- The command line -----------------------------------------------------------------------
+
+
 def parse_arguments(arguments):
-    """The command line; what is stored under a dotted name is a setting."""
+    """The command line; what is stored under a dotted name is a setting, and as `command` what
+    comes after the first bare `--`, or None."""
+    own = list(itertools.takewhile(lambda argument: argument != "--", arguments))
     parser = argparse.ArgumentParser(
         prog="worker.py",
+        usage="worker.py [options] config.yaml\n       worker.py [options] [config.yaml] -- command",
         description=__doc__.split("\n")[0],
-        epilog="Every setting is explained in default.yaml.",
+        epilog="Every setting is explained in default.yaml. After -- comes the command line of a "
+        "script with the callback in it, which gets server, sync-every, num-fragments and worker-id "
+        "in its environment.",
         allow_abbrev=False,
     )
 
@@ -1088,7 +1163,9 @@ def parse_arguments(arguments):
     flag("--device", dest="train.device", metavar="DEVICE")
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint")
-    return parser.parse_args(arguments)
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and end")
+    command = arguments[len(own) + 1 :] if len(own) < len(arguments) else None
+    return parser.parse_args(own, argparse.Namespace(command=command))
 
 
 def overrides(options):
@@ -1109,11 +1186,18 @@ EXPECTED = (RunError, Refused, ConnectionError, ImportError, FloatingPointError)
 
 
 def main(arguments=None):
-    options = parse_arguments(arguments)
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.config is None:
+        if options.command is not None and options.command[:1] in ([], [""]):
+            raise SettingsError("name a command after --, for example: -- python train.py")
+        if options.config is None and not options.command:
             raise SettingsError("name a config file, for example: python worker.py default.yaml")
         settings = load_settings(options.config, overrides(options), os.environ)
+        if options.command:
+            return run_command(options, settings)
+        if options.dry_run:
+            print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
+            return 0
         return run_worker(settings, options.resume)
     except (SettingsError, *EXPECTED) as error:
         print(f"worker.py: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Tests of worker.py: settings, stories, data, downloads, schedule, models, resume.
+"""Tests of worker.py: settings, stories, data, downloads, schedule, models, resume, commands.
 
 python -m pytest tests/test_worker.py
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import DEADLINE
 
 import model as models
 import worker
@@ -774,3 +775,171 @@ def test_a_resumed_worker_keeps_local_work_or_takes_the_model(tmp_path, server):
     assert f"steps {step} to {step + 4}" in told and "moved on" not in told
     shutil.rmtree(folder / f"step-{step + 4}")  # so the next one starts from an old checkpoint
     assert f"the run has moved on: taking its model at step {step + 4}" in resume(step + 8)
+
+
+# --- Somebody else's script -----------------------------------------------------------------
+
+LOOP = """
+import sys, torch
+from diloco_callback import DiLoCoWorker
+model = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with DiLoCoWorker(model, optimizer) as worker:
+    for _ in range(8):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+print("done", worker.sync_count, worker.num_fragments, sys.argv[1:], flush=True)
+sys.exit(7)
+"""
+TRAINER = """
+import sys, types, torch
+from diloco_callback import DiLoCoCallback
+callback, given = DiLoCoCallback(), [types.SimpleNamespace() for _ in range(3)]
+callback.on_train_begin(*given, model=torch.nn.Linear(3, 2))
+print("standalone" if callback.worker is None else "joined", flush=True)
+"""
+LISTENER = """
+import signal, sys
+heard = []
+def note(number, frame):
+    heard.append(number)
+    print("heard", number, flush=True)
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, note)
+print("listening", flush=True)
+while signal.SIGTERM not in heard:
+    signal.pause()
+print("all", *sorted(heard), flush=True)
+"""
+# A process group of its own, as a shell gives to each command; the process id stays.
+IN_A_GROUP = "import os, sys; os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+SHOW = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text):
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_command_joins_and_keeps_its_exit_status(serve, start, script):
+    server = serve("-n", 1)
+    flags = ["--server", server.address, "--sync-every", 4, "--worker-id", "ada"]
+    flags += ["--num-fragments", 2]
+    rest = ["--server", "is mine", "--", "--set"]
+    command = start("worker.py", *flags, "--", sys.executable, script(LOOP), *rest)
+    assert command.wait() == 7, command.output
+    assert f"done 3 2 {rest}" in command.lines  # the third sync is the closing one
+    server.wait_for(r"ada leaves: done")
+
+
+def test_the_config_and_the_environment_count_for_a_command(tmp_path):
+    config = config_file(tmp_path, diloco={"sync_every": 5, "worker_id": "file"})
+    environment = {"DILOCO_SERVER": "env:1", "DILOCO_SYNC_EVERY": "7", "KEPT": "as it is"}
+    result = run_worker(config, "--worker-id", "flag", "--", *SHOW, cwd=tmp_path, **environment)
+    given = json.loads(result.stdout)
+    assert result.stderr == "" and given["KEPT"] == "as it is"
+    assert {name: value for name, value in given.items() if name.startswith("DILOCO_")} == {
+        "DILOCO_SERVER": "env:1",
+        "DILOCO_SYNC_EVERY": "5",
+        "DILOCO_WORKER_ID": "flag",
+    }
+
+
+def test_a_command_without_a_server_trains_standalone(tmp_path, script):
+    result = run_worker("--", sys.executable, script(TRAINER), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout) == (0, "standalone\n"), result.stderr
+    assert "no --server: the command will train standalone" in result.stderr
+
+
+def test_what_a_dry_run_prints_does_the_same_in_a_shell(tmp_path):
+    flags = ["--server", "[::1]:8512", "--sync-every", 5, "--worker-id", "it's $HOME; `a` *"]
+    program = "import json, os, sys; print(json.dumps([sys.argv, dict(os.environ)]))"
+    command = ["--", sys.executable, "-c", program, "two words", "", "$HOME", "--", "a'b"]
+    dry = run_worker(*flags, "--dry-run", *command, cwd=tmp_path)
+    assert dry.returncode == 0 and dry.stderr == "" and dry.stdout.count("\n") == 1
+    pasted = subprocess.run(["sh", "-c", dry.stdout], env=CLEAN, capture_output=True, text=True)
+    real = run_worker(*flags, *command, cwd=tmp_path)
+    (arguments, given), (wanted, really) = map(json.loads, (pasted.stdout, real.stdout))
+    assert arguments == wanted == ["-c", *command[4:]]
+    names = {"DILOCO_SERVER", "DILOCO_SYNC_EVERY", "DILOCO_WORKER_ID"}
+    assert names == {name for name in really if name.startswith("DILOCO_")}
+    assert {name: given.get(name) for name in names} == {name: really[name] for name in names}
+
+
+def test_a_dry_run_prints_settings_that_are_a_config(tmp_path, main, capsys):
+    config = config_file(tmp_path, diloco={"sync_every": 3})
+    assert main(config, "--max-steps", 5, "--set", "data.source=[a, b]", "--dry-run") == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    shown = worker.load_settings(tmp_path / "shown.yaml")
+    assert shown == load(tmp_path, [("train.max_steps", 5), ("data.source", ["a", "b"])],
+                         diloco={"sync_every": 3})  # fmt: skip
+    assert not (tmp_path / "worker-out").exists()
+
+
+def test_signals_reach_a_command_once(start, script):
+    """Ctrl-C goes to all of a terminal's foreground processes: worker.py must not pass it on to one
+    that has had it."""
+    wrapped = ["-c", IN_A_GROUP, sys.executable, ROOT / "worker.py"]
+    command = start(*wrapped, "--server", "host", "--", sys.executable, script(LISTENER))
+    command.wait_for("^listening")
+    group = command.process.pid
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.killpg(group, number)
+        command.wait_for(f"^heard {number:d}$")
+    assert command.wait() == 0
+    assert command.lines[-1] == "all 1 2 15"
+
+
+def test_a_signal_to_worker_py_alone_ends_the_command(start):
+    program = "print('here', flush=True); import time; time.sleep(600)"
+    command = start("worker.py", "--server", "host", "--", sys.executable, "-c", program)
+    command.wait_for("^here")
+    command.signal(signal.SIGTERM)
+    assert command.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_a_command_finds_sigpipe_as_a_shell_leaves_it(start):
+    """Python ignores it, which a command would inherit: `yes | head -1` would then complain."""
+    command = start("worker.py", "--server", "host", "--", "sh", "-c", "kill -PIPE $$; echo alive")
+    assert command.wait() == -signal.SIGPIPE and command.output == ""
+
+
+def test_a_command_that_cannot_be_run_is_one_line(tmp_path, start):
+    (tmp_path / "plain.txt").write_text("text")
+    wrong = {
+        "no-such-command": (127, "No such file or directory"),
+        "./plain.txt": (126, "Permission denied"),
+    }
+    arguments = [ROOT / "worker.py", "--server", "host", "--"]
+    started = [start(*arguments, command, cwd=tmp_path) for command in wrong]
+    for process, (command, (code, reason)) in zip(started, wrong.items(), strict=True):
+        assert process.wait() == code
+        assert process.output == f"worker.py: cannot run {command}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--", ""], "name a command after --"),
+        (["--"], "name a command after --"),
+        (["--sync-every", "0", "--", "true"], "diloco.sync_every must be at least 1, and is 0"),
+        (["no.yaml", "--", "true"], "cannot read the config file no.yaml"),
+        (["--resume", "--", "true"], "--resume does not reach a command"),
+        (["--device", "cpu", "--", "true"], "--device does not reach a command"),
+        (["--max-steps", "5", "--", "true"], "--max-steps does not reach a command"),
+        (["--output-dir", "x", "--", "true"], "--output-dir does not reach a command"),
+        (["--set", "train.seed=2", "--", "true"], "--set does not reach a command"),
+        (["mix.yaml", "--", "true"], "diloco.fragment_update does not reach a command"),
+    ],
+)
+def test_what_a_command_would_not_hear_of_is_refused(tmp_path, main, capsys, arguments, message):
+    (tmp_path / "mix.yaml").write_text("diloco: {fragment_update: mix}\n")
+    # A dry run, as a command that is not refused would run in place of the tests.
+    assert main("--dry-run", *arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
