@@ -45,10 +45,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-try:
+if __package__:  # asked, not tried: a package must never get a `protocol` that is not its own
     from . import protocol
     from .protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
-except ImportError:
+else:
     import protocol
     from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
 
@@ -181,7 +181,7 @@ class Flight:
     late: bool = False  # training has gone on without its reply
     arrived: bool = False  # the server has all of it, and waits for others
     moved: bool = False  # the local values are the new global ones already
-    queued: object = None  # on a GPU: the event that the local values of the push are there
+    queued: tuple = ()  # of each GPU: the event that the local values of the push are there
     encoded: int = 0  # elements that are in the push buffer, and whose rounding is in the residual
     dropped: bool = False  # its values are gone: sent again it would be an empty push
     lock: threading.Lock = field(default_factory=threading.Lock)  # while local values are read
@@ -414,7 +414,8 @@ class DiLoCoWorker:
     """One worker of a run: synchronizes `model` through `optimizer`'s step hook.
 
     model: torch.nn.Module whose trainable parameters (float) are synchronized.
-    optimizer: torch.optim.Optimizer; each of its steps counts as one local step.
+    optimizer: torch.optim.Optimizer; each of its steps counts as one local step. Or a list of
+    them, in the order in which they step: the last one's steps count, as all have stepped then.
     server: "host:port". sync_every: steps a round. worker_id: names this worker, unique in the run.
     num_fragments: slices that the model travels in, one after the other within `sync_every` steps.
     fragment_sync_delay: steps from push to adoption, at most `sync_every`; 0 waits for the reply.
@@ -478,12 +479,12 @@ class DiLoCoWorker:
         self.session = secrets.token_hex(8)
         self.source, self.reconnect_timeout = source, reconnect_timeout
         self.files = files if files is not None else _config_of(model)
-        while hasattr(optimizer, "optimizer"):  # as accelerate wraps them
-            optimizer = optimizer.optimizer
-        self.optimizer = optimizer
+        several = isinstance(optimizer, list | tuple)
+        self.optimizers = [_unwrapped(each) for each in (optimizer if several else [optimizer])]
+        if not self.optimizers:
+            raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
+        self.optimizer = self.optimizers[-1]
         self.named = _trainable(model)
-        if not self.named:
-            raise ValueError("the model has no parameter that requires grad: nothing to train")
 
         self.control = None  # the Connection of join, heartbeat and leave
         self.control_lock = threading.Lock()
@@ -545,7 +546,7 @@ class DiLoCoWorker:
             if self.ranks.leads:
                 self._enter_run()
         self.started = time.monotonic()
-        self.hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self.hook = self.optimizer.register_step_post_hook(self._stepped)
         return self
 
     def _enter_run(self):
@@ -848,15 +849,20 @@ class DiLoCoWorker:
     def _heed(self, told):
         """What another rank than 0 learns from it."""
         if told["dropped_steps"] != self.dropped_steps:
-            self.optimizer.state.clear()
+            self._clear_moments()
         for name in TOLD:
             setattr(self, name, told[name])
         self.step, self.shares = self.local_step + told["ahead"], tuple(told["shares"])
 
     # --- Rounds ---
 
+    def _stepped(self, optimizer, args, kwargs):
+        """The optimizer's hook. A subclass's `step` that calls its parent's runs it twice."""
+        if not _is_within_step(optimizer, sys._getframe(1)):
+            self._after_step()
+
     def _after_step(self):
-        """The optimizer's hook."""
+        """A local step is through."""
         with torch.no_grad(), self._telling():
             self.local_step += 1
             if self.ranks.leads:
@@ -974,8 +980,8 @@ class DiLoCoWorker:
 
     def _launch(self, fragment):
         flight = fragment.flight
-        if fragment.device.type == "cuda":  # the pool's thread has another stream, perhaps
-            flight.queued = torch.cuda.current_stream(fragment.device).record_event()
+        # The pool's thread has another stream, perhaps.
+        flight.queued = [stream.record_event() for stream in fragment.flat.streams()]
         self.pool.submit(lambda: self._fly(fragment, flight))
 
     @torch.no_grad()
@@ -984,8 +990,8 @@ class DiLoCoWorker:
         to the training thread. Never raises: see `flight.error`."""
         began = time.monotonic()
         try:
-            if flight.queued:
-                flight.queued.synchronize()
+            for event in flight.queued:
+                event.synchronize()
             reply, whole = self._persist(lambda: self._exchange(fragment, flight))
             with flight.lock:
                 fragment.keep_prediction(flight)
@@ -1003,8 +1009,8 @@ class DiLoCoWorker:
             flight.error = error
             if isinstance(error, Refused) and error.code == "rejoin":
                 self.must_join.set()
-        if fragment.device.type == "cuda":
-            torch.cuda.current_stream(fragment.device).synchronize()
+        for stream in fragment.flat.streams():
+            stream.synchronize()
         flight.seconds += time.monotonic() - began
         flight.done.set()
 
@@ -1138,8 +1144,8 @@ class DiLoCoWorker:
         with flight.lock:  # they may be being read
             if flight.snapshot is None:
                 flight.snapshot = self._copy_out(fragment)
-                if fragment.device.type == "cuda":
-                    torch.cuda.current_stream(fragment.device).synchronize()
+                for stream in fragment.flat.streams():
+                    stream.synchronize()
         if not flight.late and self.leave_by is None:
             log(f"WARNING: {self.worker_id} trains on without the server; the push of "
                 f"{flight.steps} steps is kept until it is back")  # fmt: skip
@@ -1246,9 +1252,14 @@ class DiLoCoWorker:
             fragment.mark, fragment.staleness = (self.local_step, self.tokens), 0
             if fragment.residual is not None:
                 fragment.residual.zero_()
-        self.optimizer.state.clear()
+        self._clear_moments()
         log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
             "optimizer's state")  # fmt: skip
+
+    def _clear_moments(self):
+        """The inner optimizers' state belongs to parameters that are gone."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def _audit(self, event, **facts):
         protocol.audit(event, worker=self.worker_id, session=self.session, **facts)
@@ -1442,7 +1453,45 @@ def _trainable(model):
     }
     if all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
+    if not named:
+        raise ValueError("the model has no parameter that requires grad: nothing to train")
+    for name, parameter in named.items():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run one batch, then begin")
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device, so it has no numbers yet: "
+                             "load or initialize the model, then begin")  # fmt: skip
+        if not parameter.is_floating_point():
+            raise ValueError(f"parameter {name!r} is {parameter.dtype}: only floating-point numbers "
+                             "can be synchronized; freeze it with requires_grad_(False)")  # fmt: skip
     return named
+
+
+def _unwrapped(optimizer):
+    """The innermost optimizer of wrappers such as accelerate's. What else may be in an attribute
+    of that name is the business of its owner."""
+    inner, found, seen = optimizer, None, []
+    while inner is not None and not any(inner is known for known in seen):
+        if hasattr(inner, "register_step_post_hook"):
+            found = inner
+        seen.append(inner)
+        inner = getattr(inner, "optimizer", None)
+    if found is None:
+        raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
+    return found
+
+
+def _is_within_step(optimizer, caller):
+    """Whether the step whose hooks the frame `caller` runs is part of another one of `optimizer`.
+    Told by the stack, as no count of hooks survives a step that raises."""
+    outer = caller.f_back
+    while outer is not None:
+        if outer.f_code is caller.f_code and any(
+            value is optimizer for value in outer.f_locals.values()
+        ):
+            return True
+        outer = outer.f_back
+    return False
 
 
 def _config_of(model):

@@ -742,6 +742,11 @@ class FlatModel:
         """Where the first parameter lives."""
         return self.parts[0][0].device
 
+    def streams(self):
+        """The current stream of each GPU that has a parameter: one model may be spread over some."""
+        devices = {part[0].device for part in self.parts if part[0].is_cuda}
+        return [torch.cuda.current_stream(device) for device in devices]
+
     def read(self, start, out, non_blocking=False):
         """Copy elements from `start` on into the float32 tensor `out`."""
         for parameter, inside, outside in self.spans(start, start + out.numel()):

@@ -1,0 +1,320 @@
+"""Tests of the callback in other people's training loops: copied files, several optimizers, mixed
+precision, and models and optimizers of many kinds.
+
+    python -m pytest tests/test_anywhere.py
+
+Server and workers are real processes: tests/loop_worker.py, or a project made of README.md. All
+must end with the parameters that the server has written, to the bit.
+"""
+
+import os
+import re
+import shutil
+import types
+
+import loop_worker
+import pytest
+import torch
+import toy_worker
+from conftest import ROOT, Outer, flat, put, result
+from safetensors.torch import load_file
+
+from diloco_callback import DiLoCoCallback, DiLoCoWorker
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_global(out, tmp_path, frozen=()):
+    """The parameters of a worker that has ended are those of the server, in its own dtype."""
+    local, written = load_file(out), load_file(tmp_path / "model" / "model.safetensors")
+    assert local.keys() - set(frozen) == written.keys()
+    for name, values in written.items():
+        assert same_bits(values.to(local[name].dtype), local[name]), name
+
+
+# --- Somebody's project --------------------------------------------------------------------------
+
+
+def readme_snippets():
+    """The Python snippets of "In your own project"."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        section = file.read().split("\n## In your own project\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+PLAIN = [snippet for snippet in readme_snippets() if "DiLoCoWorker(" in snippet]
+BEFORE = """
+import sys
+import torch
+from safetensors.torch import save_file
+
+class Model(torch.nn.Linear):
+    def forward(self, batch):
+        return (super().forward(batch) - batch[:, :3]).square().mean()
+
+torch.manual_seed(0)
+model = Model(4, 3)
+torch.manual_seed(int(sys.argv[1]))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+data = torch.randn(1003, 8, 4)
+"""
+AFTER = """
+save_file(dict(model.named_parameters()), sys.argv[2])
+print(*(module.__file__ for name, module in sys.modules.items() if "protocol" in name
+        or "diloco" in name), sep="\\n")
+"""
+
+
+def project(folder, package=None, files=("diloco_callback.py", "protocol.py")):
+    """A folder with our files copied into it, or into a package in it."""
+    inside = folder / package if package else folder
+    inside.mkdir(parents=True)
+    if package:
+        (inside / "__init__.py").touch()
+    for file in files:
+        shutil.copy(os.path.join(ROOT, file), inside)
+    return folder
+
+
+def elsewhere(start, folder, *command, **env):
+    """A process in a folder that finds no other file of ours."""
+    return start(*command, cwd=folder, env={"PYTHONPATH": "", **env})
+
+
+def test_the_readme_has_a_plain_loop_and_nothing_that_no_test_knows():
+    assert PLAIN and all(len(snippet.splitlines()) < 10 for snippet in PLAIN)
+    assert all("DiLoCoWorker(" in s or "Trainer(" in s for s in readme_snippets())
+
+
+@pytest.mark.parametrize("package", [None, "mypkg"])
+@pytest.mark.parametrize("snippet", PLAIN)
+def test_the_readmes_loop_runs_where_the_two_files_are_copied_to(
+    serve, start, tmp_path, snippet, package
+):
+    host = serve("-n", 2, "--until-done")
+    folder = project(tmp_path / "theirs", package)
+    assert "host:8512" in snippet and "from diloco_callback import" in snippet
+    snippet = snippet.replace("host:8512", host.address)
+    if package:
+        snippet = snippet.replace("from diloco_callback", f"from {package}.diloco_callback")
+        (folder / "protocol.py").write_text("raise RuntimeError('not the protocol of mypkg')")
+    (folder / "train.py").write_text(BEFORE + snippet + AFTER)
+    outs = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    workers = [
+        elsewhere(start, folder, "train.py", seed, out, DILOCO_WORKER_ID=out.stem)
+        for seed, out in enumerate(outs)
+    ]
+    for worker, out in zip(workers, outs, strict=True):
+        assert worker.wait() == 0, worker.output
+        assert worker.output.count(str(folder / (package or ""))) >= 2
+        assert ROOT not in worker.output
+        assert_global(out, tmp_path)
+    assert host.wait() == 0
+    torch.manual_seed(0)
+    initial = torch.nn.Linear(4, 3).weight
+    assert (load_file(outs[0])["weight"] - torch.eye(3, 4)).norm() < (
+        initial - torch.eye(3, 4)
+    ).norm()
+
+
+@pytest.mark.parametrize("own", [None, "import a_module_that_is_not_there"])
+def test_a_package_never_takes_a_protocol_that_is_not_its_own(start, tmp_path, own):
+    """Another project's module of that name would be found, even one that fits."""
+    folder = project(tmp_path / "theirs", "mypkg", ["diloco_callback.py"])
+    shutil.copy(os.path.join(ROOT, "protocol.py"), folder)
+    if own:
+        (folder / "mypkg" / "protocol.py").write_text(own)
+    process = elsewhere(start, folder, "-c", "import mypkg.diloco_callback")
+    assert process.wait() == 1
+    assert ("a_module_that_is_not_there" if own else "mypkg") in process.lines[-1]
+
+
+# --- Loops of many kinds -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loops(serve, start, tmp_path):
+    """loops((kind, options), ...): tests/loop_worker.py of these kinds in one run; what they say
+    of themselves when all have ended with the server's parameters."""
+
+    def run(*kinds):
+        host = serve("-n", len(kinds), "--until-done")
+        script, workers = os.path.join(ROOT, "tests", "loop_worker.py"), []
+        for k, (kind, options) in enumerate(kinds):
+            more = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+            place = ["--server", host.address, "--worker-id", f"w{k}", "--seed", k]
+            out = tmp_path / f"w{k}.safetensors"
+            workers.append((start(script, kind, *place, "--out", out, *more), out, options))
+        ends = [result(worker) for worker, _, _ in workers]
+        assert host.wait() == 0
+        for _, out, options in workers:
+            check(out, loop_worker.build(options.get("dtype", "float32")))
+        for end in ends:
+            assert sum(end["losses"][-5:]) < 0.9 * sum(end["losses"][:5])
+        return ends
+
+    def check(out, initial):
+        final = load_file(out)
+        assert_global(out, tmp_path, ["frozen.weight", "frozen.bias"])
+        for name, before in initial.named_parameters():
+            assert torch.equal(final[name], before) == name.startswith("frozen"), name
+
+    return run
+
+
+def test_loops_of_many_kinds_end_with_the_global_model(loops):
+    ends = loops(("several", {}), ("scheduled", {}), ("closure", {}))
+    assert [(end["steps"], end["syncs"]) for end in ends] == [(23, 5)] * 3
+
+
+def test_a_compiled_a_wrapped_and_a_plain_model_are_one(loops):
+    ends = loops(("compiled", {}), ("wrapped", {}), ("plain", {}))
+    assert [end["syncs"] for end in ends] == [5] * 3
+
+
+def test_bfloat16_in_fragments(loops):
+    options = {"dtype": "bfloat16", "num_fragments": 2}
+    ends = loops(("plain", options), ("plain", options))
+    assert [end["steps"] for end in ends] == [23] * 2
+
+
+def test_steps_that_a_scaler_skips_do_not_count(loops):
+    ends = loops(("amp", {"inf_at": "4,9"}), ("amp", {}))
+    assert [end["steps"] for end in ends] == [21, 23]
+
+
+# --- Optimizers ----------------------------------------------------------------------------------
+
+
+def weights_and_biases(model):
+    named = model.named_parameters()
+    parts = {"weight": [], "bias": []}
+    for name, parameter in named:
+        parts[name.rpartition(".")[2]].append(parameter)
+    return [torch.optim.SGD(part, lr=0.05, momentum=0.9) for part in parts.values()]
+
+
+class InTurn:
+    """Several optimizers, stepped one after the other."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_push_carries_what_all_optimizers_did_before_it(serve, kind):
+    host = serve("--upload-codec", "fp32", "--download-codec", "fp32")
+    model, twin = toy_worker.build((5, 7, 2)), toy_worker.build((5, 7, 2))
+    optimizers, expected = weights_and_biases(model), InTurn(weights_and_biases(twin))
+    callback = DiLoCoCallback(host.address, 1)
+    state = types.SimpleNamespace(max_steps=0, global_step=0)
+    callback.on_train_begin(None, state, None, model=model, optimizer=kind(optimizers))
+    outer = Outer(flat(twin), "fp32")
+    steps = toy_worker.train(model, InTurn(optimizers), 3, 0)
+    for _ in toy_worker.train(twin, expected, 3, 0):
+        next(steps)
+        outer.step([outer.params - flat(twin)])
+        put(twin, outer.params)
+        assert same_bits(flat(model), outer.params)
+    assert callback.worker.local_step == callback.worker.sync_count == 3
+    callback.close()
+
+
+def test_all_optimizers_forget_what_led_to_a_push_that_was_refused(serve):
+    host = serve()
+    model = toy_worker.build((5, 7, 2))
+    optimizers = weights_and_biases(model)
+    with DiLoCoWorker(model, optimizers, host.address, 2) as worker:
+        for _ in toy_worker.train(model, InTurn(optimizers), 1, 0):
+            assert all(optimizer.state for optimizer in optimizers)
+        model[0].weight.grad[0, 0] = float("nan")
+        InTurn(optimizers).step()
+        assert worker.dropped_steps == 2
+        assert not any(optimizer.state for optimizer in optimizers)
+
+
+class Own(torch.optim.SGD):
+    """An optimizer with a step and an `optimizer` of its own."""
+
+    optimizer, fails = "sgd", False
+
+    def step(self, closure=None):
+        super().step(closure)
+        if self.fails:
+            raise MemoryError
+
+
+def test_a_subclass_that_calls_its_parents_step_makes_one_step(serve):
+    host = serve()
+    model = toy_worker.build((5, 7, 2))
+    torch.optim.SGD(model.parameters())  # from now on the parent's step runs hooks, too
+    optimizer = Own(model.parameters(), lr=0.05)
+    with DiLoCoWorker(model, optimizer, host.address, 2) as worker:
+        for count, _ in enumerate(toy_worker.train(model, optimizer, 5, 0), 1):
+            assert (worker.local_step, worker.sync_count) == (count, count // 2)
+        optimizer.fails = True
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        optimizer.fails = False
+        optimizer.step()
+        assert worker.local_step == 6
+
+
+def test_the_optimizer_is_found_in_its_wrappers():
+    model = toy_worker.build((5, 7, 2))
+    own = Own(model.parameters(), lr=0.05)
+    in_it = types.SimpleNamespace(optimizer=own)
+    in_it.optimizer_of_mine = in_it
+    for given in (own, in_it, [in_it], [torch.optim.SGD(model.parameters()), in_it]):
+        assert DiLoCoWorker(model, given, "host:1").optimizer is own
+    circle = types.SimpleNamespace()
+    circle.optimizer = circle
+    for given in (circle, None, [None], object()):
+        with pytest.raises(TypeError, match=r"is not a torch\.optim\.Optimizer"):
+            DiLoCoWorker(model, given, "host:1")
+    with pytest.raises(ValueError, match="empty list"):
+        DiLoCoWorker(model, [], "host:1")
+
+
+def test_an_optimizer_that_accelerate_has_prepared(serve):
+    accelerate = pytest.importorskip("accelerate")
+    host = serve()
+    model = toy_worker.build((5, 7, 2))
+    optimizer = Own(model.parameters(), lr=0.05)
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    with DiLoCoWorker(model, prepared, host.address, 2) as worker:
+        for _ in toy_worker.train(model, prepared, 4, 0):
+            pass
+        assert (worker.optimizer, worker.local_step, worker.sync_count) == (optimizer, 4, 2)
+
+
+# --- Models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text"),
+    [
+        (torch.nn.Parameter(torch.ones(3, device="meta")), "'odd' is on the meta device"),
+        (torch.nn.UninitializedParameter(), "'odd' has no shape yet"),
+        (torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)), "'odd' is torch.complex64"),
+    ],
+)
+def test_a_parameter_that_cannot_be_synchronized_is_named_at_once(parameter, text):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.odd = parameter
+    with pytest.raises(ValueError, match=text):
+        DiLoCoWorker(model, optimizer, "host:1")
+    if not isinstance(parameter, torch.nn.UninitializedParameter):
+        model.odd.requires_grad_(False)
+        assert len(DiLoCoWorker(model, optimizer, "host:1").named) == 2
