@@ -1503,12 +1503,14 @@ def _config_of(model):
 class DiLoCoCallback:
     """DiLoCoWorker behind the hooks that trainers call. Arguments as there; all are optional.
 
-    Without a server every hook does nothing. Unknown `on_...` hooks do nothing either.
+    Without a server every hook does nothing. Unknown `on_...` hooks do nothing either. `state` is
+    what the Trainer of transformers puts into its checkpoints; the README says how.
     """
 
     def __init__(self, server=None, sync_every=None, worker_id=None, **options):
         self.server = server or os.environ.get("DILOCO_SERVER")
         self.options = {"sync_every": sync_every, "worker_id": worker_id, **options}
+        self.arguments = {"server": server, **self.options}
         self.worker = None
         self.saved, self.folder = {}, None
         self.warned = False
@@ -1525,13 +1527,26 @@ class DiLoCoCallback:
                 log("no server given and DILOCO_SERVER is not set: training standalone")
             self.warned = True
             return
-        folder = self.folder
-        if folder is None and getattr(state, "global_step", 0):
-            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        self.worker = None  # of an earlier training
+        saved, folder = self._checkpoint(args, state)
         residual = os.path.join(folder, RESIDUAL_FILE) if folder else None
-        saved = {"state": self.saved, "residual": residual}
+        saved = {"state": saved, "residual": residual}
         self.worker = DiLoCoWorker(model, optimizer, self.server, **saved, **self.options)
         self.worker.start()
+
+    def _checkpoint(self, args, state):
+        """The progress and the folder that training goes on from: what `load_state_dict` was told,
+        or those of the trainer's checkpoint. transformers' Trainer hands a callback its state only
+        if asked to, but always has it in its own."""
+        saved, folder = self.saved, self.folder
+        if getattr(state, "global_step", 0):
+            folder = folder or f"{args.output_dir}/checkpoint-{state.global_step}"
+            held = getattr(state, "stateful_callbacks", None)
+            if held is not None:
+                # The Trainer saves into this entry, and a checkpoint made without us lacks it.
+                own = held.setdefault(type(self).__name__, self.state())
+                saved = saved or own["attributes"]["saved"]
+        return saved, folder
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop with the run; where training stops, close it while the model is still the trained
@@ -1545,10 +1560,19 @@ class DiLoCoCallback:
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the metrics to `logs`, and report its loss to the server."""
-        if self.worker is not None and logs is not None:
-            if isinstance(logs.get("loss"), int | float):
-                self.worker.loss = float(logs["loss"])
-            logs.update(self.worker.metrics())
+        if self.worker is None or logs is None:
+            return
+        if isinstance(logs.get("loss"), int | float):
+            self.worker.loss = float(logs["loss"])
+        # The Trainer's summary is its last call before it loads the best checkpoint, also where
+        # training was stopped after the last step's hook, as early stopping does.
+        if getattr(control, "should_training_stop", False) or "train_runtime" in logs:
+            self.worker.flush()
+        metrics = self.worker.metrics()
+        logs.update(metrics)
+        history = getattr(state, "log_history", None)  # where the Trainer has put a copy already
+        if history and history[-1].get("step") == state.global_step:
+            history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the run, unless the trainer has put its best checkpoint in the model's place."""
@@ -1580,3 +1604,9 @@ class DiLoCoCallback:
     def load_state_dict(self, state, folder=None):
         """Progress from `state_dict`, before training begins, and the folder of `save_residual`."""
         self.saved, self.folder = dict(state), folder
+
+    def state(self):
+        """The same as transformers' ExportableState wants it. Arguments from the environment are
+        left to it: a run that goes on may find its server elsewhere."""
+        given = {name: value for name, value in self.arguments.items() if value is not None}
+        return {"args": given, "attributes": {"saved": self.state_dict()}}

@@ -1,0 +1,254 @@
+"""diloco_callback.py in other people's trainers: the recipes of the README, run as they stand there.
+
+Run:  pip install -r requirements.txt -r tests/requirements.txt && pytest tests/test_trainers.py
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, result
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
+HF = runpy.run_path(SCRIPT)  # what the workers are made of
+STEPS, EVERY = 12, 5  # two rounds and a closing one of two steps
+METRICS = {"diloco/sync_count", "diloco/local_step", "diloco/total_sync_time"}
+
+
+@pytest.fixture
+def run(start, serve, tmp_path):
+    """run(*options, **TrainingArguments): the ends of two workers that have trained with their
+    server, as they print them."""
+
+    def go(*options, **settings):
+        host = serve("-n", 2, "--until-done")
+        workers = [launch(start, host, tmp_path, name, *options, **settings) for name in NAMES]
+        ends = [result(worker) for worker in workers]
+        assert host.wait() == 0
+        return ends
+
+    return go
+
+
+NAMES = ("w0", "w1")
+
+
+def launch(start, host, folder, name, *options, **settings):
+    chosen = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    env = {"DILOCO_SERVER": host.address, "DILOCO_WORKER_ID": name, "DILOCO_SYNC_EVERY": str(EVERY)}
+    more = ("--seed", NAMES.index(name), *options, "--set", f"max_steps={STEPS}", *chosen)
+    return start(SCRIPT, folder / name, *more, env=env)
+
+
+def same(one, other):
+    """Whether two state dicts hold the same bits under the same names."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
+        for name in one
+    )
+
+
+def parameters(folder, when="end"):
+    return [load_file(folder / f"{name}-{when}.safetensors") for name in NAMES]
+
+
+def rounds(folder):
+    with open(folder / "model" / "rounds.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def closed_once(folder, steps=STEPS):
+    """All that happened: whole rounds, one closing round, and every step of both in one of them."""
+    lines = rounds(folder)
+    left = steps % EVERY or 0
+    assert [line["steps"] for line in lines] == [2 * EVERY] * (steps // EVERY) + [2 * left]
+    assert [line["closing"] for line in lines] == [False] * (steps // EVERY) + [True]
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
+    ends = run(**settings)
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    first, second = parameters(tmp_path)
+    assert same(first, served) and same(second, served)
+    before = parameters(tmp_path, "start")
+    assert not same(*before) and not same(before[0], served)
+    closed_once(tmp_path)
+
+    assert "lm_head.weight" not in served  # it is tied, and travels once
+    model, info = GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(dict(model.named_parameters()), served)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) is GPT2LMHeadModel
+
+    for end in ends:
+        steps = [entry["diloco/local_step"] for entry in end["log"]]
+        assert steps == [*range(1, STEPS + 1), STEPS]  # optimizer steps, and the summary
+        assert end["log"][-1].keys() >= METRICS and "train_loss" in end["log"][-1]
+        assert end["metrics"].keys() >= METRICS
+        assert [entry["diloco/sync_count"] for entry in end["log"]] == [0] * 4 + [1] * 5 + [
+            2,
+            2,
+            3,
+            3,
+        ]
+        losses = [entry["loss"] for entry in end["log"][:-1]]
+        assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_killed_trainer_goes_on_from_its_checkpoint(start, serve, tmp_path, restore):
+    """As if nothing had happened: with what had not been sent, in its place, to the bit."""
+    settings = {"save_steps": 4, "save_strategy": "steps"}
+
+    def train(folder, interrupted):
+        folder.mkdir()
+        host = serve("-n", 2, "--until-done", "-m", folder / "model")
+        hold = ("--hold-at", 8) if interrupted else ()
+        first = launch(start, host, folder, "w0", *hold, **settings)
+        second = launch(start, host, folder, "w1", **settings)
+        if interrupted:
+            first.wait_for("saved 8")
+            first.kill()
+            again = {**settings, "restore_callback_states_from_checkpoint": restore}
+            first = launch(start, host, folder, "w0", "--resume", **again)
+        ends = [result(first), result(second)]
+        assert host.wait() == 0
+        assert "no residual" not in first.output and "moved on" not in first.output
+        return ends
+
+    ends = train(tmp_path / "cut", True)
+    with open(tmp_path / "cut" / "w0" / "checkpoint-8" / "trainer_state.json") as file:
+        state = json.load(file)["stateful_callbacks"]["DiLoCo"]
+    assert state["args"] == {}  # the environment may name another server next time
+    saved = state["attributes"]["saved"]
+    assert (saved["worker_id"], saved["step"], saved["position"]) == ("w0", 8, 3)
+    assert [(f["version"][1], f["steps"]) for f in saved["fragments"]] == [(1, 3)]
+
+    train(tmp_path / "whole", False)
+    closed_once(tmp_path / "cut")
+    served = load_file(tmp_path / "cut" / "model" / "model.safetensors")
+    assert same(served, load_file(tmp_path / "whole" / "model" / "model.safetensors"))
+    assert all(same(model, served) for model in parameters(tmp_path / "cut"))
+    assert ends[0]["log"][-1]["diloco/local_step"] == STEPS - 8
+
+
+def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_path):
+    """The highest loss counts as the best here, which is an early one."""
+    ends = run(
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+    )
+    closed_once(tmp_path)
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    for name, end, model in zip(NAMES, ends, parameters(tmp_path), strict=True):
+        assert end["best"].endswith(f"{name}/checkpoint-4")
+        best, last = (
+            load_file(tmp_path / name / f"checkpoint-{step}" / "model.safetensors")
+            for step in (4, STEPS)
+        )
+        assert same(model, best) and same(last, served) and not same(best, served)
+        losses = [entry["eval_loss"] for entry in end["log"] if "eval_loss" in entry]
+        assert losses == sorted(losses, reverse=True) and len(losses) == 3
+        assert all(entry.keys() >= METRICS for entry in end["log"])
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_path, strategy):
+    """Early stopping decides after the hook of the last step; by epochs, after that of the epoch."""
+    ends = run(
+        "--early-stopping",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=4,
+        save_steps=4,
+        per_device_train_batch_size=16,  # an epoch has four steps
+    )
+    closed_once(tmp_path, 8)
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    for end, model in zip(ends, parameters(tmp_path), strict=True):
+        assert end["step"] == 8 and end["best"].endswith("checkpoint-4")
+        best = load_file(os.path.join(end["best"], "model.safetensors"))
+        assert same(model, best) and not same(model, served)
+        assert end["log"][-1]["diloco/sync_count"] == 2
+
+
+def test_a_checkpoint_that_was_made_alone_goes_on_in_a_run(start, serve, tmp_path):
+    """Of such a checkpoint the server, which has no weights, takes the model."""
+    alone = HF["build"](0, False)
+    args = HF["TrainingArguments"](tmp_path / "w0", max_steps=4, use_cpu=True, report_to="none")
+    names = {"model": alone, "args": args, "train": HF["sentences"](64, 0), "test": None}
+    code = HF["recipe"]().replace("callbacks=[DiLoCo()]", "")
+    exec(code, names)
+    names["trainer"].train()
+
+    host = serve("--until-done")
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    worker = launch(start, host, tmp_path, "w0", "--resume", **settings)
+    end = result(worker)
+    assert host.wait() == 0
+    assert end["log"][-1]["diloco/local_step"] == STEPS - 4
+    with open(tmp_path / "w0" / f"checkpoint-{STEPS}" / "trainer_state.json") as file:
+        assert json.load(file)["stateful_callbacks"]["DiLoCo"]["attributes"]["saved"]["step"] == 8
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert same(load_file(tmp_path / "w0-end.safetensors"), served)
+
+
+def test_the_state_makes_the_same_callback_again():
+    names = {"model": HF["build"](0, False), "args": None, "train": None, "test": None}
+    exec(HF["recipe"]().split("trainer = ")[0], names)
+    made = names["DiLoCo"]("host:1", 7, "ada", num_fragments=2)
+    made.load_state_dict({"step": 3, "fragments": []})
+    again = names["DiLoCo"].from_state(json.loads(json.dumps(made.state())))
+    assert (again.server, again.options, again.saved) == (made.server, made.options, made.saved)
+
+
+def test_the_callback_needs_torch_alone():
+    code = "import sys, diloco_callback; print([m for m in sys.modules if 'transformers' in m])"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert output.stdout.strip() == "[]", output.stderr
+
+
+# --- peft ----------------------------------------------------------------------------------------
+
+
+def test_of_an_adapter_only_the_adapter_travels(run, tmp_path):
+    run("--lora")
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert served and all("lora_" in name for name in served)
+    elements = sum(tensor.numel() for tensor in served.values())
+    assert [line["bytes_up"] for line in rounds(tmp_path)] == [2 * 2 * elements] * 3  # bfloat16
+    closed_once(tmp_path)
+    for before, after in zip(parameters(tmp_path, "start"), parameters(tmp_path), strict=True):
+        base = before.keys() - served.keys()
+        assert len(base) == 28 and served.keys() < before.keys()
+        assert same({n: after[n] for n in served}, served)
+        assert not same({n: before[n] for n in served}, served)
+        assert same({n: after[n] for n in base}, {n: before[n] for n in base})
