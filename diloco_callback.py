@@ -68,6 +68,7 @@ TOLD = (
     "num_shares",
     "fragment_syncs",
     "dropped_steps",
+    "kept_local",
 )
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 

@@ -5,6 +5,7 @@
     python worker.py default.yaml --set train.max_steps=100 --set data.source=builtin
     python worker.py default.yaml --resume                  # go on from the newest checkpoint
     python worker.py default.yaml --dry-run                 # show the settings, do nothing
+    torchrun --nproc_per_node=2 worker.py --server host:8512 default.yaml     # several GPUs a machine
     python worker.py --server host:8512 --sync-every 500 -- python train.py --their flags
 
 Notable:
@@ -14,6 +15,8 @@ Notable:
   workers may change at any time. The held-out text is the same for all and in no share.
 - The built-in stories are endless, and the same on every machine.
 - A checkpoint holds all state: standalone, `--resume` goes on to the same bits.
+- Under torchrun the ranks are one worker, with DistributedDataParallel: a step takes `batch_size`
+  sequences of each, rank 0 alone speaks, writes and evaluates.
 - After `--` comes any command with the callback in it. It gets the DILOCO_ variables and takes this
   process's place, so that signals reach it and its exit status is its own.
 
@@ -49,11 +52,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
 import model as models
-from diloco_callback import DiLoCoCallback, Refused, describe
+from diloco_callback import DiLoCoCallback, Ranks, Refused, describe
 
 SEPARATOR = "<|endoftext|>"  # stands between the documents of a text file
 DOWNLOAD_TIMEOUT_SECONDS = 10  # for each wait on the network, not for the whole file
@@ -61,6 +65,7 @@ DOWNLOAD_CHUNK_BYTES = 1 << 18
 ENCODE_CHUNK_CHARS = 1 << 20  # a document is encoded in pieces: lists of ids are large
 HELD_OUT_PART = 20  # the last 1/20 of a text is for evaluation ...
 HELD_OUT_MIN_TOKENS, HELD_OUT_MAX_TOKENS = 4096, 1 << 20  # ... within these bounds
+SAME_SIGNAL_SECONDS = 1.0  # torchrun sends on a Ctrl-C that its ranks have had from the terminal
 PROGRESS_SECONDS = 0.2  # between two drawings of the live line
 
 
@@ -606,8 +611,8 @@ def read_text(paths, encode, end, dtype):
     return digest.hexdigest()[:12], np.concatenate(pieces)
 
 
-def open_source(settings, wanted, tokenizer, vocab_size, output):
-    """The source that data.source names. `wanted` is the identity of the run's source, if there is
+def open_source(settings, wanted, tokenizer, vocab_size, output, ranks=1):
+    """The source that data.source names, for so many ranks. `wanted` is the identity of the run's source, if there is
     a run already: `auto` follows it. RunError if it cannot be had."""
     data, train = settings.data, settings.train
 
@@ -621,7 +626,7 @@ def open_source(settings, wanted, tokenizer, vocab_size, output):
         return ids
 
     def stories(seed):
-        tokens = train.batch_size * train.grad_accumulation * (train.context + 1)
+        tokens = train.batch_size * ranks * train.grad_accumulation * (train.context + 1)
         return StorySource(seed, encode, tokenizer.eos_id, tokens)
 
     def text(paths, kind):
@@ -694,7 +699,7 @@ def check_fit(config, tokenizer, context):
 
 def loss_of(model, ids, targets):
     """Mean cross-entropy (float32 scalar) of the next tokens; ids and targets int64 [B, T]."""
-    if isinstance(model, models.Llama):
+    if isinstance(getattr(model, "module", model), models.Llama):
         return model(ids, targets)
     logits = model(input_ids=ids).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -721,7 +726,11 @@ def learning_rate(step, train):
 
 
 def choose_device(name):
-    if name == "auto":
+    """The device of a setting; of several GPUs, under torchrun, this rank's."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{rank}"
+    elif name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
@@ -792,6 +801,22 @@ class Output:
         self.line(f"the model is in {self.folder}: python model.py {self.folder}")
 
 
+class NoOutput(Output):
+    """That of the ranks above 0: warnings."""
+
+    def line(self, text):
+        """Nothing."""
+
+    def progress(self, text):
+        """Nothing."""
+
+    def save_checkpoint(self, *args):
+        """Nothing."""
+
+    def save_final(self, *args):
+        """Nothing."""
+
+
 def load_checkpoint(folder):
     """The state in a checkpoint, with the model's descriptive files as "files". RunError."""
     try:
@@ -805,7 +830,7 @@ def load_checkpoint(folder):
         ) from None
 
 
-def output_folder(settings, resume):
+def output_folder(settings, resume, make=True):
     """(folder of this worker's output, the checkpoint in it to resume from or None). RunError."""
     diloco = settings.diloco
     if diloco.server and not diloco.worker_id:
@@ -821,7 +846,8 @@ def output_folder(settings, resume):
             "--resume out to start anew"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     return folder, found[-1] if resume else None
@@ -836,11 +862,13 @@ class Run:
     def __init__(self, settings, output, checkpoint=None):
         """`checkpoint` is the folder to resume from. RunError, ConnectionError, Refused."""
         self.settings, self.output, self.resumed = settings, output, bool(checkpoint)
+        self.ranks = Ranks()
         train, diloco = settings.train, settings.diloco
         if train.threads:
             torch.set_num_threads(train.threads)
         self.device = choose_device(train.device)
-        self.step_tokens = train.batch_size * train.grad_accumulation * train.context
+        sequences = train.batch_size * self.ranks.count * train.grad_accumulation
+        self.step_tokens = sequences * train.context
         self.step = 0  # of the run
         self.stop = False  # set by a signal: stop after this step
         self.interrupted = False  # the loop has done so
@@ -855,9 +883,12 @@ class Run:
         check_fit(model.config, tokenizer, train.context)
         wanted = running.get("source") or saved.get("source")
         vocab_size = model.config.vocab_size
-        self.source = open_source(settings, wanted, tokenizer, vocab_size, output)
+        self.source = open_source(settings, wanted, tokenizer, vocab_size, output, self.ranks.count)
         self.held_out = self.source.held_out(max(settings.output.eval_tokens, train.context) + 1)
         self.model = model.to(self.device).train()
+        self.trained = self.model  # with what averages its gradients over the ranks
+        if self.ranks.count > 1:
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = make_optimizer(self.model, train)
         bf16 = use_bf16(train.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -911,6 +942,8 @@ class Run:
     def take_shares(self):
         worker = self.callback.worker
         own, count = (worker.shares, worker.num_shares) if worker else ((0,), 1)
+        if worker and worker.ranks.last:  # what all ranks know, and so draw the same
+            own = tuple(worker.ranks.last["shares"])
         if own:  # none, where the server went as it was about to say
             self.source.set_shares(own, count, self.step)
 
@@ -924,8 +957,9 @@ class Run:
             if self.resumed and not worker.kept_local:
                 self.optimizer.state.clear()  # its moments belong to parameters that are gone
                 self.output.line(f"the run has moved on: taking its model at step {self.step}")
-        if not self.resumed:
-            torch.manual_seed(mix(self.settings.train.seed, self.rank))  # for dropout
+        if not self.resumed or self.ranks.count > 1:
+            place = [self.rank] + [self.ranks.rank, self.step] * (self.ranks.count > 1)
+            torch.manual_seed(mix(self.settings.train.seed, *place))  # for dropout
         self.state.global_step = self.step
         self.take_shares()
         count = sum(p.numel() for p in self.model.parameters())
@@ -935,6 +969,12 @@ class Run:
             f"steps {self.step} to {self.settings.train.max_steps}"
         )
 
+    def next_batch(self):
+        """This rank's part of the worker's batch: all draw the same, so that all know what is drawn."""
+        train, ranks = self.settings.train, self.ranks
+        batch = self.source.batch(train.batch_size * ranks.count, train.context)
+        return batch[ranks.rank * train.batch_size :][: train.batch_size]
+
     def train_step(self):
         """One optimizer step, at whose end the callback may put new global parameters in place."""
         train, total = self.settings.train, 0.0
@@ -942,9 +982,9 @@ class Run:
             group["lr"] = learning_rate(self.step, train)
         for _ in range(train.grad_accumulation):
             self.take_shares()  # members come and go
-            batch = self.source.batch(train.batch_size, train.context).to(self.device)
+            batch = self.next_batch().to(self.device)
             with self.autocast:
-                loss = loss_of(self.model, batch[:, :-1], batch[:, 1:]) / train.grad_accumulation
+                loss = loss_of(self.trained, batch[:, :-1], batch[:, 1:]) / train.grad_accumulation
             loss.backward()
             total += loss.detach()
         if train.grad_clip:
@@ -963,7 +1003,7 @@ class Run:
         while not control.should_training_stop:
             if self.step < last:
                 self.train_step()
-            if self.stop and self.step < last:
+            if self.ranks.share({"stop": self.stop})["stop"] and self.step < last:
                 self.interrupted = True
                 self.save()  # before the closing push, so that --resume can go on from here
             control.should_training_stop = self.interrupted or self.step >= last
@@ -983,7 +1023,7 @@ class Run:
         self.callback.on_train_end(self.args, self.state, self.control)
         if self.interrupted:
             return
-        if rank == 0:
+        if rank == 0 and self.ranks.leads:
             self.report_evaluation("final validation loss")
         self.save()
         self.output.save_final(self.model, self.files)
@@ -1012,6 +1052,8 @@ class Run:
     def evaluation_due(self):
         """Standalone each eval_every steps; in a run after a sync, and then at one worker only."""
         every, worker = self.settings.output.eval_every, self.callback.worker
+        if not self.ranks.leads:
+            return False
         if worker is None:
             return self.step % every == 0
         fresh, self.syncs = worker.sync_count != self.syncs, worker.sync_count
@@ -1040,15 +1082,33 @@ class Run:
         return total / rows, rows * train.context
 
 
+def join_ranks(device):
+    """Make this process one of the ranks that torchrun has started; returns their number, 1 without
+    torchrun."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        on_gpu = choose_device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(choose_device(device))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return count
+
+
 def run_worker(settings, resume):
     """Run a worker to its end; returns the exit status. Raises SettingsError, and what is
     EXPECTED."""
-    folder, checkpoint = output_folder(settings, resume)
-    output, run, stopped, looping, reason = Output(folder), None, 0, False, "finished"
+    ranks = join_ranks(settings.train.device)
+    leads = ranks == 1 or dist.get_rank() == 0
+    folder, checkpoint = output_folder(settings, resume, leads)
+    output = (Output if leads else NoOutput)(folder)
+    run, stopped, looping, reason, since = None, 0, False, "finished", 0.0
 
     def on_signal(number, frame):
-        nonlocal stopped
+        nonlocal stopped, since
         again, stopped = stopped, number
+        if again and ranks > 1 and time.monotonic() - since < SAME_SIGNAL_SECONDS:
+            return
+        since = time.monotonic()
         if again or not looping:
             raise KeyboardInterrupt
         run.stop = True
@@ -1072,6 +1132,8 @@ def run_worker(settings, resume):
     finally:
         if run:
             run.callback.close(reason)
+        if ranks > 1:
+            dist.destroy_process_group()
     return 128 + stopped if stopped else 0
 
 

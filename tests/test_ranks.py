@@ -5,11 +5,18 @@ python -m pytest tests/test_ranks.py
 
 import json
 import os
+import signal
 
 import pytest
+import torch
 from conftest import ROOT, digest_of, status, until
+from safetensors.torch import load_file
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WORKER = os.path.join(ROOT, "tests", "ddp_worker.py")
+SMALL = ["--set=model.hidden_size=32", "--set=model.intermediate_size=32", "--set=train.context=32",
+         "--set=model.num_hidden_layers=1", "--set=data.source=builtin", "--set=output.eval_tokens=64",
+         "--set=train.warmup_steps=2", "--set=output.log_every=2"]  # fmt: skip
 
 
 @pytest.fixture
@@ -18,8 +25,9 @@ def torchrun(start):
 
     def run(server, worker_id, **options):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
-        return start(*command, "--server", server.address, "--worker-id", worker_id, *flags)
+        return start(
+            *TORCHRUN, WORKER, "--server", server.address, "--worker-id", worker_id, *flags
+        )
 
     return run
 
@@ -77,3 +85,65 @@ def test_where_the_server_refuses_no_rank_is_left_waiting(serve, torchrun, toy):
     process = torchrun(host, "w0")
     assert process.wait() != 0
     assert "num_fragments is 1 here and 2" in process.output
+
+
+@pytest.fixture
+def ours(start, tmp_path):
+    """ours(*options, ranks=2): worker.py on a small model, with its output in tmp_path / `name`."""
+
+    def run(name, *options, ranks=2):
+        launch = TORCHRUN if ranks > 1 else []
+        out = f"--output-dir={tmp_path / name}"
+        return start(*launch, os.path.join(ROOT, "worker.py"), os.path.join(ROOT, "default.yaml"),
+                     out, *SMALL, *options)  # fmt: skip
+
+    return run
+
+
+def test_two_ranks_train_as_one_process_with_twice_the_batch_does(ours, tmp_path):
+    steps = "--max-steps=6"
+    two = ours("two", steps, "--set=train.batch_size=2")
+    one = ours("one", steps, "--set=train.batch_size=4", ranks=1)
+    for process in (one, two):
+        assert process.wait() == 0, process.output
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+    assert two.output.count("final validation loss") == 1
+
+
+def test_our_worker_with_two_ranks_is_one_worker_of_a_run(ours, serve, tmp_path):
+    host = serve("-n", 2, "--until-done")
+    options = ["--server", host.address, "--sync-every=4", "--max-steps=10", "--worker-id"]
+    workers = [ours("two", *options, "w0"), ours("one", *options, "w1", ranks=1)]
+    host.wait_for("the run starts at round 0 with w0, w1")
+    for process in workers:
+        assert process.wait() == 0, process.output
+    assert host.wait() == 0, host.output
+    final = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("one", "two"):
+        mine = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(mine[key], final[key]) for key in final)
+    assert workers[0].output.count("final validation loss") == 1
+    assert len(list((tmp_path / "two").glob("step-*"))) == 1
+
+
+def test_ranks_stop_together_and_go_on_together(ours, serve, tmp_path):
+    host = serve("--until-done")
+    options = ["--server", host.address, "--sync-every=4", "--worker-id=w0"]
+    process = ours("two", *options, "--max-steps=100000")
+    process.wait_for("step 8/")
+    process.signal(signal.SIGTERM)
+    assert process.wait() != 0
+    saved = process.wait_for(r"saved .*step-(\d+)")
+    assert "stopping after this step" in process.output and "w0 leaves: done" in host.output
+    assert host.wait() == 0
+    again = serve("--until-done")
+    options[1] = again.address
+    process = ours("two", *options, "--max-steps=100000", "--resume")
+    process.wait_for(f"steps {saved[1]} to|taking its model at step {saved[1]}")
+    process.wait_for(f"step {int(saved[1]) // 2 * 2 + 4}/")
+    process.signal(signal.SIGTERM)
+    process.wait()
+    assert again.wait() == 0, again.output
