@@ -886,9 +886,6 @@ class Run:
         self.source = open_source(settings, wanted, tokenizer, vocab_size, output, self.ranks.count)
         self.held_out = self.source.held_out(max(settings.output.eval_tokens, train.context) + 1)
         self.model = model.to(self.device).train()
-        self.trained = self.model  # with what averages its gradients over the ranks
-        if self.ranks.count > 1:
-            self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = make_optimizer(self.model, train)
         bf16 = use_bf16(train.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -949,6 +946,9 @@ class Run:
 
     def begin(self):
         """Join the run, if there is one, and take its parameters and its step."""
+        self.trained = self.model
+        if self.ranks.count > 1:  # what averages its gradients over them
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
         hooked = {"model": self.model, "optimizer": self.optimizer}
         self.callback.on_train_begin(self.args, self.state, self.control, **hooked)
         worker = self.callback.worker
