@@ -1528,7 +1528,8 @@ class DiLoCoCallback:
                 log("no server given and DILOCO_SERVER is not set: training standalone")
             self.warned = True
             return
-        self.worker = None  # of an earlier training
+        self.close("training begins anew")  # as after a batch that was too large for the memory
+        self.worker = None
         saved, folder = self._checkpoint(args, state)
         residual = os.path.join(folder, RESIDUAL_FILE) if folder else None
         saved = {"state": saved, "residual": residual}

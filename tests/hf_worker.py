@@ -28,6 +28,16 @@ from transformers import (
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 VOCABULARY, LENGTH = 61, 16
+DEFAULTS = {
+    "use_cpu": True,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def recipe():
@@ -91,18 +101,8 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    defaults = {
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
     chosen = {name: value_of(text) for name, text in (pair.split("=") for pair in options.set)}
-    args = TrainingArguments(options.out, **{**defaults, **chosen})
+    args = TrainingArguments(options.out, **{**DEFAULTS, **chosen})
     model = build(0 if options.lora else options.seed, options.lora)
     save_file(dict(model.named_parameters()), f"{options.out}-start.safetensors")
 

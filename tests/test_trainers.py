@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, result
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
 
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
 HF = runpy.run_path(SCRIPT)  # what the workers are made of
@@ -67,8 +67,8 @@ def rounds(folder):
 def closed_once(folder, steps=STEPS):
     """All that happened: whole rounds, one closing round, and every step of both in one of them."""
     lines = rounds(folder)
-    left = steps % EVERY or 0
-    assert [line["steps"] for line in lines] == [2 * EVERY] * (steps // EVERY) + [2 * left]
+    whole, left = [2 * EVERY] * (steps // EVERY), 2 * (steps % EVERY)
+    assert [line["steps"] for line in lines] == [*whole, left]
     assert [line["closing"] for line in lines] == [False] * (steps // EVERY) + [True]
 
 
@@ -80,8 +80,7 @@ def closed_once(folder, steps=STEPS):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True},
-        {"bf16": True},
+        {"gradient_checkpointing": True, "bf16": True},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
@@ -115,41 +114,44 @@ def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
         assert losses[-1] < losses[0] - 0.2
 
 
-@pytest.mark.parametrize("restore", [False, True])
-def test_a_killed_trainer_goes_on_from_its_checkpoint(start, serve, tmp_path, restore):
-    """As if nothing had happened: with what had not been sent, in its place, to the bit."""
-    settings = {"save_steps": 4, "save_strategy": "steps"}
+def test_killed_trainers_go_on_from_their_checkpoints(start, serve, tmp_path):
+    """As if nothing had happened: with what had not been sent, in its place, to the bit. Whether
+    the Trainer hands the callback its state or not."""
+    settings = {"save_strategy": "steps", "save_steps": 4}
 
-    def train(folder, interrupted):
+    def begin(folder, *options):
         folder.mkdir()
         host = serve("-n", 2, "--until-done", "-m", folder / "model")
-        hold = ("--hold-at", 8) if interrupted else ()
-        first = launch(start, host, folder, "w0", *hold, **settings)
-        second = launch(start, host, folder, "w1", **settings)
-        if interrupted:
-            first.wait_for("saved 8")
-            first.kill()
-            again = {**settings, "restore_callback_states_from_checkpoint": restore}
-            first = launch(start, host, folder, "w0", "--resume", **again)
-        ends = [result(first), result(second)]
-        assert host.wait() == 0
-        assert "no residual" not in first.output and "moved on" not in first.output
-        return ends
+        return host, [launch(start, host, folder, name, *options, **settings) for name in NAMES]
 
-    ends = train(tmp_path / "cut", True)
-    with open(tmp_path / "cut" / "w0" / "checkpoint-8" / "trainer_state.json") as file:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    host, workers = begin(cut, "--hold-at", 8)
+    for worker in workers:
+        worker.wait_for("saved 8")
+    for k, name in enumerate(NAMES):
+        workers[k].kill()
+        more = {**settings, "restore_callback_states_from_checkpoint": name == "w1"}
+        workers[k] = launch(start, host, cut, name, "--resume", **more)
+        workers[k].wait_for(f"{name} is worker {k}, 2 in all, at step 8, version 1")
+    ends = [result(worker) for worker in workers]
+    assert host.wait() == 0
+    for worker, end in zip(workers, ends, strict=True):
+        assert "no residual" not in worker.output
+        assert end["log"][-1]["diloco/local_step"] == STEPS - 8
+
+    with open(cut / "w0" / "checkpoint-8" / "trainer_state.json", encoding="utf-8") as file:
         state = json.load(file)["stateful_callbacks"]["DiLoCo"]
     assert state["args"] == {}  # the environment may name another server next time
     saved = state["attributes"]["saved"]
     assert (saved["worker_id"], saved["step"], saved["position"]) == ("w0", 8, 3)
     assert [(f["version"][1], f["steps"]) for f in saved["fragments"]] == [(1, 3)]
 
-    train(tmp_path / "whole", False)
-    closed_once(tmp_path / "cut")
-    served = load_file(tmp_path / "cut" / "model" / "model.safetensors")
-    assert same(served, load_file(tmp_path / "whole" / "model" / "model.safetensors"))
-    assert all(same(model, served) for model in parameters(tmp_path / "cut"))
-    assert ends[0]["log"][-1]["diloco/local_step"] == STEPS - 8
+    host, workers = begin(whole)
+    assert all(result(worker) for worker in workers) and host.wait() == 0
+    closed_once(cut)
+    served = load_file(cut / "model" / "model.safetensors")
+    assert same(served, load_file(whole / "model" / "model.safetensors"))
+    assert all(same(model, served) for model in parameters(cut))
 
 
 def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_path):
@@ -177,18 +179,15 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
         assert all(entry.keys() >= METRICS for entry in end["log"])
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_path, strategy):
-    """Early stopping decides after the hook of the last step; by epochs, after that of the epoch."""
+def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_path):
+    """Early stopping decides after the hooks of the last step and of the epoch."""
     ends = run(
         "--early-stopping",
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=True,
-        eval_strategy=strategy,
-        save_strategy=strategy,
-        eval_steps=4,
-        save_steps=4,
+        eval_strategy="epoch",
+        save_strategy="epoch",
         per_device_train_batch_size=16,  # an epoch has four steps
     )
     closed_once(tmp_path, 8)
@@ -200,14 +199,21 @@ def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_pat
         assert end["log"][-1]["diloco/sync_count"] == 2
 
 
+def trainer(**settings):
+    """The README's Trainer, in this process."""
+    args = HF["TrainingArguments"](**HF["DEFAULTS"], **settings)
+    data = {"train": HF["sentences"](64, 0), "test": None}
+    names = {"model": HF["build"](0, False), "args": args, **data}
+    exec(HF["recipe"](), names)
+    return names["trainer"]
+
+
 def test_a_checkpoint_that_was_made_alone_goes_on_in_a_run(start, serve, tmp_path):
-    """Of such a checkpoint the server, which has no weights, takes the model."""
-    alone = HF["build"](0, False)
-    args = HF["TrainingArguments"](tmp_path / "w0", max_steps=4, use_cpu=True, report_to="none")
-    names = {"model": alone, "args": args, "train": HF["sentences"](64, 0), "test": None}
-    code = HF["recipe"]().replace("callbacks=[DiLoCo()]", "")
-    exec(code, names)
-    names["trainer"].train()
+    """The server, which has no weights, takes the model of such a checkpoint."""
+    alone = trainer(output_dir=tmp_path / "w0", max_steps=4)
+    alone.remove_callback(alone.callback_handler.callbacks[-2])  # its last is the printer
+    alone.train()
+    alone._save_checkpoint(alone.model, None)
 
     host = serve("--until-done")
     settings = {"save_strategy": "steps", "save_steps": 6}
@@ -215,10 +221,37 @@ def test_a_checkpoint_that_was_made_alone_goes_on_in_a_run(start, serve, tmp_pat
     end = result(worker)
     assert host.wait() == 0
     assert end["log"][-1]["diloco/local_step"] == STEPS - 4
-    with open(tmp_path / "w0" / f"checkpoint-{STEPS}" / "trainer_state.json") as file:
-        assert json.load(file)["stateful_callbacks"]["DiLoCo"]["attributes"]["saved"]["step"] == 8
+    path = tmp_path / "w0" / f"checkpoint-{STEPS}" / "trainer_state.json"
+    state = json.loads(path.read_text())["stateful_callbacks"]["DiLoCo"]
+    assert state["attributes"]["saved"]["step"] == STEPS - 4
     served = load_file(tmp_path / "model" / "model.safetensors")
     assert same(load_file(tmp_path / "w0-end.safetensors"), served)
+
+
+class OutOfMemory(TrainerCallback):
+    """What a batch that is too large comes to, once."""
+
+    raised = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 7 and not self.raised:
+            self.raised = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_trainer_that_looks_for_its_batch_size_joins_again(serve, tmp_path, monkeypatch):
+    host = serve()
+    env = {"SERVER": host.address, "WORKER_ID": "w0", "SYNC_EVERY": str(EVERY)}
+    for name, value in env.items():
+        monkeypatch.setenv(f"DILOCO_{name}", value)
+    seeker = trainer(output_dir=tmp_path / "w0", max_steps=STEPS, auto_find_batch_size=True)
+    seeker.add_callback(OutOfMemory())
+    seeker.train()
+    host.wait_for("w0 leaves: training begins anew")
+    host.wait_for("w0 leaves: done")
+    host.wait_for("the model of round 4 is in")
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert same(dict(seeker.model.named_parameters()), served)
 
 
 def test_the_state_makes_the_same_callback_again():
