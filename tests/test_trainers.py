@@ -15,6 +15,8 @@ from conftest import ROOT, result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
 
+from diloco_callback import DiLoCoCallback
+
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
 HF = runpy.run_path(SCRIPT)  # what the workers are made of
 STEPS, EVERY = 12, 5  # two rounds and a closing one of two steps
@@ -201,7 +203,7 @@ def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_pat
 
 def trainer(**settings):
     """The README's Trainer, in this process."""
-    args = HF["TrainingArguments"](**HF["DEFAULTS"], **settings)
+    args = HF["TrainingArguments"](**{**HF["DEFAULTS"], **settings})
     data = {"train": HF["sentences"](64, 0), "test": None}
     names = {"model": HF["build"](0, False), "args": args, **data}
     exec(HF["recipe"](), names)
@@ -210,13 +212,12 @@ def trainer(**settings):
 
 def test_a_checkpoint_that_was_made_alone_goes_on_in_a_run(start, serve, tmp_path):
     """The server, which has no weights, takes the model of such a checkpoint."""
-    alone = trainer(output_dir=tmp_path / "w0", max_steps=4)
-    alone.remove_callback(alone.callback_handler.callbacks[-2])  # its last is the printer
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    alone = trainer(output_dir=tmp_path / "w0", max_steps=4, **settings)
+    alone.remove_callback(DiLoCoCallback)
     alone.train()
-    alone._save_checkpoint(alone.model, None)
 
     host = serve("--until-done")
-    settings = {"save_strategy": "steps", "save_steps": 6}
     worker = launch(start, host, tmp_path, "w0", "--resume", **settings)
     end = result(worker)
     assert host.wait() == 0
