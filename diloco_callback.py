@@ -547,7 +547,8 @@ class DiLoCoWorker:
             if self.ranks.leads:
                 self._enter_run()
         self.started = time.monotonic()
-        self.hook = self.optimizer.register_step_post_hook(self._stepped)
+        hook = torch.compiler.disable(self._stepped)  # a compiled step ends where this begins
+        self.hook = self.optimizer.register_step_post_hook(hook)
         return self
 
     def _enter_run(self):
@@ -859,7 +860,7 @@ class DiLoCoWorker:
 
     def _stepped(self, optimizer, args, kwargs):
         """The optimizer's hook. A subclass's `step` that calls its parent's runs it twice."""
-        if not _is_within_step(optimizer, sys._getframe(1)):
+        if not _is_nested_step(optimizer):
             self._after_step()
 
     def _after_step(self):
@@ -1482,22 +1483,24 @@ def _unwrapped(optimizer):
     return found
 
 
-def _is_within_step(optimizer, caller):
-    """Whether the step whose hooks the frame `caller` runs is part of another one of `optimizer`.
-    Told by the stack, as no count of hooks survives a step that raises."""
-    outer = caller.f_back
-    while outer is not None:
-        if outer.f_code is caller.f_code and any(
-            value is optimizer for value in outer.f_locals.values()
-        ):
-            return True
-        outer = outer.f_back
-    return False
+def _is_nested_step(optimizer):
+    """Whether a step of `optimizer` is under way within another one of its own. Told by the stack,
+    as no count of hooks survives a step that raises."""
+    code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
+    frame, depth = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is code:
+            depth += any(value is optimizer for value in frame.f_locals.values())
+        frame = frame.f_back
+    return depth > 1
 
 
 def _config_of(model):
-    """config.json of a Hugging Face model, as {name: text}."""
-    to_json = getattr(getattr(model, "config", None), "to_json_string", None)
+    """config.json of a Hugging Face model, also a wrapped one, as {name: text}."""
+    config = getattr(model, "config", None) or getattr(
+        getattr(model, "module", None), "config", None
+    )
+    to_json = getattr(config, "to_json_string", None)
     return {"config.json": to_json()} if to_json else {}
 
 

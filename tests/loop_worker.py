@@ -144,7 +144,9 @@ def scheduled(net, args):
 
 def closure(net, args):
     """An optimizer that asks for the loss as often as it likes."""
-    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=4)
+    optimizer = torch.optim.LBFGS(
+        net.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe"
+    )
 
     def step(index, words):
         def evaluate():

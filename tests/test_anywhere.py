@@ -270,6 +270,20 @@ def test_a_subclass_that_calls_its_parents_step_makes_one_step(serve):
         assert worker.local_step == 6
 
 
+def test_a_step_that_is_compiled_leaves_the_synchronization_alone(serve):
+    """Compiled, its arithmetic might be fused, and round otherwise than the server's."""
+    host = serve()
+    model, seen = toy_worker.build((5, 7, 2)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    step = torch.compile(optimizer.step, backend=lambda graph, _: seen.append(graph) or graph)
+    compiled = types.SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+    with DiLoCoWorker(model, optimizer, host.address, 2) as worker:
+        for _ in toy_worker.train(model, compiled, 5, 0):
+            graphs = len(seen)
+        assert (worker.local_step, worker.sync_count) == (5, 2)
+    assert graphs == 1
+
+
 def test_the_optimizer_is_found_in_its_wrappers():
     model = toy_worker.build((5, 7, 2))
     own = Own(model.parameters(), lr=0.05)
@@ -318,3 +332,11 @@ def test_a_parameter_that_cannot_be_synchronized_is_named_at_once(parameter, tex
     if not isinstance(parameter, torch.nn.UninitializedParameter):
         model.odd.requires_grad_(False)
         assert len(DiLoCoWorker(model, optimizer, "host:1").named) == 2
+
+
+def test_the_config_of_a_wrapped_model_is_found():
+    model = toy_worker.build((5, 7, 2))
+    model.config = types.SimpleNamespace(to_json_string=lambda: "{}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for given in (model, loop_worker.Wrapper(model), torch.compile(loop_worker.Wrapper(model))):
+        assert DiLoCoWorker(given, optimizer, "host:1").files == {"config.json": "{}"}
