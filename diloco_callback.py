@@ -22,6 +22,7 @@ Notable:
   longer than `reconnect_timeout`, training goes on and the push stays pending.
 - Networks fail in the pool's threads; the training thread alone joins again and moves parameters.
 - Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
+- Importing it starts nothing. A process forked from a worker's, as for a DataLoader, is no worker.
 
 Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID,
 DILOCO_NUM_FRAGMENTS.
@@ -40,6 +41,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +77,11 @@ MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is
 
 def log(text):
     sys.stderr.write(f"diloco: {text}\n")  # one write: threads must not mix their lines
+
+
+def reason_of(error):
+    """An exception in one line, for the server's log."""
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
 
 
 def retry(action, seconds, what, stop=None):
@@ -411,6 +418,17 @@ class Ranks:
                 parameter.copy_(values)
 
 
+STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
+
+
+def _after_fork():
+    for worker in STARTED:
+        worker._disown()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class DiLoCoWorker:
     """One worker of a run: synchronizes `model` through `optimizer`'s step hook.
 
@@ -542,14 +560,23 @@ class DiLoCoWorker:
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
-        self.ranks = Ranks()
-        with torch.no_grad(), self._telling():
-            if self.ranks.leads:
-                self._enter_run()
+        STARTED.add(self)
+        try:
+            self.ranks = Ranks()
+            with torch.no_grad(), self._telling():
+                if self.ranks.leads:
+                    self._enter_run()
+        except BaseException as error:
+            if self.control and not self.joins:
+                self.control.close()  # to `leave` there, one would have to wait for the run to start
+            self.close(reason_of(error))
+            raise
         self.started = time.monotonic()
         hook = torch.compiler.disable(self._stepped)  # a compiled step ends where this begins
         self.hook = self.optimizer.register_step_post_hook(hook)
         return self
+
+    __enter__ = start
 
     def _enter_run(self):
         while True:
@@ -558,19 +585,17 @@ class DiLoCoWorker:
                 break
         self.heart = threading.Thread(target=self._heartbeat_loop, daemon=True)
         self.heart.start()
-        atexit.register(self.close, "the process ended")
+        atexit.register(self._close_at_exit)
         self._align(due)
-
-    __enter__ = start
 
     def __exit__(self, kind, error, _):
         try:
             if kind is None:
                 self.flush()
         except BaseException as failure:
-            self.close(f"{type(failure).__name__}: {failure}")
+            self.close(reason_of(failure))
             raise
-        self.close(f"{kind.__name__}: {error}" if kind else "done")
+        self.close(reason_of(error) if kind else "done")
 
     def _connect(self):
         session = {"worker": self.worker_id, "session": self.session}
@@ -1223,6 +1248,9 @@ class DiLoCoWorker:
             self._note_outage(error)
             self.must_join.clear()  # a heartbeat that gets through will say so again
             return False
+        except BaseException:
+            self.control.close()  # within a message, perhaps: none can follow it
+            raise
         self._await_shares()
         self._align(due)
         return True
@@ -1326,7 +1354,7 @@ class DiLoCoWorker:
         if self.closed.is_set():
             return
         self.closed.set()
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         if self.hook:
             self.hook.remove()
         with self.control_lock:
@@ -1348,6 +1376,22 @@ class DiLoCoWorker:
                     fragment.undo_prediction(fragment.flight)
         if self.heart:
             self.heart.join(5.0)
+
+    def _close_at_exit(self):
+        error = getattr(sys, "last_value", None)  # what nobody caught
+        self.close(f"the process ended after {reason_of(error)}" if error else "the process ended")
+
+    def _disown(self):
+        """In a process forked from the worker's: leave the worker alone. The copies of its sockets
+        go, so that the server hears when the worker dies; they are not shut down, as that would
+        reach the worker's own. Locks may be held by threads that are not in this process."""
+        for conn in filter(None, [self.control, *self.data, *self.used]):
+            conn.sock.close()
+        self.closed, self.flushed = threading.Event(), True
+        self.closed.set()
+        self.anchor_lock = threading.Lock()
+        if self.hook:
+            self.hook.remove()
 
     # --- What others want to know ---
 
@@ -1507,7 +1551,9 @@ def _config_of(model):
 class DiLoCoCallback:
     """DiLoCoWorker behind the hooks that trainers call. Arguments as there; all are optional.
 
-    Without a server every hook does nothing. Unknown `on_...` hooks do nothing either. `state` is
+    Without a server every hook does nothing. Unknown `on_...` hooks do nothing either. Trainers call
+    no hook where training raises: the worker leaves then when the process ends, when training
+    begins again, or with `close`. A copy has the options and the progress, and no worker. `state` is
     what the Trainer of transformers puts into its checkpoints; the README says how.
     """
 
@@ -1523,6 +1569,9 @@ class DiLoCoCallback:
         if name.startswith("on_"):
             return lambda *args, **kwargs: None
         raise AttributeError(name)
+
+    def __getstate__(self):
+        return {**self.__dict__, "worker": None, "saved": self.state_dict()}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Join the run."""
