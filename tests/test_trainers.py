@@ -19,6 +19,7 @@ from diloco_callback import DiLoCoCallback
 
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
 HF = runpy.run_path(SCRIPT)  # what the workers are made of
+NAMES = ("w0", "w1")
 STEPS, EVERY = 12, 5  # two rounds and a closing one of two steps
 METRICS = {"diloco/sync_count", "diloco/local_step", "diloco/total_sync_time"}
 
@@ -36,9 +37,6 @@ def run(start, serve, tmp_path):
         return ends
 
     return go
-
-
-NAMES = ("w0", "w1")
 
 
 def launch(start, host, folder, name, *options, **settings):
@@ -162,6 +160,7 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=True,
+        logging_steps=100,  # no step's log comes between its hook and the evaluation
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=4,
@@ -169,6 +168,7 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
     )
     closed_once(tmp_path)
     served = load_file(tmp_path / "model" / "model.safetensors")
+    evaluations = []
     for name, end, model in zip(NAMES, ends, parameters(tmp_path), strict=True):
         assert end["best"].endswith(f"{name}/checkpoint-4")
         best, last = (
@@ -178,7 +178,10 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
         assert same(model, best) and same(last, served) and not same(best, served)
         losses = [entry["eval_loss"] for entry in end["log"] if "eval_loss" in entry]
         assert losses == sorted(losses, reverse=True) and len(losses) == 3
+        evaluations.append(losses)
         assert all(entry.keys() >= METRICS for entry in end["log"])
+    # The last is of the global model.
+    assert [a == b for a, b in zip(*evaluations, strict=True)] == [False, False, True]
 
 
 def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_path):
