@@ -89,8 +89,9 @@ def lonely(server, name):
 
 def notebook(server):
     """Something that lives on when joining is interrupted."""
+    worker = Training().worker(server)  # which a notebook would keep
     with contextlib.suppress(KeyboardInterrupt):
-        Training().worker(server).start()
+        worker.start()
     end("caught")
 
 
