@@ -1553,7 +1553,7 @@ class DiLoCoCallback:
 
     Without a server every hook does nothing. Unknown `on_...` hooks do nothing either. Trainers call
     no hook where training raises: the worker leaves then when the process ends, when training
-    begins again, or with `close`. A copy has the options and the progress, and no worker. `state` is
+    begins anew, or with `close`. A copy has the options and the progress, and no worker. `state` is
     what the Trainer of transformers puts into its checkpoints; the README says how.
     """
 

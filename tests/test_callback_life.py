@@ -266,7 +266,7 @@ def test_training_that_begins_again_takes_the_place_of_the_one_that_broke(serve)
     broken.steps(3)
     again = Training()
     second = begin(callback, again)
-    server.wait_for("a leaves: training begins again$")
+    server.wait_for("a leaves: training begins anew$")
     assert second is not first and members(server) == ["a"]
     broken.steps(2)  # is nobody's any more
     again.steps(2)
