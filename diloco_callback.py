@@ -1507,6 +1507,9 @@ def _trainable(model):
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device, so it has no numbers yet: "
                              "load or initialize the model, then begin")  # fmt: skip
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(f"parameter {name!r} is a shard (DTensor): FSDP is not supported yet; use "
+                             "DistributedDataParallel")  # fmt: skip
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name!r} is {parameter.dtype}: only floating-point numbers "
                              "can be synchronized; freeze it with requires_grad_(False)")  # fmt: skip

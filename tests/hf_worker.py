@@ -104,7 +104,9 @@ def main():
     chosen = {name: value_of(text) for name, text in (pair.split("=") for pair in options.set)}
     args = TrainingArguments(options.out, **{**DEFAULTS, **chosen})
     model = build(0 if options.lora else options.seed, options.lora)
-    save_file(dict(model.named_parameters()), f"{options.out}-start.safetensors")
+    rank = os.environ.get("RANK", "0")  # under torchrun
+    kept = options.out if rank == "0" else f"{options.out}-rank{rank}"
+    save_file(dict(model.named_parameters()), f"{kept}-start.safetensors")
 
     train, test = sentences(64, options.seed), sentences(16, 99)
     names = {"model": model, "args": args, "train": train, "test": test}
@@ -116,7 +118,7 @@ def main():
         trainer.add_callback(Hold(options.hold_at))
     output = trainer.train(resume_from_checkpoint=options.resume or None)
 
-    save_file(dict(model.named_parameters()), f"{options.out}-end.safetensors")
+    save_file(dict(model.named_parameters()), f"{kept}-end.safetensors")
     told = {"log": trainer.state.log_history, "metrics": output.metrics, "step": output.global_step}
     print(json.dumps({**told, "best": trainer.state.best_model_checkpoint}), flush=True)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WORKER = os.path.join(ROOT, "tests", "ddp_worker.py")
+HF_WORKER = os.path.join(ROOT, "tests", "hf_worker.py")
 SMALL = ["--set=model.hidden_size=32", "--set=model.intermediate_size=32", "--set=train.context=32",
          "--set=model.num_hidden_layers=1", "--set=data.source=builtin", "--set=output.eval_tokens=64",
          "--set=train.warmup_steps=2", "--set=output.log_every=2"]  # fmt: skip
@@ -147,3 +148,41 @@ def test_ranks_stop_together_and_go_on_together(ours, serve, tmp_path):
     process.signal(signal.SIGTERM)
     process.wait()
     assert again.wait() == 0, again.output
+
+
+def test_a_trainer_of_transformers_with_two_ranks_is_one_worker(start, serve, tmp_path):
+    host = serve("-n", 2, "--until-done")
+    env = {"DILOCO_SERVER": host.address, "DILOCO_SYNC_EVERY": "5"}
+    workers = [
+        start(*launch, HF_WORKER, tmp_path / name, "--seed", seed, "--set", "max_steps=12", *more,
+              env={**env, "DILOCO_WORKER_ID": name})
+        for seed, (name, launch, more) in enumerate(
+            [("w0", TORCHRUN, ["ddp_backend=gloo"]), ("w1", [], [])]
+        )
+    ]  # fmt: skip
+    host.wait_for("the run starts at round 0 with w0, w1")
+    for worker in workers:
+        assert worker.wait() == 0, worker.output
+    assert host.wait() == 0
+    final = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("w0", "w0-rank1", "w1"):
+        mine = load_file(tmp_path / f"{name}-end.safetensors")
+        assert all(torch.equal(mine[key], final[key]) for key in final), name
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, {root!r})
+from diloco_callback import DiLoCoWorker
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+model = fully_shard(torch.nn.Linear(2, 3), mesh=mesh)
+DiLoCoWorker(model, torch.optim.SGD(model.parameters()), "127.0.0.1:1")
+"""
+
+
+def test_shards_are_refused_by_name(start):
+    process = start("-c", SHARDED.format(root=ROOT))
+    assert process.wait() == 1
+    assert "ValueError: parameter 'weight' is a shard (DTensor)" in process.output
