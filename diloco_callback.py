@@ -533,7 +533,6 @@ class DiLoCoWorker:
         self.leave_by = None  # when a worker that was told to leave waits no longer
         self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
         self.ranks = None  # those of this worker, from `start` on
-        self.writes = 0  # changes of the local values that the other ranks have
         self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
         self.last_send = self.last_recv = 0
         self.started = time.monotonic()
@@ -857,19 +856,19 @@ class DiLoCoWorker:
             yield
         except BaseException as error:
             if self.ranks.leads:
-                self.ranks.share({"error": f"{type(error).__name__}: {error}"})
+                self.ranks.share({"error": reason_of(error)})
             raise
         if self.ranks.count == 1:
             return
+        before = self.ranks.last
         writes = sum(fragment.flat.writes for fragment in self.fragments)
         facts = {name: getattr(self, name) for name in TOLD}
         facts |= {"ahead": self.step - self.local_step, "shares": list(self.shares)}
         told = self.ranks.share({**facts, "writes": writes, "error": ""})
         if told["error"]:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
-        if told["writes"] != self.writes:
+        if before is None or told["writes"] != before["writes"]:
             self.ranks.spread(self.named.values())
-            self.writes = told["writes"]
         if not self.ranks.leads:
             self._heed(told)
 
@@ -1419,7 +1418,7 @@ class DiLoCoWorker:
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length. All
         ranks of a worker say the same after the same step."""
-        told = self.ranks.last or {"stop_ordered": self.stop_ordered, "run_step": self.run_step}
+        told = self.ranks.last or vars(self)
         return told["stop_ordered"] or 0 < max_steps <= told["run_step"]
 
     @contextlib.contextmanager
@@ -1544,9 +1543,9 @@ def _is_nested_step(optimizer):
 
 def _config_of(model):
     """config.json of a Hugging Face model, also a wrapped one, as {name: text}."""
-    config = getattr(model, "config", None) or getattr(
-        getattr(model, "module", None), "config", None
-    )
+    for inner in (model, getattr(model, "module", None)):
+        if config := getattr(inner, "config", None):
+            break
     to_json = getattr(config, "to_json_string", None)
     return {"config.json": to_json()} if to_json else {}
 

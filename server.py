@@ -642,21 +642,17 @@ class Server:
     def _write_vectors(self, model, outer, state, picture):
         """Write both safetensors files of a checkpoint: the parameters in one, the rest in the
         other, all of them side by side."""
-        size = picture.vectors[0].numel()
-        specs = [TensorSpec(n, torch.float32, (size,)) for n in ("momentum", "residual")]
-        specs = specs[: len(picture.vectors) - 1]
-        places = []
-        for file, fields, held in (
-            (model, {"program": "diloco"}, self._flat_specs()),
-            (outer, state, specs),
-        ):
-            file.write(protocol.encode_header(fields, held, format="pt"))
-            places.append((file, file.tell()))
-        places[2:] = [(outer, places[1][1] + size * 4)] * (len(specs) - 1)
-        for start, pieces in picture.pieces():
-            for (file, begin), piece in zip(places, pieces, strict=True):
-                file.seek(begin + 4 * start)
-                file.write(protocol.memory(piece))
+        names = ("momentum", "residual")[: len(picture.vectors) - 1]
+        specs = protocol.specs_of(zip(names, picture.vectors[1:], strict=True))
+        program = {"program": "diloco"}
+        model.write(protocol.encode_header(program, self._flat_specs(), format="pt"))
+        outer.write(protocol.encode_header(state, specs, format="pt"))
+        begin = outer.tell()
+        for start, (params, *others) in picture.pieces():
+            model.write(protocol.memory(params))
+            for place, piece in enumerate(others):
+                outer.seek(begin + place * picture.vectors[0].nbytes + 4 * start)
+                outer.write(protocol.memory(piece))
 
     def _flat_specs(self):
         """The manifest as the flat vector holds it, in float32."""
