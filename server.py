@@ -1742,14 +1742,16 @@ class Spawn:
                 start_new_session=True,  # a Ctrl-C here is passed on once, not twice
                 preexec_fn=_end_with_parent,
             )
-            reader = threading.Thread(target=self._pass_on, args=[name, process.stdout])
+            reader = threading.Thread(target=self._pass_on, args=[name, process])
             reader.start()
             self.readers.append(reader)
 
     @staticmethod
-    def _pass_on(name, pipe):
-        for line in pipe:
+    def _pass_on(name, process):
+        for line in process.stdout:
             print(f"{name}: {line.decode(errors='replace').rstrip()}", flush=True)
+        if code := process.wait():
+            log(f"{name} ended with exit code {code}")
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
@@ -1760,9 +1762,6 @@ class Spawn:
                 ended.set()  # it failed before the start: the others would wait for it for ever
             if ended.wait(0.2):
                 self._stop()
-        for name, process in self.workers.items():
-            if process.returncode:
-                log(f"{name} ended with exit code {process.returncode}")
         for reader in self.readers:
             reader.join()
         ended.set()
