@@ -501,8 +501,8 @@ def test_a_late_joiner_pushes_with_the_others(serve, count, tmp_path, mode):
     c = count(server, "c", **mode, source="tales")
     until(lambda: c.joined and c.worker.wait, "c has joined")
     assert c.worker.index == 2 and c.worker.shares
-    left = c.worker.wait
-    assert left == (5 if mode is FULL else 1)
+    left = c.worker.wait  # less than 5 where the server takes the others to have gone on since
+    assert 1 <= left <= (5 if mode is FULL else 1)
     for counter in (a, b, c):
         counter.step(left + 7)
     for counter in (a, b, c):
