@@ -29,6 +29,7 @@ DILOCO_NUM_FRAGMENTS.
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import datetime
 import itertools
@@ -185,6 +186,7 @@ class Flight:
     adopt_at: int  # the local step at which its reply is adopted
     # Begins with the local values at the push; None while they stand still anyway.
     snapshot: torch.Tensor | None
+    buffers: dict = field(default_factory=dict)  # those that go with it, of the model's
     predicted: bool = False  # the local values have jumped to `_predicted`
     late: bool = False  # training has gone on without its reply
     arrived: bool = False  # the server has all of it, and waits for others
@@ -376,6 +378,89 @@ class Fragment:
             self.flat.write(start, target)
 
 
+class Buffers:
+    """The persistent buffers of a model, such as the statistics of BatchNorm. The last fragment of
+    a cycle carries those that have changed; the server answers with the mean of floating-point ones,
+    and with others as the worker with the lowest index has them.
+
+    Those that are not persistent, complex ones, and large integer ones, which are quantized
+    weights, stay local. `anchor`: the global ones, {name: CPU tensor as it travels}.
+    """
+
+    LARGEST_INTEGERS = 1 << 20  # elements; more are quantized weights and not counters
+
+    def __init__(self, model):
+        self.places, self.anchor = {}, {}  # name -> (module, attribute): it may get a new tensor
+        self.news = {}  # global ones that have come with a reply, and are not adopted yet
+        self.writes = 0  # changes made here
+        kept = set(model.state_dict(keep_vars=True))
+        modules = dict(model.named_modules())
+        for name, buffer in model.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            known = buffer.dtype in protocol.DTYPE_NAMES and not buffer.is_meta
+            small = buffer.is_floating_point() or buffer.numel() <= self.LARGEST_INTEGERS
+            if name in kept and known and small:
+                self.places[name] = modules[owner], attribute
+        plain = _plain_names(model)
+        self.places = {plain(name): place for name, place in self.places.items()}
+
+    @property
+    def local(self):
+        """{name: the model's own tensor}."""
+        return {name: getattr(*place) for name, place in self.places.items()}
+
+    @property
+    def specs(self):
+        """What they are: the specs of the model's own tensors."""
+        return protocol.specs_of(self.local.items())
+
+    def now(self):
+        """{name: CPU tensor of its own} of the local ones, as they travel."""
+        local = self.local
+        wire = zip(local.items(), protocol.buffer_specs(self.specs), strict=True)
+        return {
+            name: buffer.detach().to("cpu", spec.dtype, copy=True).contiguous()
+            for (name, buffer), spec in wire
+        }
+
+    def changed(self):
+        """Those of `now` that differ from the global ones. One whose shape has changed stays local."""
+        return {
+            name: values
+            for name, values in self.now().items()
+            if values.shape == self.anchor[name].shape
+            and not protocol.same_bits(values, self.anchor[name])
+        }
+
+    def put(self, values):
+        """Make local ones what `values` says, {name: tensor as it travels}."""
+        for name, buffer in self.local.items():
+            if name in values and buffer.shape == values[name].shape:
+                buffer.copy_(values[name])
+                self.writes += 1
+
+    def enter(self, values, keep):
+        """Take the global ones at a join; with `keep` where no local change would be lost."""
+        own = {}
+        if keep:
+            own = self.changed() if self.anchor else values
+        self.anchor, self.news = {**self.anchor, **values}, {}
+        self.put({name: new for name, new in values.items() if name not in own})
+
+    def adopt(self, pushed):
+        """Take the global ones that came with the reply to a push of `pushed`. What an integer has
+        counted since then stays; statistics forget what is older than some steps anyway, and a
+        variance to which a difference is added may become negative."""
+        values, local = dict(self.news), self.now() if self.news else {}
+        for name, new in self.news.items():
+            counts = not new.is_floating_point() and new.dtype != torch.bool
+            if counts and local[name].shape == new.shape:
+                values[name] = new + (local[name] - pushed.get(name, self.anchor[name]))
+        self.anchor |= self.news
+        self.put(values)
+        self.news = {}
+
+
 class Ranks:
     """The processes of one worker, as torch.distributed has them (DistributedDataParallel): rank 0
     speaks to the server, and tells the others after each step what has become of it. Without
@@ -503,7 +588,9 @@ class DiLoCoWorker:
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
         self.optimizer = self.optimizers[-1]
-        self.named = _trainable(model)
+        self.named, self.frozen, self.buffers = _trainable(model), _frozen(model), Buffers(model)
+        self.fingerprints = {}  # of frozen parameters, worked out once
+        self.fetched = 0  # frozen parameters that were taken from the server
 
         self.control = None  # the Connection of join, heartbeat and leave
         self.control_lock = threading.Lock()
@@ -611,6 +698,8 @@ class DiLoCoWorker:
             self.must_join.clear()
             fields = {
                 "manifest": protocol.manifest_to_json(manifest),
+                "buffers": protocol.manifest_to_json(self.buffers.specs),
+                "frozen": self._describe_frozen(),
                 "sync_every": self.sync_every,
                 "num_fragments": self.num_fragments,
                 "source": self.source,
@@ -624,18 +713,23 @@ class DiLoCoWorker:
             }
             reply = conn.request("join", fields, on_wait=self._say_awaited)
             while reply.type == "init":
-                reply = self._upload(conn, manifest, reply.field("fragments", list, []))
-            if sorted(s.name for s in reply.specs) != sorted(self.named):
+                reply = self._upload(conn, manifest, reply)
+            news, names = reply.split_buffers(), [spec.name for spec in reply.specs]
+            if sorted(names) != sorted(self.named):
                 raise ProtocolError("join: the server sent other tensors than it was told")
             params = torch.empty(sum(spec.numel for spec in manifest))
-            reply.expect([s._replace(dtype=torch.float32, shape=tuple(self.named[s.name].shape))
-                          for s in reply.specs])  # fmt: skip
+            reply.expect(TensorSpec(n, torch.float32, tuple(self.named[n].shape)) for n in names)
             conn.read(params)
+            news = self._read_buffers(conn, news)
+        wanted = reply.field("frozen", list, [])
         with torch.no_grad(), uninterrupted():
             if not self.fragments:
-                self._enter(reply, params)
+                self._enter(reply, params, names)
             else:
                 self._reenter(reply, params)
+            self.buffers.enter(news, keep=self.kept_local or self.joins > 0)
+        if wanted:
+            self._fetch_frozen(wanted)
         self.joins += 1
         self.down_since = None
         self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
@@ -655,6 +749,44 @@ class DiLoCoWorker:
         )
         return reply.field("due", dict)
 
+    def _describe_frozen(self):
+        """[name, dtype, shape, fingerprint] of each frozen parameter."""
+        if self.frozen and not self.fingerprints:
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                found = threads.map(protocol.fingerprint, self.frozen.values())
+                self.fingerprints = dict(zip(self.frozen, found, strict=True))
+        listed = protocol.manifest_to_json(protocol.specs_of(self.frozen.items()))
+        return [[*entry, self.fingerprints[entry[0]]] for entry in listed]
+
+    def _fetch_frozen(self, names):
+        """Take frozen parameters that differ from the server's."""
+        if not self.frozen.keys() >= set(names):
+            raise ProtocolError("join: the server names frozen tensors that are not this worker's")
+        chosen = {name: self.frozen[name] for name in names}
+        with contextlib.closing(self._connect()) as conn:
+            reply = conn.request("fetch", {"frozen": names})
+            reply.expect(protocol.specs_of(chosen.items()))
+            for spec, parameter in zip(reply.specs, chosen.values(), strict=True):
+                values = torch.empty(spec.shape, dtype=spec.dtype)
+                conn.read(values)
+                with torch.no_grad():
+                    parameter.copy_(values)
+                self.fingerprints[spec.name] = protocol.fingerprint(values)
+        self.fetched += len(names)
+        log(f"{self.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not those of the "
+            f"server's -m: took {protocol.payload_bytes(reply.specs) / 1e6:.1f} MB of them")  # fmt: skip
+
+    def _read_buffers(self, conn, specs):
+        """The buffers that end a reply, by their own names. Raises ProtocolError where one is none
+        of this worker's."""
+        own = dict(zip(protocol.buffer_specs(self.buffers.specs), self.buffers.places, strict=True))
+        if not own.keys() >= set(specs):
+            raise ProtocolError("the server sent buffers that are none of this model's")
+        values = {own[spec]: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+        for tensor in values.values():
+            conn.read(tensor)
+        return values
+
     def _resumable(self):
         """The versions that the local work of a checkpoint started from. A push that was under way
         when it was written has lost the values that it was made from: what came after it cannot be
@@ -663,9 +795,10 @@ class DiLoCoWorker:
         labels = [None if old["in_flight"] else old["version"] for old in saved]
         return labels if len(labels) == self.num_fragments else []
 
-    def _upload(self, conn, manifest, newer):
-        """Bring the model that the run starts from, or the slices of the anchor of which the server
-        lost the newest versions when it died."""
+    def _upload(self, conn, manifest, reply):
+        """Bring the model that the run starts from, or what of it the server lacks; or the slices of
+        the anchor of which it lost the newest versions when it died."""
+        newer, wanted = reply.field("fragments", list, []), set(reply.field("tensors", list))
         files = {n: t.encode() for n, t in self.files.items() if n in protocol.FILE_NAMES}
         raw = {
             f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -676,24 +809,31 @@ class DiLoCoWorker:
             specs = protocol.specs_of(chosen.items())
             parameters = (anchor.cpu() for anchor in chosen.values())
         else:
-            specs = manifest
-            parameters = (p.detach().cpu().contiguous() for p in self.named.values())
+            specs = [spec for spec in manifest if spec.name in wanted]
+            parameters = (self.named[spec.name].detach().cpu().contiguous() for spec in specs)
+        buffers = {
+            n: t for n, t in (self.buffers.anchor or self.buffers.now()).items() if n in wanted
+        }
         return conn.request(
             "init",
             {"files": {name: len(text) for name, text in files.items()}},
-            specs + protocol.specs_of(raw.items()),
-            itertools.chain(parameters, raw.values()),
+            specs + self._specs_of(buffers) + protocol.specs_of(raw.items()),
+            itertools.chain(parameters, buffers.values(), raw.values()),
             on_wait=self._say_awaited,
         )
+
+    @staticmethod
+    def _specs_of(buffers):
+        return protocol.buffer_specs(protocol.specs_of(buffers.items()))
 
     def _say_awaited(self, fields):
         if self.leave_by is not None:
             raise ConnectionError("this worker leaves")
         log(f"{self.worker_id} waits for {fields.get('awaited')}")
 
-    def _enter(self, reply, params):
+    def _enter(self, reply, params, names):
         """The first join of this process: set up, and take the parameters or keep one's own."""
-        names, count = [spec.name for spec in reply.specs], self.num_fragments
+        count = self.num_fragments
         up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
         wanted = (
             up.lossy and reply.field("error_feedback", bool, True),  # a residual
@@ -861,14 +1001,17 @@ class DiLoCoWorker:
         if self.ranks.count == 1:
             return
         before = self.ranks.last
-        writes = sum(fragment.flat.writes for fragment in self.fragments)
+        writes = self.buffers.writes + sum(fragment.flat.writes for fragment in self.fragments)
         facts = {name: getattr(self, name) for name in TOLD}
         facts |= {"ahead": self.step - self.local_step, "shares": list(self.shares)}
+        facts |= {"fetched": self.fetched}
         told = self.ranks.share({**facts, "writes": writes, "error": ""})
         if told["error"]:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
         if before is None or told["writes"] != before["writes"]:
-            self.ranks.spread(self.named.values())
+            self.ranks.spread([*self.named.values(), *self.buffers.local.values()])
+        if told["fetched"] != (before["fetched"] if before else 0):
+            self.ranks.spread(self.frozen.values())
         if not self.ranks.leads:
             self._heed(told)
 
@@ -989,10 +1132,14 @@ class DiLoCoWorker:
             (self.local_step, self.tokens),
             self.local_step + self.delay,
             snapshot,
+            self.buffers.changed() if steps and self._carries_buffers(fragment) else {},
         )
         if snapshot is not None and fragment.velocity is not None:
             fragment.predict(fragment.flight)
         self._launch(fragment)
+
+    def _carries_buffers(self, fragment):
+        return fragment is self.fragments[-1]
 
     def _copy_out(self, fragment):
         """A copy of a slice of the local parameters, where they live."""
@@ -1079,7 +1226,8 @@ class DiLoCoWorker:
             push = fragment.push
             specs, payload = [], []
             if flight.steps:
-                specs, payload = push.specs, self._payload(fragment, flight)
+                specs = push.specs + self._specs_of(flight.buffers)
+                payload = itertools.chain(self._payload(fragment, flight), flight.buffers.values())
             fields = {**flight.fields, "ticket": self.ticket}
             reply = conn.request("push", fields, specs, payload, lambda _: self._arrived(flight))
             whole = self._read_update(conn, fragment, reply)
@@ -1108,15 +1256,18 @@ class DiLoCoWorker:
 
     def _read_update(self, conn, fragment, reply):
         full = [TensorSpec("slice", torch.float32, (fragment.size,)), Checksum.SPEC]
-        whole, update = None, fragment.update
+        whole, update, news = None, fragment.update, reply.split_buffers()
         if reply.specs == full:
             whole = torch.empty(fragment.size)
             conn.read(whole)
-        elif reply.specs != [Checksum.SPEC]:
+            conn.read(update.tensors["checksum"])
+        elif reply.specs == [Checksum.SPEC]:
+            conn.read(update.tensors["checksum"])
+        else:
             reply.expect(update.specs)
             conn.read(update.raw)
-            return None
-        conn.read(update.tensors["checksum"])
+        if self._carries_buffers(fragment):
+            self.buffers.news = self._read_buffers(conn, news)
         return whole
 
     def _fetch(self, fragment):
@@ -1205,6 +1356,8 @@ class DiLoCoWorker:
         flight = fragment.flight
         if not (flight.reply and flight.reply.fields.get("refused")):
             self._audit("settled", fragment=flight.fields["fragment"], seq=flight.fields["seq"])
+        if self._carries_buffers(fragment):
+            self.buffers.adopt(flight.buffers)
         fragment.mark, fragment.staleness = flight.mark, 0
         fragment.closed = flight.fields["closing"]
         self.fragment_syncs += 1
@@ -1281,6 +1434,7 @@ class DiLoCoWorker:
             fragment.mark, fragment.staleness = (self.local_step, self.tokens), 0
             if fragment.residual is not None:
                 fragment.residual.zero_()
+        self.buffers.put(self.buffers.anchor)
         self._clear_moments()
         log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
             "optimizer's state")  # fmt: skip
@@ -1424,9 +1578,11 @@ class DiLoCoWorker:
     @contextlib.contextmanager
     @torch.no_grad()
     def global_model(self):
-        """Within the block the model's parameters are the global ones, as far as this worker has
-        adopted them; afterwards its own again, to the bit. For evaluation."""
-        local = [parameter.detach().clone() for parameter in self.named.values()]
+        """Within the block the model's parameters and buffers are the global ones, as far as this
+        worker has adopted them; afterwards its own again, to the bit. For evaluation."""
+        tensors = [*self.named.values(), *self.buffers.local.values()]
+        local = [tensor.detach().clone() for tensor in tensors]
+        self.buffers.put(self.buffers.anchor)
         with self.anchor_lock:
             for fragment in self.fragments:
                 fragment.move(fragment.anchor)
@@ -1434,8 +1590,8 @@ class DiLoCoWorker:
             yield
         finally:
             with torch.no_grad():
-                for parameter, values in zip(self.named.values(), local, strict=True):
-                    parameter.copy_(values)
+                for tensor, values in zip(tensors, local, strict=True):
+                    tensor.copy_(values)
 
     def metrics(self):
         """The numbers for a log, under `diloco/`."""
@@ -1488,16 +1644,38 @@ class DiLoCoWorker:
         }
 
 
-def _trainable(model):
-    """{name: parameter} of what is trained, under the names that it has before it is compiled or
+def _plain_names(model):
+    """A function from a name within `model` to the one that it has before the model is compiled or
     wrapped for data parallelism."""
+    plain = [name.replace("_orig_mod.", "") for name, _ in model.named_parameters()]
+    wrapper = "module." if all(name.startswith("module.") for name in plain) else ""
+    return lambda name: name.replace("_orig_mod.", "").removeprefix(wrapper)
+
+
+def _frozen(model):
+    """{name: parameter} of what is not trained and can be compared with others': floating-point
+    numbers that are there and whole. Quantized weights are none."""
+    plain = _plain_names(model)
+    return {
+        plain(name): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+        and type(parameter) is torch.nn.Parameter
+        and type(parameter.data) is torch.Tensor
+        and parameter.is_floating_point()
+        and parameter.dtype in protocol.DTYPE_NAMES
+        and not parameter.is_meta
+    }
+
+
+def _trainable(model):
+    """{name: parameter} of what is trained, under plain names."""
+    plain = _plain_names(model)
     named = {
-        name.replace("_orig_mod.", ""): parameter
+        plain(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    if all(name.startswith("module.") for name in named):
-        named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
     if not named:
         raise ValueError("the model has no parameter that requires grad: nothing to train")
     for name, parameter in named.items():

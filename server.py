@@ -86,10 +86,14 @@ class Member:
     index: int = -1
     position: int = 0  # steps since its cycle began
     ranks: int = 1  # processes that it consists of
+    buffers: list = field(default_factory=list)  # its persistent buffers, as the manifest
+    frozen: dict = field(default_factory=dict)  # name -> (spec, fingerprint) of what is not trained
+    differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
+    wanted: list = field(default_factory=list)  # tensors of the model that it is to upload
     steps_per_second: float = 0.0
     loss: float | None = None
     heard: float = field(default_factory=time.monotonic)
-    buffers: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
+    room: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
     shares: set = field(default_factory=set)  # of the text, that it may be reading
     told: bool = False  # that the server ends
     ending: bool = False  # it has made its last step
@@ -114,6 +118,9 @@ class Push:
     closing: bool
     nbytes: int
     buffer: Buffer | None
+    buffers: dict = field(
+        default_factory=dict
+    )  # of the model, as it has changed them: name -> tensor
     refused: str = ""
     stale: bool = False  # refused for its age
     arrived: float = 0.0  # when it was there whole
@@ -129,6 +136,7 @@ class Update:
     buffer: Buffer | None  # None: no numbers, the slice did not change
     fields: dict
     unanswered: list  # pushes whose connections wait for this
+    buffers: dict  # of the model, that are others now: name -> tensor
     checksum: torch.Tensor | None = None  # of the slice after adding, when that is done
     line: dict | None = None  # of rounds.jsonl, written when the last reply has gone out
     made: float = 0.0  # when it was done
@@ -232,6 +240,24 @@ def round_closes(members, pushes, min_workers=1, overdue=False):
     return bool(pushes) and enough and (overdue or all(worker in pushes for worker in members))
 
 
+def mean_of_buffers(now, pushes):
+    """The buffers that some workers have changed, {name: CPU tensor as it travels}. `now`: the
+    global ones; `pushes`: dicts of those that differ from them, in the order of worker index.
+
+    Floating-point ones become the mean of all, in float64; others are as the first worker has them.
+    """
+    changed = {}
+    for name, old in now.items():
+        if any(name in push for push in pushes):
+            values = [push.get(name, old) for push in pushes]
+            if old.is_floating_point():
+                total = sum(value.double() for value in values)
+                changed[name] = (total / len(values)).to(old.dtype)
+            else:
+                changed[name] = values[0]
+    return changed
+
+
 def new_life(after=""):
     """An id for one life of the server. Ids sort by the time that they begin with, past `after`,
     so that of two versions the one from the later life is the newer."""
@@ -246,6 +272,19 @@ def label_of(value):
             if 0 <= number < 1 << 53 and type(number) is int:
                 return [origin, number]
     raise ProtocolError(f"{str(value)[:80]} is not a version")
+
+
+def frozen_of(value):
+    """What a worker says of its frozen tensors, as {name: (spec, fingerprint)}."""
+    for entry in value:
+        if (
+            type(entry) is not list
+            or len(entry) != 4
+            or not re.fullmatch("[0-9a-f]{32}", str(entry[3]))
+        ):
+            raise ProtocolError("a frozen tensor is not [name, dtype, shape, fingerprint]")
+    specs = protocol.manifest_from_json([entry[:3] for entry in value], trained=False)
+    return {spec.name: (spec, entry[3]) for spec, entry in zip(specs, value, strict=True)}
 
 
 def folded_of(value):
@@ -403,6 +442,22 @@ def load_weights(path):
     return {name: t for name, t in weights.items() if isinstance(t, torch.Tensor)}
 
 
+def matched(weights, names):
+    """{name: tensor} of those of a worker's tensors that are among some weights: under the same
+    name; under that which an adapter's wrappers leave it (peft puts `base_model.model.` before it
+    and `.base_layer` into it); or without its first part, as in the file of a bare Hugging Face
+    model, where that part is one and the same."""
+    found, bare = {}, {}
+    for name in names:
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        first, _, rest = plain.partition(".")
+        if name in weights or plain in weights:
+            found[name] = weights[name if name in weights else plain]
+        elif rest in weights:
+            bare.setdefault(first, {})[name] = weights[rest]
+    return found | (next(iter(bare.values())) if len(bare) == 1 else {})
+
+
 def choose_output(model, output_dir):
     """(output folder, folder or file with weights or None) for `-m` and `--output-dir`."""
     foreign = os.path.isfile(model) or foreign_weights(model)
@@ -452,13 +507,20 @@ class Server:
         self.params = self.momentum = self.residual = None
         self.fragments = []
         self.files = {}  # descriptive files: name -> bytes
-        self.weights = None  # {name: tensor} of -m, until the first worker names its tensors
+        self.weights = {}  # of -m, mapped: name -> tensor. What is trained begins with them
+        self.buffers, self.buffer_specs = {}, []  # global, as they travel; of the final model
+        self.frozen = {}  # name -> [dtype, fingerprint, who says so], where -m does not have it
+        self.marks = {}  # (id of a tensor of -m, dtype) -> future of its fingerprint
+        self.untrained = []  # names in -m of what the workers have frozen
         self.snapshot = lambda: None  # weak: joiners at one version share a copy
         # Several chunks at a time; more threads at one would spend their time waiting.
         torch.set_num_threads(1)
         self.folders = concurrent.futures.ThreadPoolExecutor(
             FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
         )
+        self.hashers = concurrent.futures.ThreadPoolExecutor(
+            FOLDING_THREADS
+        )  # a fold must not wait
         self.copying = threading.Lock()  # so that they do not make two at the same time
         self.picture = None  # of the checkpoint being written, or of the last one
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
@@ -486,6 +548,8 @@ class Server:
                 continue
             log(f"continuing from {os.path.abspath(path)} (round {self.round}, step {self.step})")
             protocol.audit("load", life=self.incarnation, path=path, labels=self._labels())
+            if source and foreign_weights(self.args.model):
+                self.weights = load_weights(source)  # for what is frozen
             return
         if source:
             self.weights = load_weights(source)
@@ -499,16 +563,17 @@ class Server:
 
     def _load(self, path):
         """Take model, outer optimizer and rounds from a checkpoint folder."""
-        _, params = protocol.load_file(os.path.join(path, "model.safetensors"))
+        _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
         state, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
-        self._allocate(
-            [
-                TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
-                for name, tensor in params.items()
-            ],
-            len(state["fragments"]),
-            torch.cat([tensor.reshape(-1) for tensor in params.values()]),
-        )
+        specs = [
+            TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+        count = len(specs) - state["buffers"]  # these come last
+        params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
+        self._allocate(specs[:count], len(state["fragments"]), params)
+        self.buffer_specs, self.frozen = specs[count:], state["frozen"]
+        self.buffers = {spec.name: tensors[spec.name].clone() for spec in self.buffer_specs}
         self.momentum.copy_(outer["momentum"])
         if self.residual is not None and "residual" in outer:
             self.residual.copy_(outer["residual"])
@@ -602,8 +667,9 @@ class Server:
                     vectors = [self.params, self.momentum, self.residual]
                     vectors = [vector for vector in vectors if vector is not None]
                     picture = self.picture = Picture(vectors, len(self.fragments))
+                    buffers = dict(self.buffers)
                 try:
-                    self._write_vectors(model, outer, state, picture)
+                    self._write_vectors(model, outer, state, picture, buffers)
                 finally:
                     picture.close()
                 for file in (model, outer):
@@ -635,17 +701,22 @@ class Server:
             "settings": self.settings,
             "indices": dict(self.indices),
             "members": sorted(self.members.keys() | self.expected.keys()),
-            "dtypes": {s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest},
+            "dtypes": {
+                s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest + self.buffer_specs
+            },
+            "buffers": len(self.buffer_specs),
+            "frozen": self.frozen,
             "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
         }
 
-    def _write_vectors(self, model, outer, state, picture):
-        """Write both safetensors files of a checkpoint: the parameters in one, the rest in the
-        other, all of them side by side."""
+    def _write_vectors(self, model, outer, state, picture, buffers):
+        """Write both safetensors files of a checkpoint: parameters and buffers in one, the rest in
+        the other, all of them side by side."""
         names = ("momentum", "residual")[: len(picture.vectors) - 1]
         specs = protocol.specs_of(zip(names, picture.vectors[1:], strict=True))
         program = {"program": "diloco"}
-        model.write(protocol.encode_header(program, self._flat_specs(), format="pt"))
+        kept = protocol.specs_of(buffers.items())
+        model.write(protocol.encode_header(program, self._flat_specs() + kept, format="pt"))
         outer.write(protocol.encode_header(state, specs, format="pt"))
         begin = outer.tell()
         for start, (params, *others) in picture.pieces():
@@ -653,6 +724,8 @@ class Server:
             for place, piece in enumerate(others):
                 outer.seek(begin + place * picture.vectors[0].nbytes + 4 * start)
                 outer.write(protocol.memory(piece))
+        for buffer in buffers.values():
+            model.write(protocol.memory(buffer))
 
     def _flat_specs(self):
         """The manifest as the flat vector holds it, in float32."""
@@ -663,15 +736,20 @@ class Server:
             protocol.write_beside(os.path.join(folder, name), lambda file, t=text: file.write(t))
 
     def _write_final(self):
-        """Write the model in the manifest's dtypes, and its files, into the output folder."""
+        """Write the model in its first worker's dtypes, with what -m has of it that is frozen, and
+        its files into the output folder."""
         if self.final == self._labels():
             return
+        frozen = {name: self.weights[name] for name in self.untrained}
+        specs = self.manifest + self.buffer_specs + protocol.specs_of(frozen.items())
 
         def write(file):
-            parts = (
-                self.params[a:b].to(spec.dtype) for spec, a, b in protocol.ranges(self.manifest)
+            parts = itertools.chain(
+                (self.params[a:b].to(spec.dtype) for spec, a, b in protocol.ranges(self.manifest)),
+                (self.buffers[spec.name].to(spec.dtype) for spec in self.buffer_specs),
+                (tensor.contiguous() for tensor in frozen.values()),
             )
-            protocol.write_frame(file, {"program": "diloco"}, self.manifest, parts, format="pt")
+            protocol.write_frame(file, {"program": "diloco"}, specs, parts, format="pt")
 
         self._write_files(self.output)
         with self.hold(*self.fragments):
@@ -852,6 +930,8 @@ class Server:
             [folded_of(folded) for folded in message.field("folded", list, [])],
             position=message.field("position", int, 0),
             ranks=message.field("ranks", int, 1, low=1),
+            buffers=protocol.manifest_from_json(message.field("buffers", list, []), trained=False),
+            frozen=frozen_of(message.field("frozen", list, [])),
         )
         for held in (member.labels, member.folded):
             if len(held) not in (0, member.num_fragments):
@@ -862,7 +942,7 @@ class Server:
             member.labels, member.folded = [], []
         if self.stopping and not member.folded:
             raise Refused("stopping", "this run is being stopped")
-        size = 4 * sum(spec.numel for spec in member.manifest)
+        size = protocol.payload_bytes(protocol.buffer_specs(member.manifest + member.buffers))
         if size > self.args.max_model_gb * 1e9:
             raise Refused(
                 "size",
@@ -870,6 +950,7 @@ class Server:
                 f"{self.args.max_model_gb:g}; raise it if the server has three times that in memory",
             )
         self._wait(conn, lambda: not self._is_doubtful(member), lambda: f"the old {member.id}")
+        self._compare_frozen(conn, member)
         with self.lock:
             self._check_id(member)
             self._check_settings(member)
@@ -924,9 +1005,51 @@ class Server:
                     "workers of a run need the same",
                 )
 
+    def _misfit(self, member):
+        """What keeps a worker's model from being the one of the run, in words, or ""."""
+        if not self.manifest:
+            return ""
+        ours, theirs = self.manifest + self.buffer_specs, member.manifest + member.buffers
+        fault = protocol.explain_mismatch(ours, theirs)
+        known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
+        for spec in [] if fault else protocol.buffer_specs(member.buffers):
+            if spec != known.get(spec.name):
+                fault = f"{protocol.describe(spec)} has another dtype on the server"
+        for name, (spec, mark) in {} if fault else member.frozen.items():
+            dtype, other, whose = self.frozen.get(name, ("", "", ""))
+            if not fault and dtype == protocol.DTYPE_NAMES[spec.dtype] and mark != other:
+                fault = (
+                    f"its frozen tensor {name!r} has other numbers than that of {whose}; load the "
+                    "same weights on all workers, or start the server with a -m that holds them"
+                )
+        return fault
+
     def _check_model(self, member):
-        if self.manifest and (fault := protocol.explain_mismatch(self.manifest, member.manifest)):
+        if fault := self._misfit(member):
             raise Refused("model", f"this worker's model is not the one of the run: {fault}")
+
+    def _compare_frozen(self, conn, member):
+        """Note which frozen tensors of a worker are not those of -m. Takes a second a gigabyte, the
+        first time. Raises Refused where one has another shape."""
+        found = matched(self.weights, member.frozen)
+        jobs = {}
+        for name, tensor in found.items():
+            spec, _ = member.frozen[name]
+            if tuple(tensor.shape) != spec.shape:
+                raise Refused("model", f"frozen tensor {name!r} is {list(tensor.shape)} in -m and {list(spec.shape)} here")  # fmt: skip
+            with self.lock:
+                key = id(tensor), spec.dtype
+                if key not in self.marks:
+                    self.marks[key] = self.hashers.submit(
+                        lambda t=tensor, dtype=spec.dtype: protocol.fingerprint(t.to(dtype))
+                    )
+                jobs[name] = self.marks[key]
+        self._wait(
+            conn,
+            lambda: all(job.done() for job in jobs.values()),
+            lambda: "the server, which compares the frozen weights with those of -m",
+        )
+        member.differs = [n for n, job in jobs.items() if job.result() != member.frozen[n][1]]
 
     def _admit(self, conn, member):
         """Wait until the run starts, then answer a join with the parameters, or with `init` where
@@ -949,12 +1072,20 @@ class Server:
                 with self.lock:
                     if not self.fragments:  # it died before its first checkpoint
                         self._allocate(member.manifest, member.num_fragments)
+                        self.buffer_specs = member.buffers
                     member.asked = self._newest_of(member)
-                return conn.send("init", {"fragments": member.asked})
-            if task == "model" and self.weights is None:
-                return conn.send("init")
+                last = len(self.fragments) - 1 in member.asked
+                member.wanted = [spec.name for spec in member.buffers if last]
+                fields = {"fragments": member.asked, "tensors": member.wanted}
+                return conn.send("init", fields)
             if task == "model":
-                self._take_weights(member)
+                found = self._fit_weights(member)
+                every = member.manifest + member.buffers
+                member.wanted = [spec.name for spec in every if spec.name not in found]
+                if member.wanted:
+                    return conn.send("init", {"tensors": member.wanted})
+                params, buffers = self._lay_out(member, found), self._collect_buffers(member, found)
+                self._take_model(member, params, buffers, self.files)
 
     def _task(self, member):
         """What a worker that joins has to do now: "enter" the run (or hear that another connection
@@ -1007,8 +1138,7 @@ class Server:
     def _start(self):
         """Make members of all that wait. Needs the lock; False if too few are left."""
         for worker, member in list(self.joining.items()):
-            misfit = protocol.explain_mismatch(self.manifest, member.manifest)
-            if misfit or member.conn.closed_by_peer():
+            if self._misfit(member) or member.conn.closed_by_peer():
                 self._forget_joining(worker)
         if not self.joining or not self._is_ready():
             return False
@@ -1017,6 +1147,7 @@ class Server:
             member = self.joining[worker]
             member.step = member.step if member.folded else self.step
             self._make_member(member, self._free_index(worker))
+        self.untrained = [name for name in member.frozen if name in self.weights]
         if self.args.save_every and self.saved is None:
             self.save_wanted.add("checkpoint")  # so that a crash in round 0 costs nothing either
         self.running, self.reopening, self.expected = True, False, {}
@@ -1089,9 +1220,12 @@ class Server:
                     ],
                     "max_staleness": self.args.max_staleness,
                     "outer": [self._outer(f.version) for f in self.fragments],
+                    "frozen": member.differs,
                 }
+                buffers = dict(self.buffers)
+            specs = self._flat_specs() + self._specs_of(buffers)
             if starts:  # with the others: no round closes before all have the parameters
-                conn.send("join", fields, self._flat_specs(), [self.params])
+                conn.send("join", fields, specs, [self.params, *buffers.values()])
             else:
                 with self.copying:
                     snapshot = self.snapshot()
@@ -1099,7 +1233,7 @@ class Server:
                         snapshot = Snapshot(self.params.clone(), fields["versions"])
                         self.snapshot = weakref.ref(snapshot)
         if not starts:
-            conn.send("join", fields, self._flat_specs(), [snapshot.params])
+            conn.send("join", fields, specs, [snapshot.params, *buffers.values()])
         self._make_room(member)
 
     def _make_room(self, member):
@@ -1109,10 +1243,10 @@ class Server:
         for fragment in self.fragments:
             size = self._slice(fragment, self.params).numel()
             up, down = (codec.layout(size) for codec in codecs)
-            if fragment.index not in member.buffers:
+            if fragment.index not in member.room:
                 buffer = Buffer(up)
                 with self.lock:
-                    member.buffers.setdefault(fragment.index, buffer)
+                    member.room.setdefault(fragment.index, buffer)
             with self.copying:
                 if fragment.update is None and fragment.spare is None:
                     fragment.spare = Buffer([*down, Checksum.SPEC])
@@ -1172,16 +1306,21 @@ class Server:
         member.shares |= told
         return {"rank": rank, "world": world, "shares": sorted(told)}
 
-    def _take_weights(self, member):
-        """Fill the parameters from the weights that `-m` names, in the member's layout."""
-        have = [spec._replace(shape=tuple(self.weights[spec.name].shape))
-                for spec in member.manifest if spec.name in self.weights]  # fmt: skip
-        if fault := protocol.explain_mismatch(have, member.manifest):
+    def _fit_weights(self, member):
+        """{name: tensor} of the trained tensors and buffers of a worker that -m holds. Raises Refused
+        where one has another shape, and where -m lacks one that is trained; unless that is an
+        adapter's, so that all that is frozen is there."""
+        if not self.weights:
+            return {}
+        every = member.manifest + member.buffers
+        found = matched(self.weights, [*(spec.name for spec in every), *member.frozen])
+        is_base = bool(member.frozen) and found.keys() >= member.frozen.keys()
+        have = [spec._replace(shape=tuple(found[spec.name].shape))
+                for spec in every if spec.name in found]  # fmt: skip
+        needed = [s for s in every if s.name in found or (s in member.manifest and not is_base)]
+        if fault := protocol.explain_mismatch(have, needed):
             raise Refused("model", f"the weights in -m do not fit this worker's model: {fault}")
-        params = torch.empty(sum(spec.numel for spec in member.manifest))
-        for spec, start, stop in protocol.ranges(member.manifest):
-            params[start:stop].copy_(self.weights[spec.name].reshape(-1))
-        self._take_model(member, params, self.files)
+        return {spec.name: found[spec.name] for spec in have}
 
     def on_init(self, conn, message):
         """The upload of the model by the worker that was asked for it: the tensors of its
@@ -1197,33 +1336,60 @@ class Server:
         if sum(sizes.values()) > protocol.MAX_FILES_BYTES:
             raise ProtocolError(f"init: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
         file_specs = [TensorSpec(f"file:{n}", torch.uint8, (s,)) for n, s in sizes.items()]
-        newer = [self.fragments[k] for k in member.asked]
-        specs = [TensorSpec(f"slice:{f.index}", torch.float32, (self._slice(f, self.params).numel(),))
-                 for f in newer]  # fmt: skip
-        message.expect((specs or member.manifest) + file_specs)
-        params = torch.empty(sum(spec.numel for spec in specs or member.manifest))
-        for spec, start, stop in protocol.ranges(specs or member.manifest):
-            part = params[start:stop]
-            raw = part if spec.dtype == torch.float32 else torch.empty_like(part, dtype=spec.dtype)
-            conn.read(raw)
-            part.copy_(raw)
-        files = {}
+        parts = {k: self._slice(self.fragments[k], self.params).numel() for k in member.asked}
+        specs = [TensorSpec(f"slice:{k}", torch.float32, (size,)) for k, size in parts.items()]
+        specs = specs or [spec for spec in member.manifest if spec.name in member.wanted]
+        buffers = [spec for spec in member.buffers if spec.name in member.wanted]
+        message.expect(specs + protocol.buffer_specs(buffers) + file_specs)
+        found = {} if parts else self._fit_weights(member)
+        if parts:
+            params = torch.empty(sum(parts.values()))
+            conn.read(params)
+        else:
+            params = self._lay_out(member, found, conn.read)
+        buffers, files = self._collect_buffers(member, found, conn.read), {}
         for name, size in sizes.items():
             raw = torch.empty(size, dtype=torch.uint8)
             conn.read(raw)
             files[name] = bytes(protocol.memory(raw))
         if not all(protocol.within(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters that this worker sends are not all finite")
-        if newer:
-            parts = params.split([spec.numel for spec in specs])
-            self._take_slices(
-                member, dict(zip([f.index for f in newer], parts, strict=True)), files
-            )
+        if parts:
+            slices = dict(zip(parts, params.split([*parts.values()]), strict=True))
+            self._take_slices(member, slices, buffers, files)
         else:
-            self._take_model(member, params, files)
+            self._take_model(member, params, buffers, self.files or files)
         self._admit(conn, member)
 
-    def _take_slices(self, member, slices, files):
+    @staticmethod
+    def _lay_out(member, found, read=None):
+        """The flat vector that a run starts with, in the layout of a worker: from the tensors of -m
+        in `found`, and the rest as `read(tensor)` brings it."""
+        params = torch.empty(sum(spec.numel for spec in member.manifest))
+        for spec, start, stop in protocol.ranges(member.manifest):
+            part = params[start:stop]
+            raw = part if spec.dtype == torch.float32 else torch.empty_like(part, dtype=spec.dtype)
+            if spec.name in found:
+                part.copy_(found[spec.name].reshape(-1))
+            else:
+                read(raw)
+                part.copy_(raw)
+        return params
+
+    @staticmethod
+    def _collect_buffers(member, found, read=None):
+        """The buffers, {name: CPU tensor as it travels}, that `found` or the worker has."""
+        buffers = {}
+        for spec, wire in zip(member.buffers, protocol.buffer_specs(member.buffers), strict=True):
+            if spec.name in found or spec.name in member.wanted:
+                buffers[spec.name] = torch.empty(wire.shape, dtype=wire.dtype)
+            if spec.name in found:
+                buffers[spec.name].copy_(found[spec.name])
+            elif spec.name in member.wanted:
+                read(buffers[spec.name])
+        return buffers
+
+    def _take_slices(self, member, slices, buffers, files):
         """Newer slices than the checkpoint had, with the pushes folded into them. The momentum
         stays that of the checkpoint; what its rounding had left over has been sent since."""
         for k, values in slices.items():
@@ -1245,19 +1411,33 @@ class Server:
             self.files = self.files or files
             self.uploader = None
             self.save_wanted.add("checkpoint")
+            self._take_untrained(member, buffers)
             if self.is_whole:
-                self.weights, self.run_id = None, self.run_id or member.run
+                self.run_id = self.run_id or member.run
             self.lock.notify_all()
 
-    def _take_model(self, member, params, files):
+    def _take_untrained(self, member, buffers):
+        """What a model has beside the flat vector: buffers, and what is known of frozen tensors.
+        Needs the lock."""
+        if buffers or not self.buffer_specs:
+            self.buffers, self.buffer_specs = buffers, member.buffers
+        found = matched(self.weights, member.frozen)
+        self.frozen = self.frozen or {
+            name: [protocol.DTYPE_NAMES[spec.dtype], mark, f"{member.id} on {member.host}"]
+            for name, (spec, mark) in member.frozen.items()
+            if name not in found
+        }
+
+    def _take_model(self, member, params, buffers, files):
         """The first parameters of a run, from a worker or from the disk."""
         if not all(protocol.within(part) for part in params.split(CHUNK)):
             raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
             self._allocate(member.manifest, member.num_fragments, params)
             self.run_id = self.incarnation
+            self._take_untrained(member, buffers)
             self.files = files
-            self.uploader = self.weights = None
+            self.uploader = None
             self.lock.notify_all()
         log(f"{params.numel():,} parameters in {len(member.manifest)} tensors, as {member.id} has")
 
@@ -1329,9 +1509,12 @@ class Server:
             member, fragment = self._member(conn), self._fragment(message)
             ticket, base = message.field("ticket", str), label_of(message.field("base", list))
             size = self._slice(fragment, self.params).numel()
-            layout = codec.layout(size)
-            if message.specs:
+            layout, changed = codec.layout(size), message.split_buffers()
+            if message.specs or changed:
                 message.expect(layout)
+            known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
+            if any(spec != known.get(spec.name) for spec in changed):
+                raise ProtocolError("push: carries a buffer that is none of this model's")
             push = Push(
                 member.id,
                 member.session,
@@ -1343,14 +1526,21 @@ class Server:
                 message.field("tokens", int, 0),
                 message.field("loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS),
                 message.field("closing", bool, False),
-                protocol.payload_bytes(message.specs),
-                member.buffers.pop(fragment.index, None) if message.specs else None,
+                protocol.payload_bytes(message.specs + changed),
+                member.room.pop(fragment.index, None) if message.specs else None,
             )
             position = message.field("position", int, 0)
         if message.specs:
             push.buffer = push.buffer or Buffer(layout)
-            if not self._read_push(conn, codec, push.buffer, size):
-                push.refused = "the pseudo-gradient is not finite"
+            broken = [] if self._read_push(conn, codec, push.buffer, size) else ["pseudo-gradient"]
+            for spec in changed:
+                name, values = spec.name.removeprefix(protocol.BUFFER), torch.empty(spec.shape, dtype=spec.dtype)  # fmt: skip
+                conn.read(values)
+                push.buffers[name] = values
+                if spec.dtype.is_floating_point and not protocol.within(values.reshape(-1)):
+                    broken.append(f"buffer {name!r}")
+            if broken:
+                push.refused = f"the {broken[0]} is not finite"
                 log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
         with self.lock:
             # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
@@ -1442,13 +1632,14 @@ class Server:
         params, down = self._slice(fragment, self.params), CODECS[self.args.download_codec]
         counted = [push for push in pushes if push.buffer and not push.refused]
         plain, norm = all(push.closing for push in pushes), 0.0
+        changed = mean_of_buffers(self.buffers, [push.buffers for push in counted])
         with self.lock:
             old, outer = fragment.update, self._outer(fragment.version)
             buffer = old.buffer if old and not old.readers else fragment.spare
             fragment.spare = None
             if counted:
                 buffer = buffer or Buffer([*down.layout(params.numel()), Checksum.SPEC])
-            update = self._announce(fragment, pushes, buffer if counted else None, plain)
+            update = self._announce(fragment, pushes, buffer if counted else None, changed, plain)
         if counted:
             checksum, norm = outer_step(
                 params,
@@ -1489,7 +1680,7 @@ class Server:
             "nesterov": self.settings["nesterov"],
         }
 
-    def _announce(self, fragment, pushes, buffer, plain):
+    def _announce(self, fragment, pushes, buffer, changed, plain):
         """Let those that wait begin to send the update that is about to be made. Needs the lock."""
         self.step = max([self.step, *(push.step for push in pushes)])
         fields = {
@@ -1501,7 +1692,7 @@ class Server:
             "step": self.step,
         }
         waiting = [push for push in pushes if push.waiting]
-        fragment.update = Update(fragment.label, buffer, fields, waiting)
+        fragment.update = Update(fragment.label, buffer, fields, waiting, changed)
         for push in pushes:
             push.update = fragment.update
         self.lock.notify_all()
@@ -1511,10 +1702,11 @@ class Server:
         """Make a new version of a slice known. Needs the lock."""
         before = self.round
         fragment.origin, fragment.version = update.fields["version"]
+        self.buffers = {**self.buffers, **update.buffers}
         for push in pushes:
             fragment.folded[push.worker] = push.seq
             if push.buffer and push.worker in self.members:
-                self.members[push.worker].buffers[fragment.index] = push.buffer
+                self.members[push.worker].room[fragment.index] = push.buffer
         fragment.busy = False
         self.last_round = update.line
         every = self.args.save_every
@@ -1592,8 +1784,9 @@ class Server:
         if update.buffer is not None:
             specs, count = update.buffer.specs, self._slice(fragment, self.params).numel()
         try:
-            codec = CODECS[self.args.download_codec]
-            conn.send("push", fields, specs, update.pieces(codec, count))
+            pieces = update.pieces(CODECS[self.args.download_codec], count)
+            specs = specs + self._specs_of(update.buffers)
+            conn.send("push", fields, specs, itertools.chain(pieces, update.buffers.values()))
         finally:
             with self.lock:
                 update.readers -= 1
@@ -1619,13 +1812,20 @@ class Server:
         with self.hold(fragment):
             copy, label = self._slice(fragment, self.params).clone(), fragment.label
             folded = dict(fragment.folded)
+            buffers = self.buffers if fragment is self.fragments[-1] else {}
         specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
         fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
         fields |= {"outer": self._outer(label[1]), "folded": folded}
-        conn.send(type, fields, specs, [copy, protocol.checksum_of(copy)])
+        tensors = [copy, protocol.checksum_of(copy), *buffers.values()]
+        conn.send(type, fields, specs + self._specs_of(buffers), tensors)
+
+    @staticmethod
+    def _specs_of(buffers):
+        return protocol.buffer_specs(protocol.specs_of(buffers.items()))
 
     def on_fetch(self, conn, message):
-        """A slice in full, or the model's descriptive files (`"files": true`)."""
+        """A slice in full, or the model's descriptive files (`"files": true`), or frozen tensors
+        that are not those of -m (`"frozen": [names]`)."""
         message.expect([])
         if message.field("files", bool, False):
             raw = {
@@ -1634,10 +1834,21 @@ class Server:
                 if text
             }
             return conn.send("fetch", {}, protocol.specs_of(raw.items()), raw.values())
+        if names := message.field("frozen", list, []):
+            return self._send_frozen(conn, names)
         with self.lock:
             self._member(conn)
             fragment = self._fragment(message)
         self._send_slice(conn, "fetch", fragment, {})
+
+    def _send_frozen(self, conn, names):
+        """Tensors of -m that are not trained, in the dtypes that the worker has them in."""
+        with self.lock:
+            member = self._member(conn)
+        if not all(name in member.differs for name in names):
+            raise ProtocolError("fetch: a frozen tensor that is not in -m, or is the same there")
+        found, specs = matched(self.weights, member.frozen), [member.frozen[n][0] for n in names]
+        conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
 
     # --- What people ask ---
 

@@ -381,7 +381,7 @@ def test_misfits_are_refused_by_name_and_the_run_goes_on(serve):
     assert "--worker-id" in refusal(worker="a")
     assert "--max-model-gb" in refusal(manifest=[["w", "F32", [1 << 40]]])
     conn = protocol.Connection(socket.create_connection(("127.0.0.1", host.port)), "server")
-    with pytest.raises(Refused, match=r"version 1 .* you 99"), contextlib.closing(conn):
+    with pytest.raises(Refused, match=r"version 2 .* you 99"), contextlib.closing(conn):
         conn.request("hello", {"protocol": 99})
     assert [w["id"] for w in status(host)["workers"]] == ["a"]
     a.push(numbers(1))

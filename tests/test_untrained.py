@@ -1,0 +1,361 @@
+"""What a model has beside the parameters that are trained: buffers and frozen weights.
+
+python -m pytest tests/test_untrained.py
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEADLINE, ROOT, result, until
+from safetensors.torch import load_file, save_file
+
+import protocol
+from diloco_callback import Buffers, DiLoCoWorker
+from protocol import Refused
+from server import matched, mean_of_buffers
+
+SCRIPT = os.path.join(ROOT, "tests", "resnet_worker.py")
+PLAIN = ["--upload-codec", "fp32", "--download-codec", "fp32", "--outer-momentum", 0]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def together(*calls):
+    """Call all at the same time; their results in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result(DEADLINE) for future in [threads.submit(call) for call in calls]]
+
+
+# --- Buffers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fragments", [1, 4])
+def test_batchnorm_evaluates_alike_on_all_workers(serve, start, tmp_path, fragments):
+    host = serve("-n", 2, "--until-done")
+    workers = [
+        start(SCRIPT, "--server", host.address, "--worker-id", f"w{seed}", "--seed", seed,
+              "--num-fragments", fragments, "--out", tmp_path / f"w{seed}")
+        for seed in range(2)
+    ]  # fmt: skip
+    ends = [result(worker) for worker in workers]
+    assert host.wait() == 0
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    first, second = load_file(tmp_path / "w0"), load_file(tmp_path / "w1")
+    assert same(first, served) and same(second, served)
+    assert ends[0]["logits"] == ends[1]["logits"]
+    assert min(end["right"] for end in ends) > 0.8
+    assert [end["local"] for end in ends] == [42 * 32 + 256] * 2  # not persistent: each its own
+    tracked = [name for name in served if name.endswith("num_batches_tracked")]
+    assert len(tracked) == 6 and "local" not in served
+    assert all(served[name].item() == 42 for name in tracked)
+
+
+class Net(torch.nn.Module):
+    """One parameter that stays zero, and buffers of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("narrow", torch.zeros(2, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("flags", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("mask", torch.full((2, 2), float("-inf")))  # never changes
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+        self.register_buffer("packed", torch.zeros(Buffers.LARGEST_INTEGERS + 1, dtype=torch.uint8))
+
+
+class Site:
+    """A worker in a thread of the test: `step` makes a step, whose push carries numbers."""
+
+    def __init__(self, server, name, **options):
+        self.net = Net()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1.0)
+        options = {"sync_every": 1, "reconnect_timeout": DEADLINE, **options}
+        self.worker = DiLoCoWorker(
+            self.net, self.optimizer, server.address, worker_id=name, **options
+        )
+
+    def step(self, **buffers):
+        with torch.no_grad():
+            for name, values in buffers.items():
+                getattr(self.net, name).copy_(torch.as_tensor(values))
+        self.net.weight.grad = torch.ones(4)
+        self.optimizer.step()
+
+    def values(self, *names):
+        return [getattr(self.net, name).float().tolist() for name in names]
+
+
+@pytest.fixture
+def sites(serve):
+    """sites(server, *names, **options): Sites that have joined, left by the end of the test."""
+    made = []
+
+    def join(server, *names, **options):
+        new = [Site(server, name, **options) for name in names]
+        made.extend(new)
+        together(*(site.worker.start for site in new))
+        return new
+
+    yield join
+    for site in made:
+        site.worker.close()
+
+
+def last_round(folder):
+    with open(folder / "model" / "rounds.jsonl", encoding="utf-8") as file:
+        return json.loads(file.readlines()[-1])
+
+
+def test_floating_point_buffers_are_averaged_and_integers_are_those_of_the_lowest_index(
+    serve, sites, tmp_path
+):
+    host = serve(*PLAIN, "-n", 3)
+    a, b, c = sites(host, "a", "b", "c")
+    together(
+        lambda: a.step(mean=[1.0, 2.0, 0.0], count=7, flags=[True, False], scratch=[5.0]),
+        lambda: b.step(mean=[4.0, 2.0, 3.0], count=9, narrow=[3.0, 0.75]),
+        lambda: c.step(mean=[4.0, 2.0, 0.0], count=9, packed=torch.ones(a.net.packed.shape)),
+    )
+    for site in (a, b, c):
+        assert site.values("mean", "count", "flags", "mask") == [
+            [3.0, 2.0, 1.0], 7.0, [1.0, 0.0], [[float("-inf")] * 2] * 2
+        ]  # fmt: skip
+        # Unchanged ones are as they were; the mean is rounded to the buffer's dtype at the end.
+        assert site.values("narrow") == [[1.0, 0.25]] and site.net.narrow.dtype == torch.bfloat16
+    assert [site.net.scratch.item() for site in (a, b, c)] == [5.0, 0.0, 0.0]
+    assert [site.net.packed.sum().item() for site in (a, b, c)] == [0, 0, len(c.net.packed)]
+    line = last_round(tmp_path)
+    assert line["bytes_up"] == 3 * 16 + 3 * 12 + 3 * 8 + 2 + 8  # narrow travels as float32
+
+    together(lambda: a.step(), lambda: b.step(), lambda: c.step(count=20))
+    assert [site.net.count.item() for site in (a, b, c)] == [7, 7, 7]  # a's, who changed nothing
+    assert last_round(tmp_path)["bytes_up"] == 3 * 16 + 8
+    together(*(site.step for site in (a, b, c)))
+    assert last_round(tmp_path)["bytes_up"] == 3 * 16  # none travels that has not changed
+
+
+def test_a_mean_of_buffers_is_that_of_numpy():
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(100, generator=generator) * 10**k for k in range(5)]
+    now = {"x": torch.zeros(100), "y": torch.zeros(2)}
+    pushes = [{"x": value} for value in values]
+    expected = np.mean([value.numpy().astype(np.float64) for value in values], axis=0)
+    changed = mean_of_buffers(now, pushes)
+    assert changed.keys() == {"x"}
+    assert np.array_equal(changed["x"].numpy(), expected.astype(np.float32))
+
+
+def test_a_late_joiner_a_restarted_server_and_its_disk_have_the_buffers(serve, sites, tmp_path):
+    host = serve(*PLAIN, "--worker-timeout", 2)
+    (a,) = sites(host, "a")
+    a.step(mean=[1.0, 2.0, 3.0], count=3, narrow=[0.5, 0.5])
+    (b,) = sites(host, "b")
+    names = ("mean", "count", "narrow", "flags")
+    assert b.values(*names) == a.values(*names) == [[1.0, 2.0, 3.0], 3.0, [0.5, 0.5], [0.0, 0.0]]
+    together(lambda: a.step(mean=[2.0, 2.0, 2.0]), lambda: b.step(mean=[4.0, 4.0, 4.0]))
+    assert a.values("mean") == [[3.0] * 3]
+
+    host.kill()  # its disk has the buffers of the start alone; the workers have the newer ones
+    again = serve(*PLAIN, "--port", host.port, "--worker-timeout", 2)
+    together(lambda: a.step(), lambda: b.step(flags=[True, True]))
+    again.wait_for("version 2 comes from")
+    (c,) = sites(again, "c")
+    assert c.values(*names) == [[3.0] * 3, 3.0, [0.5, 0.5], [0.0, 0.0]]  # a has the lowest index
+    together(*(site.worker.flush for site in (a, b, c)))
+    for site in (a, b, c):
+        site.worker.close()
+    until(lambda: (tmp_path / "model" / "model.safetensors").exists(), "the final model")
+    again.wait_for("the model of round")
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert served["narrow"].dtype == torch.bfloat16 and served["count"].item() == 3
+    assert served["mean"].tolist() == [3.0] * 3 and "scratch" not in served
+    again.kill()
+
+    more = serve(*PLAIN, "--port", host.port, "-n", 1)  # all have left: a new start with that
+    (d,) = sites(more, "d")
+    assert d.values(*names) == [[3.0] * 3, 3.0, [0.5, 0.5], [0.0, 0.0]]
+
+
+def test_a_buffer_that_is_not_finite_is_refused_and_its_worker_has_the_global_ones(serve, sites):
+    host = serve(*PLAIN, "-n", 2)
+    a, b = sites(host, "a", "b")
+    nan = float("nan")
+    together(lambda: a.step(mean=[1.0, 1.0, 1.0]), lambda: b.step(mean=[nan, 5.0, 5.0], count=4))
+    host.wait_for("b: the buffer 'mean' is not finite")
+    assert a.values("mean", "count") == b.values("mean", "count") == [[1.0] * 3, 0.0]
+    assert b.worker.dropped_steps == 1 and torch.equal(a.net.weight, b.net.weight)
+    together(lambda: a.step(), lambda: b.step(mean=[2.0, 3.0, 4.0]))
+    assert a.values("mean") == b.values("mean") == [[1.5, 2.0, 2.5]]
+
+
+def test_buffers_go_with_the_last_fragment_of_a_cycle(serve, sites, tmp_path):
+    host = serve(*PLAIN, "-n", 2)
+    a, b = sites(host, "a", "b", sync_every=4, num_fragments=2, fragment_sync_delay=0)
+    for step in range(1, 4):
+        together(lambda step=step: a.step(count=step), lambda: b.step())
+        assert (a.net.count.item(), b.net.count.item()) == (step, 0)
+    assert last_round(tmp_path)["fragment"] == 0
+    together(lambda: a.step(), lambda: b.step())
+    assert (a.net.count.item(), b.net.count.item()) == (3, 3)
+
+
+def test_the_global_model_has_the_global_buffers(serve, sites):
+    host = serve(*PLAIN, "-n", 2)
+    a, b = sites(host, "a", "b", sync_every=2)
+    together(*[lambda site=site: [site.step(), site.step(mean=[2.0] * 3)] for site in (a, b)])
+    a.step(mean=[8.0] * 3)
+    with a.worker.global_model():
+        assert a.values("mean") == [[2.0] * 3]
+    assert a.values("mean") == [[8.0] * 3]
+
+
+def test_local_buffers_outlive_a_join_in_between(serve, sites):
+    host = serve(*PLAIN, "--worker-timeout", 2)
+    (a,) = sites(host, "a", sync_every=3)
+    a.step(mean=[5.0] * 3)
+    host.kill()
+    again = serve(*PLAIN, "--port", host.port, "--worker-timeout", 2)
+    until(lambda: a.worker.must_join.is_set(), "a has heard that it must join again")
+    a.step()
+    again.wait_for("a joins|the run starts")
+    assert a.worker.joins == 2 and a.values("mean") == [[5.0] * 3]
+    a.step()
+    assert a.worker.buffers.anchor["mean"].tolist() == [5.0] * 3
+
+
+def test_other_buffers_are_refused_by_name(serve, sites):
+    host = serve(*PLAIN)
+    sites(host, "a")
+    other = Site(host, "b")
+    other.net.register_buffer("more", torch.zeros(2))
+    with pytest.raises(Refused, match=r"tensor 'more' \[2\] is not in the server's model"):
+        DiLoCoWorker(other.net, other.optimizer, host.address, worker_id="b").start()
+    del other.net.more
+    other.net.count = torch.tensor(0.0)
+    with pytest.raises(Refused, match=r"buffer:count F32\[\] has another dtype on the server"):
+        DiLoCoWorker(other.net, other.optimizer, host.address, worker_id="b").start()
+
+
+# --- Frozen weights and adapters -----------------------------------------------------------------
+
+
+class Adapted(torch.nn.Module):
+    """A frozen layer, and what is trained on top of it."""
+
+    def __init__(self, seed, size=4, head=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.base = torch.nn.Linear(size, size).requires_grad_(False)
+        self.head = torch.nn.Linear(4, 2) if head else None
+
+
+def adapted(server, name, seed, dtype=torch.float32, **options):
+    """A worker with an Adapted, not yet started."""
+    net = Adapted(seed, **options).to(dtype)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    return DiLoCoWorker(net, optimizer, server.address, worker_id=name, sync_every=1), net
+
+
+def base_of(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items() if "base" in name}
+
+
+def test_the_first_adapter_is_uploaded_and_frozen_weights_come_from_m_where_they_differ(
+    serve, tmp_path
+):
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    right = Adapted(1)
+    save_file(base_of(right), folder / "model.safetensors")
+    host = serve("-m", folder, "-n", 2, "--until-done")
+    (a, first), (b, second) = adapted(host, "a", 1), adapted(host, "b", 2)
+    expected = {name: tensor.clone() for name, tensor in first.head.state_dict().items()}
+    together(a.start, b.start)
+    assert a.fetched == 0 and b.fetched == 2  # the frozen weight and bias
+    assert same(base_of(second), base_of(right))
+    assert same(dict(first.head.state_dict()), expected)
+    assert same(dict(second.head.state_dict()), expected)  # a's, as it is the first
+    narrow, third = adapted(host, "c", 1, torch.bfloat16)
+    other, fourth = adapted(host, "d", 2, torch.bfloat16)
+    together(narrow.start, other.start)  # what is rounded alike does not differ
+    assert narrow.fetched == 0 and other.fetched == 2
+    assert same(base_of(fourth), base_of(third)) and fourth.base.weight.dtype == torch.bfloat16
+    for worker in (a, b, narrow, other):
+        worker.close()
+    assert host.wait() == 0
+    # What -m has and the workers have frozen is in the model that the run ends with.
+    written = load_file(tmp_path / "pretrained-diloco" / "model.safetensors")
+    assert same({n: written[n] for n in base_of(right)}, base_of(right))
+    assert same({n: t for n, t in written.items() if "head" in n},
+                {f"head.{n}": t for n, t in expected.items()})  # fmt: skip
+    assert same(load_file(folder / "model.safetensors"), base_of(right))
+
+
+def test_frozen_weights_that_nobody_can_give_are_refused_by_name(serve, tmp_path):
+    host = serve()
+    (a, _), (b, _) = adapted(host, "a", 1), adapted(host, "b", 2)
+    a.start()
+    says = r"frozen tensor 'base.weight' has other numbers than that of a on .*-m that holds them"
+    with pytest.raises(Refused, match=says):
+        b.start()
+    host.kill()  # the checkpoint knows too
+    again = serve("--port", host.port, "--worker-timeout", 1)
+    a.close()
+    with pytest.raises(Refused, match=says):
+        adapted(again, "b", 2)[0].start()
+    c, _ = adapted(again, "c", 1)
+    c.start()
+    c.close()
+
+
+def test_wrong_weights_are_refused_although_an_adapter_may_be_missing(serve, tmp_path):
+    for name, tensors, says in [
+        ("other", {"base.weight": torch.zeros(4, 4), "base.x": torch.zeros(4)}, "'head.weight'"),
+        ("shape", {"base.weight": torch.zeros(3, 3), "base.bias": torch.zeros(4)},
+         r"frozen tensor 'base.weight' is \[3, 3\] in -m and \[4, 4\] here"),
+    ]:  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        host = serve("-m", folder)
+        worker, _ = adapted(host, "a", 1)
+        with pytest.raises(Refused, match=says):
+            worker.start()
+
+
+def test_names_are_matched_without_the_wrappers_of_adapters_and_of_bare_models():
+    one, two, three = (torch.zeros(k) for k in (1, 2, 3))
+    file = {"transformer.h.0.weight": one, "h.1.weight": two, "lm_head.weight": three}
+    names = {
+        "base_model.model.transformer.h.0.base_layer.weight": one,
+        "transformer.h.1.weight": two,
+        "base_model.model.lm_head.weight": three,
+        "base_model.model.transformer.h.0.lora_A.default.weight": None,
+    }
+    found = matched(file, names)
+    assert {name: found.get(name) for name in names} == names
+    # A file of parts is not the file of a bare model.
+    assert matched({"embed.weight": one}, ["encoder.embed.weight", "decoder.embed.weight"]) == {}
+
+
+def test_a_fingerprint_tells_the_bits_of_a_tensor(tmp_path):
+    values = torch.arange(6.0).reshape(2, 3)
+    raw = struct.pack("<6f", *range(6))
+    assert protocol.fingerprint(values) == hashlib.blake2b(raw, digest_size=16).hexdigest()
+    columns = torch.arange(6.0).reshape(3, 2).t().contiguous().t()  # in memory column by column
+    assert protocol.fingerprint(columns) == protocol.fingerprint(torch.arange(6.0))
+    large = torch.randn(protocol.CHUNK + 7)
+    expected = hashlib.blake2b(large.numpy().tobytes(), digest_size=16).hexdigest()
+    assert protocol.fingerprint(large) == expected
