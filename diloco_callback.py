@@ -763,18 +763,19 @@ class DiLoCoWorker:
         if not self.frozen.keys() >= set(names):
             raise ProtocolError("join: the server names frozen tensors that are not this worker's")
         chosen = {name: self.frozen[name] for name in names}
-        with contextlib.closing(self._connect()) as conn:
-            reply = conn.request("fetch", {"frozen": names})
-            reply.expect(protocol.specs_of(chosen.items()))
-            for spec, parameter in zip(reply.specs, chosen.values(), strict=True):
-                values = torch.empty(spec.shape, dtype=spec.dtype)
-                conn.read(values)
-                with torch.no_grad():
-                    parameter.copy_(values)
-                self.fingerprints[spec.name] = protocol.fingerprint(values)
+        conn = self._connect()
+        self.data.append(conn)
+        reply = conn.request("fetch", {"frozen": names})
+        reply.expect(protocol.specs_of(chosen.items()))
+        for spec, parameter in zip(reply.specs, chosen.values(), strict=True):
+            values = torch.empty(spec.shape, dtype=spec.dtype)
+            conn.read(values)
+            with torch.no_grad():
+                parameter.copy_(values)
+            self.fingerprints[spec.name] = protocol.fingerprint(values)
         self.fetched += len(names)
         log(f"{self.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not those of the "
-            f"server's -m: took {protocol.payload_bytes(reply.specs) / 1e6:.1f} MB of them")  # fmt: skip
+            f"server's -m: took {protocol.payload_bytes(reply.specs) / 1e6:.3g} MB of them")  # fmt: skip
 
     def _read_buffers(self, conn, specs):
         """The buffers that end a reply, by their own names. Raises ProtocolError where one is none

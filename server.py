@@ -1082,7 +1082,7 @@ class Server:
                 found = self._fit_weights(member)
                 every = member.manifest + member.buffers
                 member.wanted = [spec.name for spec in every if spec.name not in found]
-                if member.wanted:
+                if member.wanted or not self.files:
                     return conn.send("init", {"tensors": member.wanted})
                 params, buffers = self._lay_out(member, found), self._collect_buffers(member, found)
                 self._take_model(member, params, buffers, self.files)

@@ -94,7 +94,8 @@ def main():
     parser.add_argument("out")
     parser.add_argument("--seed", type=int, default=0, help="of the data, and of a whole model")
     parser.add_argument("--set", nargs="*", default=[], help="TrainingArguments, as name=value")
-    parser.add_argument("--lora", action="store_true", help="an adapter on a model of seed 0")
+    parser.add_argument("--lora", action="store_true", help="an adapter on a model of --base")
+    parser.add_argument("--base", type=int, default=0, help="the seed of what is adapted")
     parser.add_argument("--early-stopping", action="store_true")
     parser.add_argument("--hold-at", type=int, default=0, help="the step of a checkpoint")
     parser.add_argument("--resume", action="store_true")
@@ -103,7 +104,7 @@ def main():
 
     chosen = {name: value_of(text) for name, text in (pair.split("=") for pair in options.set)}
     args = TrainingArguments(options.out, **{**DEFAULTS, **chosen})
-    model = build(0 if options.lora else options.seed, options.lora)
+    model = build(options.base if options.lora else options.seed, options.lora)
     rank = os.environ.get("RANK", "0")  # under torchrun
     kept = options.out if rank == "0" else f"{options.out}-rank{rank}"
     save_file(dict(model.named_parameters()), f"{kept}-start.safetensors")

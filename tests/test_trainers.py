@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, result
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from diloco_callback import DiLoCoCallback
+from diloco_callback import DiLoCoCallback, DiLoCoWorker
 
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
 HF = runpy.run_path(SCRIPT)  # what the workers are made of
@@ -289,3 +289,77 @@ def test_of_an_adapter_only_the_adapter_travels(run, tmp_path):
         assert same({n: after[n] for n in served}, served)
         assert not same({n: before[n] for n in served}, served)
         assert same({n: after[n] for n in base}, {n: before[n] for n in base})
+
+
+def test_an_adapter_of_a_pretrained_model_whose_base_a_worker_lacks(start, serve, tmp_path):
+    """-m holds the base alone. The first worker brings the adapter; the second, whose base is
+    another one, gets that of -m, and nothing else but the adapter travels in a round."""
+    pretrained = HF["build"](0, False)
+    pretrained.save_pretrained(tmp_path / "base")
+    host = serve("-m", tmp_path / "base", "-n", 2, "--until-done")
+    workers = [
+        launch(start, host, tmp_path, name, "--lora", "--base", base)
+        for base, name in enumerate(NAMES)
+    ]
+    assert all(result(worker) for worker in workers) and host.wait() == 0
+    # The ten matrices; LayerNorm's numbers and the zeros of the others are no different.
+    assert "frozen tensors" not in workers[0].output and "w1: 10 frozen" in workers[1].output
+    served = load_file(tmp_path / "base-diloco" / "model.safetensors")
+    assert served and all("lora_" in name for name in served)
+    elements = sum(tensor.numel() for tensor in served.values())
+    with open(tmp_path / "base-diloco" / "rounds.jsonl", encoding="utf-8") as file:
+        assert {json.loads(line)["bytes_up"] for line in file} == {2 * 2 * elements}
+    own = dict(pretrained.named_parameters())
+    for before, after in zip(parameters(tmp_path, "start"), parameters(tmp_path), strict=True):
+        assert same({name: after[name] for name in served}, served)
+        base = {name: after[name] for name in before.keys() - served.keys()}
+        assert len(base) == len(own) == 28
+        for name, tensor in base.items():
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            assert torch.equal(tensor, own[plain]), name
+
+
+# --- From a pretrained model -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bin", "bare"])
+def test_a_worker_starts_from_the_weights_of_m(serve, tmp_path, kind):
+    """In `.bin`, and as the hub has GPT-2: without the name of the base model before each tensor."""
+    pretrained, own = HF["build"](1, False), HF["build"](2, False)
+    if kind == "bin":
+        (tmp_path / "hf").mkdir()
+        torch.save(pretrained.state_dict(), tmp_path / "hf" / "pytorch_model.bin")  # no config
+    else:
+        pretrained.transformer.save_pretrained(tmp_path / "hf")
+        names = load_file(tmp_path / "hf" / "model.safetensors")
+        assert "wte.weight" in names and "transformer.wte.weight" not in names
+    host = serve("-m", tmp_path / "hf")
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    with DiLoCoWorker(own, optimizer, host.address):
+        assert same(own.state_dict(), pretrained.state_dict())
+    host.wait_for("the model of round")
+    again, info = GPT2LMHeadModel.from_pretrained(tmp_path / "hf-diloco", output_loading_info=True)
+    assert not any(info.values()) and same(again.state_dict(), pretrained.state_dict())
+
+
+def test_our_worker_trains_a_sharded_pretrained_model(start, serve, tmp_path):
+    """Through transformers, whose architecture model.py does not know; its head is tied."""
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 512}
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
+    pretrained = GPT2LMHeadModel(config)
+    pretrained.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    host = serve("-m", tmp_path / "hf", "-n", 2, "--until-done")
+    chosen = ["train.max_steps=12", "train.context=32", "train.batch_size=4", "data.source=builtin"]
+    settings = [word for each in [*chosen, "diloco.sync_every=5"] for word in ("--set", each)]
+    workers = [
+        start("worker.py", "--server", host.address, "--worker-id", name,
+              "--output-dir", tmp_path / name, "default.yaml", *settings)
+        for name in NAMES
+    ]  # fmt: skip
+    for worker in workers:
+        assert worker.wait() == 0, worker.output
+    assert host.wait() == 0
+    model, info = GPT2LMHeadModel.from_pretrained(tmp_path / "hf-diloco", output_loading_info=True)
+    assert not any(info.values()) and not same(model.state_dict(), pretrained.state_dict())
+    assert model.lm_head.weight is model.transformer.wte.weight
