@@ -4,7 +4,7 @@ the README's recipe as it stands there. DILOCO_SERVER, DILOCO_WORKER_ID and DILO
     DILOCO_SERVER=127.0.0.1:8512 python tests/hf_worker.py out --set max_steps=12 save_steps=4
 
 Writes the parameters that it started and ended with into the output folder, and prints at the end,
-as JSON, the last entry of the log, what train() returned and the best checkpoint.
+as JSON, the log, what train() returned, the best checkpoint and what reporters were given.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -35,7 +36,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
     "save_strategy": "no",
-    "report_to": "none",
+    "report_to": "first",
     "disable_tqdm": True,
 }
 
@@ -82,6 +83,23 @@ class Hold(TrainerCallback):
             threading.Event().wait()
 
 
+class Reporter(TrainerCallback):
+    """Notes the names in the logs that it gets, as they are then."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(sorted(logs))
+
+
+class First(Reporter):
+    """One that `report_to` names."""
+
+
+INTEGRATION_TO_CALLBACK["first"] = First
+
+
 def value_of(text):
     try:
         return json.loads(text)
@@ -113,6 +131,8 @@ def main():
     names = {"model": model, "args": args, "train": train, "test": test}
     exec(recipe(), names)
     trainer = names["trainer"]
+    reporter = Reporter()
+    trainer.add_callback(reporter)  # behind the callback, as the last of `callbacks` would be
     if options.early_stopping:
         trainer.add_callback(EarlyStoppingCallback())
     if options.hold_at:
@@ -121,7 +141,9 @@ def main():
 
     save_file(dict(model.named_parameters()), f"{kept}-end.safetensors")
     told = {"log": trainer.state.log_history, "metrics": output.metrics, "step": output.global_step}
-    print(json.dumps({**told, "best": trainer.state.best_model_checkpoint}), flush=True)
+    (first,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, First))
+    told |= {"best": trainer.state.best_model_checkpoint, "behind": reporter.seen}
+    print(json.dumps({**told, "first": first.seen}), flush=True)
 
 
 if __name__ == "__main__":

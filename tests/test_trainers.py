@@ -26,8 +26,8 @@ METRICS = {"diloco/sync_count", "diloco/local_step", "diloco/total_sync_time"}
 
 @pytest.fixture
 def run(start, serve, tmp_path):
-    """run(*options, **TrainingArguments): the ends of two workers that have trained with their
-    server, as they print them."""
+    """run(*options, fragments=1, **TrainingArguments): the ends of two workers that have trained
+    with their server, as they print them."""
 
     def go(*options, **settings):
         host = serve("-n", 2, "--until-done")
@@ -39,9 +39,10 @@ def run(start, serve, tmp_path):
     return go
 
 
-def launch(start, host, folder, name, *options, **settings):
+def launch(start, host, folder, name, *options, fragments=1, **settings):
     chosen = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     env = {"DILOCO_SERVER": host.address, "DILOCO_WORKER_ID": name, "DILOCO_SYNC_EVERY": str(EVERY)}
+    env["DILOCO_NUM_FRAGMENTS"] = str(fragments)
     more = ("--seed", NAMES.index(name), *options, "--set", f"max_steps={STEPS}", *chosen)
     return start(SCRIPT, folder / name, *more, env=env)
 
@@ -72,6 +73,15 @@ def closed_once(folder, steps=STEPS):
     assert [line["closing"] for line in lines] == [False] * (steps // EVERY) + [True]
 
 
+def closed_once_in_fragments(folder, fragments, steps=STEPS):
+    """Every step of both workers is in one round of each fragment, the last of which closes it."""
+    for k in range(fragments):
+        lines = [line for line in rounds(folder) if line["fragment"] == k]
+        assert sum(line["steps"] for line in lines) == 2 * steps
+        assert [line["closing"] for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert len(lines) > steps // EVERY
+
+
 # --- transformers --------------------------------------------------------------------------------
 
 
@@ -80,7 +90,7 @@ def closed_once(folder, steps=STEPS):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True, "bf16": True},
+        {"gradient_checkpointing": True, "bf16": True, "fragments": 4},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
@@ -91,7 +101,11 @@ def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
     assert same(first, served) and same(second, served)
     before = parameters(tmp_path, "start")
     assert not same(*before) and not same(before[0], served)
-    closed_once(tmp_path)
+    fragments = settings.get("fragments", 1)
+    if fragments == 1:
+        closed_once(tmp_path)
+    else:
+        closed_once_in_fragments(tmp_path, fragments)
 
     assert "lm_head.weight" not in served  # it is tied, and travels once
     model, info = GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -104,12 +118,14 @@ def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
         assert steps == [*range(1, STEPS + 1), STEPS]  # optimizer steps, and the summary
         assert end["log"][-1].keys() >= METRICS and "train_loss" in end["log"][-1]
         assert end["metrics"].keys() >= METRICS
-        assert [entry["diloco/sync_count"] for entry in end["log"]] == [0] * 4 + [1] * 5 + [
-            2,
-            2,
-            3,
-            3,
-        ]
+        # In fragments the last of a cycle is adopted a step later.
+        first = 4 if fragments == 1 else 5
+        counts = [*[0] * first, *[1] * 5, *[2] * (STEPS - 1 - first - 5), 3, 3]
+        assert [entry["diloco/sync_count"] for entry in end["log"]] == counts
+        # A reporter has the metrics where it stands behind the callback, and only there.
+        assert len(end["first"]) == len(end["behind"]) == len(end["log"])
+        assert all(set(names) > METRICS for names in end["behind"])
+        assert not any(METRICS & set(names) for names in end["first"])
         losses = [entry["loss"] for entry in end["log"][:-1]]
         assert losses[-1] < losses[0] - 0.2
 
