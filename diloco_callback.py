@@ -533,7 +533,7 @@ class DiLoCoWorker:
     reconnect_timeout: seconds that a step waits for a server that cannot be reached, once per
     outage; then training goes on, and what it does is sent when the server is back.
     state: what `state_dict` gave, to go on with local work that had not been sent.
-    residual: path of what `save_residual` wrote with that.
+    residual: path of what `save_residual` wrote with that; or `residual()` is in it as "residual".
 
     Where torch.distributed is initialized, all its ranks are one worker: each makes one of these, rank 0
     speaks to the server, and all have the same parameters to the bit after each step.
@@ -876,11 +876,16 @@ class DiLoCoWorker:
         """Take up what rounding had lost of the pushes before the checkpoint."""
         lossy = {f"residual.{k}": f.residual for k, f in enumerate(self.fragments)
                  if f.residual is not None}  # fmt: skip
+        if not lossy:
+            return
         try:
-            fields, tensors = protocol.load_file(self.residual_path) if lossy else ({}, {})
+            if "residual" in self.saved:
+                fields, tensors = self.saved, self.saved["residual"]
+            else:
+                fields, tensors = protocol.load_file(self.residual_path)
             if protocol.specs_of(tensors.items()) != protocol.specs_of(lossy.items()):
                 raise ProtocolError("it is of another model, or of other fragments")
-            if lossy and fields.get("run") != self.saved.get("run"):
+            if fields.get("run") != self.saved.get("run"):
                 raise ProtocolError("it is of another run")
         except (OSError, TypeError, ProtocolError) as error:
             return log(f"{self.worker_id}: no residual beside the checkpoint ({error}): what rounding "
@@ -1613,16 +1618,21 @@ class DiLoCoWorker:
             "diloco/mismatches": self.mismatches,
         }
 
-    def save_residual(self, path):
-        """Write what rounding has lost so far, which the next pushes make up for, into a
-        safetensors file; nothing where the upload codec loses nothing. Belongs to a checkpoint."""
+    def residual(self):
+        """What rounding has lost so far, which the next pushes make up for, as {name: tensor}; empty
+        where the upload codec loses nothing. Belongs to a checkpoint: as "residual" in `state_dict`
+        where tensors can be saved with that, or in a file of its own."""
         residuals = {}
         for k, fragment in enumerate(self.fragments):
             if fragment.residual is not None:
                 flight = fragment.flight
                 with flight.lock if flight else contextlib.nullcontext():
                     residuals[f"residual.{k}"] = fragment.residual.cpu().clone()
-        if residuals:
+        return residuals
+
+    def save_residual(self, path):
+        """Write `residual` into a safetensors file, if it is not empty."""
+        if residuals := self.residual():
             protocol.save_file(path, residuals, {"program": "diloco", "run": self.run})
 
     def state_dict(self):

@@ -3,6 +3,8 @@
 Run:  pip install -r requirements.txt -r tests/requirements.txt && pytest tests/test_trainers.py
 """
 
+import contextlib
+import csv
 import json
 import os
 import runpy
@@ -11,10 +13,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, result
+from conftest import DEADLINE, ROOT, result, status, until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+import protocol
 from diloco_callback import DiLoCoCallback, DiLoCoWorker
 
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
@@ -287,6 +290,75 @@ def test_the_callback_needs_torch_alone():
     code = "import sys, diloco_callback; print([m for m in sys.modules if 'transformers' in m])"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert output.stdout.strip() == "[]", output.stderr
+
+
+# --- Lightning -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(start, serve, tmp_path):
+    """What two workers have made of all runs of tests/lightning_worker.py, each with a server of
+    its own: (ends of the workers, {run: folder}). In two processes, as it takes long to import
+    Lightning."""
+    folders = {run: tmp_path / run for run in ("plain", "accumulated", "several", "cut", "stopped")}
+    hosts = {}
+    for run, folder in folders.items():
+        folder.mkdir()
+        # Workers that have failed come back one after the other, and must not go on alone.
+        more = ["--min-workers", 2] if run == "cut" else ["--until-done"]
+        hosts[run] = serve("-n", 2, "-m", folder / "model", *more)
+    chosen = [f"{run}={host.address}" for run, host in hosts.items()]
+    script = os.path.join(ROOT, "tests", "lightning_worker.py")
+    workers = [start(script, tmp_path, name, *chosen) for name in NAMES]
+
+    for name in NAMES:  # while the process lives on
+        hosts["cut"].wait_for(f"{name} leaves: RuntimeError: no sample of that name", 4 * DEADLINE)
+    until(lambda: status(hosts["stopped"])["round"] >= 2, "two rounds")
+    with contextlib.closing(protocol.connect(hosts["stopped"].address, {})[0]) as conn:
+        conn.request("stop")
+    ends = [result(worker) for worker in workers]
+    hosts["cut"].wait_for("the model of round 3 is in")
+    assert all(host.wait() == 0 for run, host in hosts.items() if run != "cut")
+    assert not any("no residual" in worker.output for worker in workers)
+    return ends, folders
+
+
+def test_lightning(lightning):
+    ends, folders = lightning
+    for run, folder in folders.items():
+        served = load_file(folder / "model" / "model.safetensors")
+        assert served.keys() == {"hidden.weight", "hidden.bias", "head.weight", "head.bias"}
+        assert all(same(load_file(folder / f"{name}.safetensors"), served) for name in NAMES), run
+        assert all(end[run]["metrics"].keys() >= METRICS for end in ends)
+        if run == "stopped":  # at any step, so after the last checkpoint and validation
+            continue
+        for end in ends:
+            saved = torch.load(end[run]["checkpoint"])["state_dict"]
+            assert same({name: saved[name] for name in served}, served), run
+        first, second = (end[run]["metrics"]["val_loss"] for end in ends)
+        assert first == second
+        if run == "several":
+            closed_once_in_fragments(folder, 4)
+        else:
+            closed_once(folder)
+
+    # What had not been sent at step 8, and what rounding had lost, was in the checkpoint.
+    cut, plain = (load_file(folders[run] / "w0.safetensors") for run in ("cut", "plain"))
+    assert same(cut, plain)
+
+    counted = {"plain": (12, 12), "accumulated": (12, 12), "several": (24, 12), "cut": (12, 4)}
+    for run, (steps, local) in counted.items():
+        assert [end[run]["step"] for end in ends] == [steps] * 2  # as Lightning counts
+        assert [end[run]["metrics"]["diloco/local_step"] for end in ends] == [local] * 2
+    # A push has the loss of the batch before its step.
+    for run, batch in {"plain": 3, "accumulated": 8}.items():
+        losses = {name: end[run]["losses"][batch] for name, end in zip(NAMES, ends, strict=True)}
+        assert rounds(folders[run])[0]["losses"] == losses
+    for name in NAMES:
+        with open(folders["plain"] / name / "logs" / "metrics.csv", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["diloco/local_step"]]
+        assert [float(row["diloco/local_step"]) for row in rows] == [*range(1, STEPS + 1)]
+        assert [float(row["diloco/sync_count"]) for row in rows] == [0] * 4 + [1] * 5 + [2, 2, 3]
 
 
 # --- peft ----------------------------------------------------------------------------------------
