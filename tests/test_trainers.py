@@ -392,7 +392,8 @@ def test_an_adapter_of_a_pretrained_model_whose_base_a_worker_lacks(start, serve
     assert all(result(worker) for worker in workers) and host.wait() == 0
     # The ten matrices; LayerNorm's numbers and the zeros of the others are no different.
     assert "frozen tensors" not in workers[0].output and "w1: 10 frozen" in workers[1].output
-    served = load_file(tmp_path / "base-diloco" / "model.safetensors")
+    path = tmp_path / "base-diloco" / "model.safetensors"
+    served = load_file(path)
     assert served and all("lora_" in name for name in served)
     elements = sum(tensor.numel() for tensor in served.values())
     with open(tmp_path / "base-diloco" / "rounds.jsonl", encoding="utf-8") as file:
@@ -405,6 +406,9 @@ def test_an_adapter_of_a_pretrained_model_whose_base_a_worker_lacks(start, serve
         for name, tensor in base.items():
             plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             assert torch.equal(tensor, own[plain]), name
+    adapted = HF["build"](0, True)
+    adapted.load_state_dict(load_file(path), strict=False)  # as the README has it
+    assert same(dict(adapted.named_parameters()), parameters(tmp_path)[0])
 
 
 # --- From a pretrained model -----------------------------------------------------------------
