@@ -818,14 +818,10 @@ class DiLoCoWorker:
         return conn.request(
             "init",
             {"files": {name: len(text) for name, text in files.items()}},
-            specs + self._specs_of(buffers) + protocol.specs_of(raw.items()),
+            specs + protocol.specs_of_buffers(buffers) + protocol.specs_of(raw.items()),
             itertools.chain(parameters, buffers.values(), raw.values()),
             on_wait=self._say_awaited,
         )
-
-    @staticmethod
-    def _specs_of(buffers):
-        return protocol.buffer_specs(protocol.specs_of(buffers.items()))
 
     def _say_awaited(self, fields):
         if self.leave_by is not None:
@@ -1232,7 +1228,7 @@ class DiLoCoWorker:
             push = fragment.push
             specs, payload = [], []
             if flight.steps:
-                specs = push.specs + self._specs_of(flight.buffers)
+                specs = push.specs + protocol.specs_of_buffers(flight.buffers)
                 payload = itertools.chain(self._payload(fragment, flight), flight.buffers.values())
             fields = {**flight.fields, "ticket": self.ticket}
             reply = conn.request("push", fields, specs, payload, lambda _: self._arrived(flight))

@@ -712,6 +712,11 @@ def buffer_specs(specs):
     ]
 
 
+def specs_of_buffers(buffers):
+    """The same of {name: CPU tensor as it travels}."""
+    return buffer_specs(specs_of(buffers.items()))
+
+
 def fingerprint(tensor):
     """32 hexadecimal digits that tell a tensor's bits from others': BLAKE2b over its elements, row
     by row. At about 1 GB/s a thread; other threads run meanwhile."""

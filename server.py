@@ -118,9 +118,7 @@ class Push:
     closing: bool
     nbytes: int
     buffer: Buffer | None
-    buffers: dict = field(
-        default_factory=dict
-    )  # of the model, as it has changed them: name -> tensor
+    buffers: dict = field(default_factory=dict)  # of the model, changed: name -> tensor
     refused: str = ""
     stale: bool = False  # refused for its age
     arrived: float = 0.0  # when it was there whole
@@ -136,7 +134,7 @@ class Update:
     buffer: Buffer | None  # None: no numbers, the slice did not change
     fields: dict
     unanswered: list  # pushes whose connections wait for this
-    buffers: dict  # of the model, that are others now: name -> tensor
+    buffers: dict  # of the model, changed: name -> tensor
     checksum: torch.Tensor | None = None  # of the slice after adding, when that is done
     line: dict | None = None  # of rounds.jsonl, written when the last reply has gone out
     made: float = 0.0  # when it was done
@@ -277,11 +275,8 @@ def label_of(value):
 def frozen_of(value):
     """What a worker says of its frozen tensors, as {name: (spec, fingerprint)}."""
     for entry in value:
-        if (
-            type(entry) is not list
-            or len(entry) != 4
-            or not re.fullmatch("[0-9a-f]{32}", str(entry[3]))
-        ):
+        mark = str(entry[3]) if type(entry) is list and len(entry) == 4 else ""
+        if not re.fullmatch("[0-9a-f]{32}", mark):
             raise ProtocolError("a frozen tensor is not [name, dtype, shape, fingerprint]")
     specs = protocol.manifest_from_json([entry[:3] for entry in value], trained=False)
     return {spec.name: (spec, entry[3]) for spec, entry in zip(specs, value, strict=True)}
@@ -518,9 +513,8 @@ class Server:
         self.folders = concurrent.futures.ThreadPoolExecutor(
             FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
         )
-        self.hashers = concurrent.futures.ThreadPoolExecutor(
-            FOLDING_THREADS
-        )  # a fold must not wait
+        # Threads apart from those that fold, which must not wait for gigabytes of frozen weights.
+        self.hashers = concurrent.futures.ThreadPoolExecutor(FOLDING_THREADS)
         self.copying = threading.Lock()  # so that they do not make two at the same time
         self.picture = None  # of the checkpoint being written, or of the last one
         self.settings = {key: getattr(args, key) for key in DEFAULTS}
@@ -569,10 +563,10 @@ class Server:
             TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
             for name, tensor in tensors.items()
         ]
-        count = len(specs) - state["buffers"]  # these come last
+        count = len(specs) - state.get("buffers", 0)  # these come last
         params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
         self._allocate(specs[:count], len(state["fragments"]), params)
-        self.buffer_specs, self.frozen = specs[count:], state["frozen"]
+        self.buffer_specs, self.frozen = specs[count:], state.get("frozen", {})
         self.buffers = {spec.name: tensors[spec.name].clone() for spec in self.buffer_specs}
         self.momentum.copy_(outer["momentum"])
         if self.residual is not None and "residual" in outer:
@@ -1034,16 +1028,19 @@ class Server:
         found = matched(self.weights, member.frozen)
         jobs = {}
         for name, tensor in found.items():
-            spec, _ = member.frozen[name]
-            if tuple(tensor.shape) != spec.shape:
-                raise Refused("model", f"frozen tensor {name!r} is {list(tensor.shape)} in -m and {list(spec.shape)} here")  # fmt: skip
+            shape, dtype = member.frozen[name][0].shape, member.frozen[name][0].dtype
+            if tuple(tensor.shape) != shape:
+                fault = (
+                    f"frozen tensor {name!r} is {list(tensor.shape)} in -m and {list(shape)} here"
+                )
+                raise Refused("model", fault)
             with self.lock:
-                key = id(tensor), spec.dtype
-                if key not in self.marks:
-                    self.marks[key] = self.hashers.submit(
-                        lambda t=tensor, dtype=spec.dtype: protocol.fingerprint(t.to(dtype))
+                if (id(tensor), dtype) not in self.marks:
+                    work = self.hashers.submit(
+                        lambda t, d: protocol.fingerprint(t.to(d)), tensor, dtype
                     )
-                jobs[name] = self.marks[key]
+                    self.marks[id(tensor), dtype] = work
+                jobs[name] = self.marks[id(tensor), dtype]
         self._wait(
             conn,
             lambda: all(job.done() for job in jobs.values()),
@@ -1223,7 +1220,7 @@ class Server:
                     "frozen": member.differs,
                 }
                 buffers = dict(self.buffers)
-            specs = self._flat_specs() + self._specs_of(buffers)
+            specs = self._flat_specs() + protocol.specs_of_buffers(buffers)
             if starts:  # with the others: no round closes before all have the parameters
                 conn.send("join", fields, specs, [self.params, *buffers.values()])
             else:
@@ -1534,10 +1531,10 @@ class Server:
             push.buffer = push.buffer or Buffer(layout)
             broken = [] if self._read_push(conn, codec, push.buffer, size) else ["pseudo-gradient"]
             for spec in changed:
-                name, values = spec.name.removeprefix(protocol.BUFFER), torch.empty(spec.shape, dtype=spec.dtype)  # fmt: skip
+                name = spec.name.removeprefix(protocol.BUFFER)
+                values = push.buffers[name] = torch.empty(spec.shape, dtype=spec.dtype)
                 conn.read(values)
-                push.buffers[name] = values
-                if spec.dtype.is_floating_point and not protocol.within(values.reshape(-1)):
+                if values.is_floating_point() and not protocol.within(values.reshape(-1)):
                     broken.append(f"buffer {name!r}")
             if broken:
                 push.refused = f"the {broken[0]} is not finite"
@@ -1785,7 +1782,7 @@ class Server:
             specs, count = update.buffer.specs, self._slice(fragment, self.params).numel()
         try:
             pieces = update.pieces(CODECS[self.args.download_codec], count)
-            specs = specs + self._specs_of(update.buffers)
+            specs = specs + protocol.specs_of_buffers(update.buffers)
             conn.send("push", fields, specs, itertools.chain(pieces, update.buffers.values()))
         finally:
             with self.lock:
@@ -1817,11 +1814,7 @@ class Server:
         fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
         fields |= {"outer": self._outer(label[1]), "folded": folded}
         tensors = [copy, protocol.checksum_of(copy), *buffers.values()]
-        conn.send(type, fields, specs + self._specs_of(buffers), tensors)
-
-    @staticmethod
-    def _specs_of(buffers):
-        return protocol.buffer_specs(protocol.specs_of(buffers.items()))
+        conn.send(type, fields, specs + protocol.specs_of_buffers(buffers), tensors)
 
     def on_fetch(self, conn, message):
         """A slice in full, or the model's descriptive files (`"files": true`), or frozen tensors
@@ -1845,9 +1838,8 @@ class Server:
         """Tensors of -m that are not trained, in the dtypes that the worker has them in."""
         with self.lock:
             member = self._member(conn)
-        if not all(name in member.differs for name in names):
-            raise ProtocolError("fetch: a frozen tensor that is not in -m, or is the same there")
-        found, specs = matched(self.weights, member.frozen), [member.frozen[n][0] for n in names]
+        found = matched(self.weights, member.frozen)
+        specs = [member.frozen[name][0] for name in member.differs if name in names]
         conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
 
     # --- What people ask ---
