@@ -4,11 +4,14 @@ Run all of them:  pip install -r requirements.txt -r tests/requirements.txt && p
 """
 
 import contextlib
+import functools
 import json
 import os
 import queue
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +32,10 @@ ENV = {
     "PYTHONPATH": ROOT,
     "HF_HUB_OFFLINE": "1",
 }
+# What processes have imported when they start; the second is what an optimizer's first step imports.
+TORCH = ("torch", "torch._dynamo")
+LAUNCHER = (*TORCH, "torch.distributed.run")
+TRAINER = (*TORCH, "transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
 
 
 def until(condition, what, seconds=DEADLINE):
@@ -42,18 +49,75 @@ def until(condition, what, seconds=DEADLINE):
     pytest.fail(f"not within {seconds:.0f} s: {what}")
 
 
-class Process:
-    """A script of the project as a process whose output can be waited for."""
+@functools.cache
+def forker(imports):
+    """A tests/forker.py that has imported these modules, and the socket on which it is asked. It
+    ends with the tests. Its output is a pipe as theirs are, or Python took it for a file."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, os.path.join(ROOT, "tests", "forker.py"), str(theirs.fileno())]
+    process = subprocess.Popen(
+        [*command, *imports],
+        stdout=subprocess.PIPE,
+        env=ENV,
+        cwd=ROOT,
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    return process, ours
 
-    def __init__(self, *command, env=None, cwd=None):
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**ENV, **(env or {})},
-            cwd=cwd or ROOT,
-        )
+
+class Forked:
+    """A process of tests/forker.py, with as much of a Popen as the tests need."""
+
+    def __init__(self, command, env, cwd, imports):
+        self.told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output, its_output = os.pipe()
+        request = json.dumps({"command": command, "env": env, "cwd": os.fspath(cwd)}).encode()
+        _, asked = forker(imports)
+        socket.send_fds(asked, [request], [its_output, theirs.fileno()])
+        os.close(its_output)
+        theirs.close()
+        self.stdout, self.returncode = os.fdopen(output), None
+        self.pid = int(self.told.recv(32))
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.told], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a process", timeout)
+            self.returncode = int(self.told.recv(32))
+            self.told.close()
+        return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+class Process:
+    """A script of the project as a process whose output can be waited for. It has imported torch,
+    or `imports`, unless it is to be `fresh`."""
+
+    def __init__(self, *command, env=None, cwd=None, fresh=False, imports=TORCH):
+        command, env, cwd = list(map(str, command)), {**ENV, **(env or {})}, cwd or ROOT
+        if fresh or sys.platform != "linux":
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+                cwd=cwd,
+            )
+        else:
+            self.process = Forked(command, env, cwd, imports)
         self.lines, self.queue = [], queue.Queue()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

@@ -80,7 +80,7 @@ def project(folder, package=None, files=("diloco_callback.py", "protocol.py")):
 
 def elsewhere(start, folder, *command, **env):
     """A process in a folder that finds no other file of ours."""
-    return start(*command, cwd=folder, env={"PYTHONPATH": "", **env})
+    return start(*command, cwd=folder, env={"PYTHONPATH": "", **env}, fresh=True)
 
 
 def test_the_readme_has_a_plain_loop_and_nothing_that_no_test_knows():

@@ -389,7 +389,7 @@ print(made, threading.active_count())
 
 
 def test_importing_starts_nothing_and_connects_to_nothing(start):
-    process = start("-c", IMPORT)
+    process = start("-c", IMPORT, fresh=True)
     assert process.wait() == 0 and process.lines == ["[] 1"]
 
 

@@ -9,10 +9,11 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, digest_of, status, until
+from conftest import LAUNCHER, ROOT, TORCH, TRAINER, digest_of, status, until
 from safetensors.torch import load_file
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+AS_TORCHRUN = "import sys; from torch.distributed.run import main; sys.exit(main())"
+TORCHRUN = ["-c", AS_TORCHRUN, "--standalone", "--nproc_per_node=2"]
 WORKER = os.path.join(ROOT, "tests", "ddp_worker.py")
 HF_WORKER = os.path.join(ROOT, "tests", "hf_worker.py")
 SMALL = ["--set=model.hidden_size=32", "--set=model.intermediate_size=32", "--set=train.context=32",
@@ -26,9 +27,8 @@ def torchrun(start):
 
     def run(server, worker_id, **options):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        return start(
-            *TORCHRUN, WORKER, "--server", server.address, "--worker-id", worker_id, *flags
-        )
+        place = ["--server", server.address, "--worker-id", worker_id]
+        return start(*TORCHRUN, WORKER, *place, *flags, imports=LAUNCHER)
 
     return run
 
@@ -93,10 +93,10 @@ def ours(start, tmp_path):
     """ours(*options, ranks=2): worker.py on a small model, with its output in tmp_path / `name`."""
 
     def run(name, *options, ranks=2):
-        launch = TORCHRUN if ranks > 1 else []
+        launch, imports = (TORCHRUN, LAUNCHER) if ranks > 1 else ([], TORCH)
         out = f"--output-dir={tmp_path / name}"
         return start(*launch, os.path.join(ROOT, "worker.py"), os.path.join(ROOT, "default.yaml"),
-                     out, *SMALL, *options)  # fmt: skip
+                     out, *SMALL, *options, imports=imports)  # fmt: skip
 
     return run
 
@@ -155,9 +155,9 @@ def test_a_trainer_of_transformers_with_two_ranks_is_one_worker(start, serve, tm
     env = {"DILOCO_SERVER": host.address, "DILOCO_SYNC_EVERY": "5"}
     workers = [
         start(*launch, HF_WORKER, tmp_path / name, "--seed", seed, "--set", "max_steps=12", *more,
-              env={**env, "DILOCO_WORKER_ID": name})
-        for seed, (name, launch, more) in enumerate(
-            [("w0", TORCHRUN, ["ddp_backend=gloo"]), ("w1", [], [])]
+              env={**env, "DILOCO_WORKER_ID": name}, imports=imports)
+        for seed, (name, imports, launch, more) in enumerate(
+            [("w0", LAUNCHER, TORCHRUN, ["ddp_backend=gloo"]), ("w1", TRAINER, [], [])]
         )
     ]  # fmt: skip
     host.wait_for("the run starts at round 0 with w0, w1")

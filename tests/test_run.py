@@ -35,7 +35,7 @@ def spawn(start, tmp_path):
             blocks[block][key] = yaml.safe_load(value) if isinstance(value, str) else value
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(blocks))
         command = [os.path.join(ROOT, "server.py"), "-m", "model", "-n", 2, "--port", 0]
-        return start(*command, "--spawn", "small.yaml", *options, cwd=tmp_path)
+        return start(*command, "--spawn", "small.yaml", *options, cwd=tmp_path, fresh=True)
 
     return run
 

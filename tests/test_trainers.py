@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEADLINE, ROOT, result, status, until
+from conftest import DEADLINE, ROOT, TRAINER, result, status, until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -47,7 +47,7 @@ def launch(start, host, folder, name, *options, fragments=1, **settings):
     env = {"DILOCO_SERVER": host.address, "DILOCO_WORKER_ID": name, "DILOCO_SYNC_EVERY": str(EVERY)}
     env["DILOCO_NUM_FRAGMENTS"] = str(fragments)
     more = ("--seed", NAMES.index(name), *options, "--set", f"max_steps={STEPS}", *chosen)
-    return start(SCRIPT, folder / name, *more, env=env)
+    return start(SCRIPT, folder / name, *more, env=env, imports=TRAINER)
 
 
 def same(one, other):
