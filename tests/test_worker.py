@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ import worker
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = f"Once there was a cat.{worker.SEPARATOR}\nThe end.\n{worker.SEPARATOR}\n".encode() * 400
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("DILOCO_")}
+CLEAN["OMP_NUM_THREADS"] = "1"
 TINY = {
     "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     "data": {"source": "builtin"},
@@ -609,18 +609,18 @@ def test_the_evaluation_touches_neither_data_nor_random_numbers(tmp_path):
     assert finals[0] == finals[1]
 
 
-def test_resume_goes_on_to_the_same_bits(tmp_path):
+def test_resume_goes_on_to_the_same_bits(tmp_path, start):
     config = config_file(tmp_path, train={"grad_accumulation": 2})
-    whole = run_worker(config, "--output-dir", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+    whole = start(ROOT / "worker.py", config, "--output-dir", "whole", cwd=tmp_path)
+    assert whole.wait() == 0, whole.output
     (tmp_path / "cut").mkdir()
     os.rename(tmp_path / "whole" / "step-8", tmp_path / "cut" / "step-8")
-    rest = run_worker(config, "--output-dir", "cut", "--resume", cwd=tmp_path)
-    assert rest.returncode == 0, rest.stderr
-    assert "resumed from cut/step-8" in rest.stdout and "step 4/12" not in rest.stdout
+    rest = start(ROOT / "worker.py", config, "--output-dir", "cut", "--resume", cwd=tmp_path)
+    assert rest.wait() == 0, rest.output
+    assert "resumed from cut/step-8" in rest.output and "step 4/12" not in rest.output
     assert_same_end(tmp_path)
     last = re.compile(r"step 12/12  loss \S+|final.*")
-    assert last.findall(rest.stdout) == last.findall(whole.stdout)
+    assert last.findall(rest.output) == last.findall(whole.output)
 
 
 def test_resume_on_a_text_goes_on_to_the_same_bits(tmp_path, main):
@@ -641,20 +641,16 @@ def assert_same_end(folder):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, main, capsys, number, status):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    tmp_path, start, main, capsys, number, status
+):
     config = config_file(tmp_path, train={"max_steps": 100_000}, output={"save_every": 0})
-    command = [sys.executable, ROOT / "worker.py", config]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("step 8/"):
-                process.send_signal(number)
-                break
-        output, errors = process.communicate()
-    assert process.returncode == status and "Traceback" not in errors
-    step = int(re.search(r"saved worker-out/standalone/step-(\d+)", output)[1])
-    assert step >= 8 and "final" not in output
+    process = start(ROOT / "worker.py", config, cwd=tmp_path)
+    process.wait_for("^step 8/")
+    process.signal(number)
+    assert process.wait() == status and "Traceback" not in process.output
+    step = int(re.search(r"saved worker-out/standalone/step-(\d+)", process.output)[1])
+    assert step >= 8 and "final" not in process.output
     assert main(config, "--resume", "--max-steps", step + 2) == 0
     assert f"steps {step} to {step + 2}" in capsys.readouterr().out
 
@@ -712,39 +708,23 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path, capsys):
 
 
 @pytest.fixture
-def server(tmp_path):
-    """start(n) -> address: a server process for a run of n workers, ended with the test."""
-    started = []
+def train(start, tmp_path):
+    """train(config, server, worker_id, *options): worker.py as a process of a run."""
 
-    def start(workers):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, ROOT / "server.py", "-m", tmp_path / "model", "-n", str(workers)]
-        options = ["--port", str(port), "--host", "127.0.0.1"]
-        with open(tmp_path / "server.log", "w") as log:
-            started.append(subprocess.Popen(command + options, env=CLEAN, stdout=log, stderr=log))
-        return f"127.0.0.1:{port}"
+    def run(config, server, name, *options):
+        place = ["--server", server.address, "--worker-id", name]
+        return start(ROOT / "worker.py", config, *place, *options, cwd=tmp_path)
 
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait()
+    return run
 
 
-def start_worker(config, address, name, cwd, *options):
-    command = [sys.executable, ROOT / "worker.py", config, "--server", address, "--worker-id", name]
-    command += options
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=CLEAN, **pipes)
-
-
-def test_two_workers_end_with_the_same_model(tmp_path, server):
+def test_two_workers_end_with_the_same_model(tmp_path, serve, train):
     config = config_file(tmp_path, diloco={"sync_every": 4})
-    address = server(2)
-    workers = [start_worker(config, address, name, tmp_path) for name in ("a", "b")]
-    told = [process.communicate()[0] for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], told
+    host = serve("-n", 2)
+    workers = [train(config, host, name) for name in ("a", "b")]
+    codes, told = [worker.wait() for worker in workers], [worker.output for worker in workers]
+    assert codes == [0, 0], told
+    host.wait_for("the model of round .* is in")
     weights = [tmp_path / "worker-out" / name / "model.safetensors" for name in ("a", "b")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     both = models.load(tmp_path / "worker-out" / "a")[0].state_dict()
@@ -752,24 +732,20 @@ def test_two_workers_end_with_the_same_model(tmp_path, server):
     assert "final validation loss" in told[0] and "validation loss" not in told[1]
 
 
-def test_a_resumed_worker_keeps_local_work_or_takes_the_model(tmp_path, server):
-    train = {"max_steps": 100_000}
-    config = config_file(tmp_path, train=train, diloco={"sync_every": 90_000})
-    address = server(1)
-    with start_worker(config, address, "a", tmp_path) as process:
-        for line in process.stdout:  # killed within the first round: nothing was pushed
-            if line.startswith("saved") and line.strip().endswith("step-8"):
-                process.kill()
-                break
+def test_a_resumed_worker_keeps_local_work_or_takes_the_model(tmp_path, serve, train):
+    steps = {"max_steps": 100_000}
+    config = config_file(tmp_path, train=steps, diloco={"sync_every": 90_000})
+    host = serve("-n", 1)
+    process = train(config, host, "a")
+    process.wait_for("^saved .*step-8$")
+    process.kill()  # within the first round: nothing was pushed
     folder = tmp_path / "worker-out" / "a"
     step = worker.load_checkpoint(worker.checkpoints(folder)[-1])["step"]
 
     def resume(last):
-        options = ("--resume", "--max-steps", str(last))
-        with start_worker(config, address, "a", tmp_path, *options) as process:
-            told = process.communicate()[0]
-        assert process.returncode == 0, told
-        return told
+        process = train(config, host, "a", "--resume", "--max-steps", last)
+        assert process.wait() == 0, process.output
+        return process.output
 
     told = resume(step + 4)  # the server is still in that round
     assert f"steps {step} to {step + 4}" in told and "moved on" not in told
