@@ -58,7 +58,7 @@ GAP_SECONDS = 0.7  # between two faults, on average
 HANG_SECONDS = 2 * (WORKER_TIMEOUT + ROUND_TIMEOUT + RECONNECT_SECONDS) + sum(
     (LONGEST_STALL, LONGEST_FREEZE, LONGEST_DOWN, START_SECONDS)
 )
-MAX_GROWTH_MB, MAX_THREADS = 32, 100  # of the server, within one life, after its first 10 s
+MAX_GROWTH_MB, MAX_THREADS = 32, 100  # of the server, within one life, from 10 s after it listens
 NOT_JOINED, NOT_FLUSHED = 3, 4  # exit codes of the worker role
 
 FAULTS = {  # kind -> weight
@@ -345,10 +345,10 @@ class Actor:
     fate: str = ""  # what is about to end it on purpose: kill, leave, stop
     frozen: bool = False
     log: str = ""
-    begun: float = 0.0
+    serves: float = 0.0  # when a server was first seen to listen in this life
     moved: float = 0.0  # when it last made a step
     steps: dict = field(default_factory=dict)  # pid -> steps made
-    memory: list = field(default_factory=list)  # MB of this life, after its first 10 s
+    memory: list = field(default_factory=list)  # MB of a server in this life, from 10 s after that
 
     @property
     def alive(self):
@@ -424,8 +424,7 @@ class Chaos:
             return
         self.read_progress(actor)
         actor.lives, actor.fate, actor.frozen = actor.lives + 1, "", False
-        actor.begun = actor.moved = time.monotonic()
-        actor.memory = []
+        actor.moved, actor.serves, actor.memory = time.monotonic(), 0.0, []
         actor.log = os.path.join(self.folder, f"{actor.name}-{actor.lives:03}.log")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DILOCO_")}
         environment |= {
@@ -590,7 +589,10 @@ class Chaos:
             memory, threads = (
                 int(re.search(rf"{name}:\s*(\d+)", text)[1]) for name in ("VmRSS", "Threads")
             )
-            if time.monotonic() - self.server.begun > 10:
+            # Until it listens it imports, which grows it and takes long on a busy machine.
+            if not self.server.serves and "listening on port" in tail(self.server.log, 1000):
+                self.server.serves = time.monotonic()
+            if self.server.serves and time.monotonic() - self.server.serves > 10:
                 self.server.memory.append(memory / 1024)
                 growth = round(max(self.server.memory) - self.server.memory[0], 1)
                 self.counts["rss growth MB"] = max(self.counts["rss growth MB"], growth)

@@ -11,15 +11,16 @@ from conftest import ROOT, until
 from conftest import status as ask
 
 
-def run(start, *args):
-    process = start(os.path.join(ROOT, "status.py"), *args)
+def run(start, *args, **options):
+    process = start(os.path.join(ROOT, "status.py"), *args, **options)
     return process.wait(), process.output
 
 
 def test_no_server_is_one_line_and_exit_code_1(start):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        code, output = run(start, "--server", f"127.0.0.1:{free.getsockname()[1]}")
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        code, output = run(start, "--server", address, fresh=True)
     assert code == 1
     assert len(output.splitlines()) == 1 and "no DiLoCo server answers at 127.0.0.1:" in output
 
