@@ -342,8 +342,8 @@ class Gate(threading.Thread):
             while True:
                 fields, raw, size = self.frame(stream)
                 if fields["type"] == "push" and size:
-                    self.pushes.append((fields["fragment"], fields["seq"], fields["base"]))
                     line["fault"] = self.faults.popleft() if self.faults else None
+                    self.pushes.append((fields["fragment"], fields["seq"], fields["base"]))
                 fault = line["fault"]
                 if fault == "lost":
                     self.met.append(fault)
@@ -610,7 +610,7 @@ def test_a_worker_that_ends_alone_below_min_workers_does_not_hang_on_a_push_unde
     b.quit()
     server.wait_for("b leaves")
     a.finish(2)
-    a.join(10)
+    a.join(DEADLINE)
     assert not a.is_alive(), status(server)
 
 
@@ -775,6 +775,8 @@ def test_steps_of_a_push_whose_reply_was_lost_do_not_count_twice(serve, count, m
     gate = Gate(server)
     a = count(gate, "a", reconnect_timeout=0.3, **mode)
     a.step(8).stepped()
+    # The last one travels while training goes on, and the fault is for the one after it.
+    until(lambda: len(gate.pushes) == mode["num_fragments"], "a push of each fragment")
     gate.faults.append("gone")
     a.step(20).stepped()
     assert gate.met == ["gone"] and status(server)["fragments"][0]["version"] == 2
