@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from conftest import LAUNCHER, ROOT, TORCH, TRAINER, digest_of, status, until
+from conftest import LAUNCHER, ROOT, TRAINER, digest_of, status, until
 from safetensors.torch import load_file
 
 AS_TORCHRUN = "import sys; from torch.distributed.run import main; sys.exit(main())"
@@ -22,13 +22,28 @@ SMALL = ["--set=model.hidden_size=32", "--set=model.intermediate_size=32", "--se
 
 
 @pytest.fixture
-def torchrun(start):
+def launch(start):
+    """launch(script, *args): a torchrun with two ranks. Killed, it would leave them behind."""
+    launched = []
+
+    def run(*command, **options):
+        launched.append(start(*TORCHRUN, *command, imports=LAUNCHER, **options))
+        return launched[-1]
+
+    yield run
+    for process in launched:
+        process.signal(signal.SIGTERM)
+        process.wait()
+
+
+@pytest.fixture
+def torchrun(launch):
     """torchrun(server, worker_id, **options): tests/ddp_worker.py as two ranks."""
 
     def run(server, worker_id, **options):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         place = ["--server", server.address, "--worker-id", worker_id]
-        return start(*TORCHRUN, WORKER, *place, *flags, imports=LAUNCHER)
+        return launch(WORKER, *place, *flags)
 
     return run
 
@@ -89,14 +104,13 @@ def test_where_the_server_refuses_no_rank_is_left_waiting(serve, torchrun, toy):
 
 
 @pytest.fixture
-def ours(start, tmp_path):
+def ours(start, launch, tmp_path):
     """ours(*options, ranks=2): worker.py on a small model, with its output in tmp_path / `name`."""
 
     def run(name, *options, ranks=2):
-        launch, imports = (TORCHRUN, LAUNCHER) if ranks > 1 else ([], TORCH)
-        out = f"--output-dir={tmp_path / name}"
-        return start(*launch, os.path.join(ROOT, "worker.py"), os.path.join(ROOT, "default.yaml"),
-                     out, *SMALL, *options, imports=imports)  # fmt: skip
+        script, config = os.path.join(ROOT, "worker.py"), os.path.join(ROOT, "default.yaml")
+        run_it = launch if ranks > 1 else start
+        return run_it(script, config, f"--output-dir={tmp_path / name}", *SMALL, *options)
 
     return run
 
@@ -150,15 +164,15 @@ def test_ranks_stop_together_and_go_on_together(ours, serve, tmp_path):
     assert again.wait() == 0, again.output
 
 
-def test_a_trainer_of_transformers_with_two_ranks_is_one_worker(start, serve, tmp_path):
+def test_a_trainer_of_transformers_with_two_ranks_is_one_worker(start, launch, serve, tmp_path):
     host = serve("-n", 2, "--until-done")
     env = {"DILOCO_SERVER": host.address, "DILOCO_SYNC_EVERY": "5"}
+    steps = ["--set", "max_steps=12"]
     workers = [
-        start(*launch, HF_WORKER, tmp_path / name, "--seed", seed, "--set", "max_steps=12", *more,
-              env={**env, "DILOCO_WORKER_ID": name}, imports=imports)
-        for seed, (name, imports, launch, more) in enumerate(
-            [("w0", LAUNCHER, TORCHRUN, ["ddp_backend=gloo"]), ("w1", TRAINER, [], [])]
-        )
+        launch(HF_WORKER, tmp_path / "w0", "--seed", 0, *steps, "ddp_backend=gloo",
+               env={**env, "DILOCO_WORKER_ID": "w0"}),
+        start(HF_WORKER, tmp_path / "w1", "--seed", 1, *steps,
+              env={**env, "DILOCO_WORKER_ID": "w1"}, imports=TRAINER),
     ]  # fmt: skip
     host.wait_for("the run starts at round 0 with w0, w1")
     for worker in workers:
