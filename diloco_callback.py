@@ -1487,6 +1487,7 @@ class DiLoCoWorker:
             "loss": self._sane_loss(),
             "shares": list(self.shares),
             "ending": self.ending,
+            "closed": [k for k, fragment in enumerate(self.fragments) if fragment.closed],
         }
         reply = self.control.request("heartbeat", fields)
         orders = reply.field("orders", list)

@@ -97,6 +97,7 @@ class Member:
     shares: set = field(default_factory=set)  # of the text, that it may be reading
     told: bool = False  # that the server ends
     ending: bool = False  # it has made its last step
+    closed: set = field(default_factory=set)  # fragments that its last push is in
     # Names this membership. A push that was made before its worker joined again carries another
     # ticket, and is refused however late it comes: the join has settled what became of it.
     ticket: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -1449,6 +1450,7 @@ class Server:
                 message.field("ending", bool, False),
             )
             member.position = message.field("position", int, 0)
+            member.closed = {k for k in message.field("closed", list, []) if type(k) is int}
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
             member.loss = message.field(
                 "loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS
@@ -1459,6 +1461,7 @@ class Server:
                 "members": sorted(self.members),
                 "orders": ["stop"] * self.stopping + ["away"] * self.closed,
             }
+            self.lock.notify_all()  # rounds may be over for what it says
         conn.send("heartbeat", fields)
         if "away" in fields["orders"]:
             with self.lock:
@@ -1586,9 +1589,14 @@ class Server:
         update = fragment.update
         return fragment.label != target or (update is not None and update.base == target)
 
+    def _pushers(self, fragment):
+        """The members that push a fragment, by id. One that has made its last push of it, and waits
+        for the end of another fragment's round, does not: the others may be waiting here for that."""
+        return {m.id for m in self.members.values() if fragment.index not in m.closed}
+
     def _awaited(self, fragment):
         """Who is missing in the open round of a fragment, in words. Needs the lock."""
-        names = ", ".join(sorted(self.members.keys() - fragment.pushes))
+        names = ", ".join(sorted(self._pushers(fragment) - fragment.pushes.keys()))
         more = self.args.min_workers - len(self.members.keys() | fragment.pushes)
         return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
 
@@ -1600,7 +1608,7 @@ class Server:
         overdue = limit and begun is not None and time.monotonic() - begun > limit
         ending = self.stopping or all(member.ending for member in self.members.values())
         least = 1 if ending else self.args.min_workers
-        return round_closes(self.members, fragment.pushes, least, overdue)
+        return round_closes(self._pushers(fragment), fragment.pushes, least, overdue)
 
     def advance(self):
         """Have the outer step taken of every fragment whose round is over."""
@@ -1863,7 +1871,7 @@ class Server:
             ]
             everyone = [*self.members.values(), *self.joining.values()]
             awaited = {
-                w for f in self.fragments if f.pushes for w in self.members.keys() - f.pushes
+                w for f in self.fragments if f.pushes for w in self._pushers(f) - f.pushes.keys()
             }
             fields = {
                 "mode": "streaming" if len(self.fragments) > 1 else "sync",

@@ -28,6 +28,7 @@ from conftest import DEADLINE, ROOT, Outer, flat, put, result, rounded, simulate
 
 import protocol
 import server
+from diloco_callback import DiLoCoWorker
 from protocol import CHUNK, CODECS, Buffer, Refused
 
 MANIFEST = [["w", "F32", [3, 4]], ["b", "BF16", [5]]]
@@ -330,6 +331,35 @@ def test_late_joiners_step_in_and_all_end_with_the_same_bits(serve, toy):
     assert len({end["digest"] for end in ends}) == 1, [end["version"] for end in ends]
     assert {end["version"][1] for end in ends} == {3}
     assert host.wait() == 0
+
+
+def test_a_worker_that_has_closed_a_fragment_is_not_awaited_in_it(serve):
+    """It waits for the other's push of fragment 1, which comes after another one of fragment 0."""
+    host = serve("-n", 2)
+    model = torch.nn.ParameterDict({"w": torch.zeros(3, 4), "b": torch.zeros(5).bfloat16()})
+    options = {"sync_every": 5, "num_fragments": 2, "worker_id": "b"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    b = DiLoCoWorker(model, optimizer, host.address, **options)
+    b_joins = background(b.start)
+    a = Peer(host, "a").join(num_fragments=2)
+    b_joins.result(DEADLINE)
+    versions = a.reply["versions"]
+
+    def push(fragment):
+        a.seq += 1
+        fields = {"fragment": fragment, "seq": a.seq, "base": versions[fragment], "step": 1,
+                  "steps": 0, "ticket": a.reply["ticket"]}  # fmt: skip
+        conn, _ = protocol.connect(host.address, a.session)
+        with contextlib.closing(conn):
+            conn.stall = DEADLINE
+            reply = background(lambda: conn.request("push", fields)).result(DEADLINE)
+        versions[fragment] = reply.fields["version"]
+
+    ends = background(b.flush)
+    for fragment in (0, 0, 1):
+        push(fragment)
+    ends.result(DEADLINE)
+    b.close()
 
 
 def test_a_joiner_between_rounds_is_told_when_the_next_is_due(serve):
