@@ -34,6 +34,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import queue
 import secrets
@@ -462,9 +463,12 @@ class Buffers:
 
 
 class Ranks:
-    """The processes of one worker, as torch.distributed has them (DistributedDataParallel): rank 0
-    speaks to the server, and tells the others after each step what has become of it. Without
+    """The processes of one worker, as torch.distributed has them (DistributedDataParallel,
+    fully_shard): rank 0 speaks to the server, and tells the others after each step what has become
+    of it. Until then they listen, and hand out or take in what they hold of a sharded model. Without
     torch.distributed there is one rank, and nothing to tell."""
+
+    FACTS, READ, WRITE = range(3)  # what a message is about
 
     def __init__(self):
         there = dist.is_available() and dist.is_initialized()
@@ -474,6 +478,9 @@ class Ranks:
             dist.new_group(backend="gloo", timeout=RANKS_PATIENCE) if self.count > 1 else None
         )
         self.last = None  # what was told last
+        self.shards = {}  # name -> Sharded, of a model that is; in the same order on each rank
+        self.lock = threading.Lock()  # of rank 0, while it says something: any thread may
+        self.listening = False  # whether the others wait for that
 
     @property
     def leads(self):
@@ -485,22 +492,185 @@ class Ranks:
         told before, and goes without saying."""
         if self.count == 1:
             return facts
-        raw = json.dumps(facts).encode() if self.leads and facts != self.last else b""
-        size = torch.tensor([len(raw)])
-        dist.broadcast(size, 0, group=self.group)
-        if size.item():
-            data = torch.tensor(list(raw or bytes(size.item())), dtype=torch.uint8)
-            dist.broadcast(data, 0, group=self.group)
-            self.last = json.loads(bytes(data.tolist()))
+        if self.leads:
+            raw = json.dumps(facts).encode() if facts != self.last else b""
+            with self.lock:
+                self.listening = False
+                self._say(self.FACTS, torch.tensor(list(raw), dtype=torch.uint8))
+        else:
+            kind, raw = self._hear()
+            while kind != self.FACTS:
+                self._serve(kind, raw.view(-1, 4).tolist())
+                kind, raw = self._hear()
+            raw = bytes(raw.tolist())
+        if raw:
+            self.last = json.loads(raw)
         return self.last
 
+    def _say(self, kind, data):
+        """Send a message, whose data is a tensor of one dimension, to all ranks."""
+        dist.broadcast(torch.tensor([kind, data.numel()]), 0, group=self.group)
+        if data.numel():
+            dist.broadcast(data, 0, group=self.group)
+
+    def _hear(self):
+        """(kind, data) of the next message."""
+        head = torch.empty(2, dtype=torch.int64)
+        dist.broadcast(head, 0, group=self.group)
+        kind, count = head.tolist()
+        data = torch.empty(count, dtype=torch.uint8 if kind == self.FACTS else torch.int64)
+        if count:
+            dist.broadcast(data, 0, group=self.group)
+        return kind, data
+
+    @torch.no_grad()
+    def transfer(self, kind, rows, values):
+        """On rank 0: READ elements of the shards on all ranks into the float32 chunk `values`, or
+        WRITE them from it. rows: [index in `shards`, start, stop, step], whose elements are those of
+        the chunk one after the other. Raises RuntimeError where the others do not listen, and when
+        one of them is gone."""
+        with self.lock, uninterrupted():  # half a transfer would leave a rank waiting for the rest
+            if not self.listening:
+                raise RuntimeError("the other ranks do not listen: shards stay as they are")
+            if self.count > 1:
+                self._say(kind, torch.tensor(rows).view(-1))
+            for rank in range(self.count):
+                packed, pieces = self._pieces(kind, rows, rank)
+                if kind == self.WRITE:
+                    for *_, place, part in pieces:
+                        part.copy_(values[place])
+                if rank == self.rank:
+                    self._copy(kind, pieces)
+                elif pieces:
+                    (dist.recv if kind == self.READ else dist.send)(packed, rank, group=self.group)
+                if kind == self.READ:
+                    for *_, place, part in pieces:
+                        values[place].copy_(part)
+
+    @torch.no_grad()
+    def _serve(self, kind, rows):
+        """What another rank does for that."""
+        packed, pieces = self._pieces(kind, rows, self.rank)
+        if pieces and kind == self.WRITE:
+            dist.recv(packed, 0, group=self.group)
+        self._copy(kind, pieces)
+        if pieces and kind == self.READ:
+            dist.send(packed, 0, group=self.group)
+
+    def _pieces(self, kind, rows, rank):
+        """What a rank has to do with a transfer: (room for all the elements, on the CPU, [(shard,
+        slice of the elements that the rank holds of it, slice of the chunk, part of the room)])."""
+        shards, pieces, start = list(self.shards.values()), [], 0
+        for index, *inside in rows:
+            shard, wanted = shards[index], range(*inside)
+            if kind == self.WRITE or rank in shard.readers:
+                local, part = shard.held(rank, wanted)
+                if part.start < part.stop:
+                    pieces.append((shard, local, slice(start + part.start, start + part.stop)))
+            start += len(wanted)
+        counts = [place.stop - place.start for *_, place in pieces]
+        packed = torch.empty(sum(counts))
+        parts = packed.split(counts)
+        return packed, [(*piece, part) for piece, part in zip(pieces, parts, strict=True)]
+
+    def _copy(self, kind, pieces):
+        for shard, local, _, part in pieces:
+            if kind == self.READ:
+                part.copy_(shard.local().reshape(-1)[local])
+            else:
+                protocol.fill(shard.local(), local, part)
+
     def spread(self, parameters):
-        """Give every rank the parameters of rank 0, to the bit."""
+        """Give every rank the parameters of rank 0, to the bit; shards are where they belong."""
         for parameter in parameters if self.count > 1 else ():
-            values = parameter.detach().contiguous()
-            dist.broadcast(values, 0)
+            if _is_sharded(parameter):
+                continue
+            raw = parameter.detach().contiguous().view(-1).view(torch.uint8)  # gloo has few dtypes
+            dist.broadcast(raw, 0)
             if not self.leads:
-                parameter.copy_(values)
+                parameter.copy_(raw.view(parameter.dtype).view(parameter.shape))
+
+
+class Sharded:
+    """A parameter of a sharded model: each rank holds a run of its elements in row order, as
+    fully_shard cuts it, or all of them. Stands for it in a FlatModel.
+
+    parameter: a DTensor that `_check_placement` has passed, or a plain tensor; count: of ranks.
+    """
+
+    def __init__(self, parameter, count):
+        self.parameter, self.dtype = parameter, parameter.dtype
+        self.device, self.is_cuda = parameter.device, parameter.is_cuda
+        held = [self._run(rank) for rank in range(count)]
+        self.runs = [run for run, _ in held]  # of each rank
+        self.readers = {rank for rank, (_, is_first) in enumerate(held) if is_first}
+
+    def _run(self, rank):
+        """(range of the elements that a rank holds, whether it is the first that does)."""
+        if not _is_sharded(self.parameter):
+            return range(self.numel()), rank == 0
+        placements, mesh = self.parameter.placements, self.parameter.device_mesh.mesh
+        run, is_first, (place,) = range(self.numel()), True, (mesh == rank).nonzero().tolist()
+        for placement, size, i in zip(placements, mesh.shape, place, strict=True):
+            if placement.is_replicate():
+                is_first &= i == 0
+            else:  # as torch.chunk cuts: the last ones may be short, or empty
+                rows, *others = self.parameter.shape
+                width = -(-rows // size) * math.prod(others)
+                run = run[i * width : (i + 1) * width]
+        return run, is_first
+
+    def numel(self):
+        return self.parameter.numel()
+
+    def local(self):
+        """The tensor that this rank holds, to be changed in place."""
+        tensor = self.parameter.detach()
+        return tensor.to_local() if _is_sharded(tensor) else tensor
+
+    def held(self, rank, wanted):
+        """What a rank holds of `wanted`, a range of elements with a step: (slice of its own
+        elements, slice of `wanted`)."""
+        run, step = self.runs[rank], wanted.step
+        first, last = (
+            min(max(-(-(border - wanted.start) // step), 0), len(wanted))
+            for border in (run.start, run.stop)
+        )
+        mine = wanted[first:last]
+        return slice(mine.start - run.start, mine.stop - run.start, step), slice(first, last)
+
+
+class ShardedModel(protocol.FlatModel):
+    """The FlatModel of a sharded model, on rank 0: what is read and written goes to and from the
+    ranks that hold it, chunk by chunk, by way of the CPU. Raises RuntimeError where those do not
+    listen, or are gone. `names`: of the parameters, in the order of the manifest."""
+
+    def __init__(self, ranks, names, first=0, stride=1):
+        super().__init__([ranks.shards[name] for name in names], first, stride)
+        self.ranks = ranks
+        self.index = {shard: index for index, shard in enumerate(ranks.shards.values())}
+
+    @property
+    def device(self):
+        """Where anchors and the like are kept: no GPU of one rank is to hold a whole model."""
+        return torch.device("cpu")
+
+    def _transfer(self, kind, start, values):
+        for a, b in protocol.chunks(values.numel()):
+            spans = self.spans(start + a, start + b)
+            rows = [[self.index[shard], i.start, i.stop, i.step] for shard, i, _ in spans]
+            self.ranks.transfer(kind, rows, values[a:b])
+
+    def read(self, start, out, non_blocking=False):
+        self._transfer(Ranks.READ, start, out)
+
+    def subtract_from(self, start, numbers, out):
+        self.read(start, out)
+        torch.sub(self.rounded(start, numbers), out, out=out)
+
+    def write(self, start, values):
+        self.writes += 1
+        self._transfer(Ranks.WRITE, start, values)
 
 
 STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
@@ -536,7 +706,9 @@ class DiLoCoWorker:
     residual: path of what `save_residual` wrote with that; or `residual()` is in it as "residual".
 
     Where torch.distributed is initialized, all its ranks are one worker: each makes one of these, rank 0
-    speaks to the server, and all have the same parameters to the bit after each step.
+    speaks to the server, and all have the same parameters to the bit after each step. Of a model that
+    `fully_shard` has been applied to, each keeps its shards; rank 0 holds the anchor, on the CPU.
+    Raises ValueError where a DTensor is placed in another way than that does by default.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
     when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
@@ -588,7 +760,10 @@ class DiLoCoWorker:
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
         self.optimizer = self.optimizers[-1]
+        self.fsdp_modules = _fsdp_modules(model)
+        self._reshard()
         self.named, self.frozen, self.buffers = _trainable(model), _frozen(model), Buffers(model)
+        self.is_sharded = any(map(_is_sharded, self.named.values()))
         self.fingerprints = {}  # of frozen parameters, worked out once
         self.fetched = 0  # frozen parameters that were taken from the server
 
@@ -649,6 +824,9 @@ class DiLoCoWorker:
         STARTED.add(self)
         try:
             self.ranks = Ranks()
+            if self.is_sharded:
+                count = self.ranks.count
+                self.ranks.shards = {n: Sharded(p, count) for n, p in self.named.items()}
             with torch.no_grad(), self._telling():
                 if self.ranks.leads:
                     self._enter_run()
@@ -812,6 +990,8 @@ class DiLoCoWorker:
         else:
             specs = [spec for spec in manifest if spec.name in wanted]
             parameters = (self.named[spec.name].detach().cpu().contiguous() for spec in specs)
+            if self.is_sharded:
+                parameters = self._gathered(specs)
         buffers = {
             n: t for n, t in (self.buffers.anchor or self.buffers.now()).items() if n in wanted
         }
@@ -822,6 +1002,16 @@ class DiLoCoWorker:
             itertools.chain(parameters, buffers.values(), raw.values()),
             on_wait=self._say_awaited,
         )
+
+    def _gathered(self, specs):
+        """Parameters of a sharded model, in pieces of up to CHUNK elements, on the CPU. Through
+        float32, which is what the server makes of them."""
+        flat = ShardedModel(self.ranks, [spec.name for spec in specs])
+        for spec, first, last in protocol.ranges(specs):
+            for start, stop in protocol.chunks(last - first):
+                piece = torch.empty(stop - start)
+                flat.read(first + start, piece)
+                yield piece.to(spec.dtype)
 
     def _say_awaited(self, fields):
         if self.leave_by is not None:
@@ -837,7 +1027,10 @@ class DiLoCoWorker:
             self.update == "predict" and self.delay,  # a velocity
         )
         for k in range(count):
-            flat = protocol.FlatModel([self.named[name] for name in names], k, count)
+            if self.is_sharded:
+                flat = ShardedModel(self.ranks, names, k, count)
+            else:
+                flat = protocol.FlatModel([self.named[name] for name in names], k, count)
             anchor = protocol.fragment_of(params, k, count).to(flat.device).contiguous()
             more = (torch.zeros_like(anchor) if wants else None for wants in wanted)
             self.fragments.append(Fragment(flat, anchor, *more, up, down))
@@ -993,7 +1186,10 @@ class DiLoCoWorker:
     @contextlib.contextmanager
     def _telling(self):
         """At the end of the block rank 0 tells the others where the worker is, and hands them its
-        parameters where they have changed; if it failed there, they fail too."""
+        parameters where they have changed; if it failed there, they fail too. Within it rank 0 can
+        read and write their shards."""
+        self._reshard()
+        self.ranks.listening = True
         try:
             yield
         except BaseException as error:
@@ -1016,6 +1212,12 @@ class DiLoCoWorker:
             self.ranks.spread(self.frozen.values())
         if not self.ranks.leads:
             self._heed(told)
+
+    def _reshard(self):
+        """Let go of whole parameters that a forward pass without a backward pass has left in a
+        module: later ones would go on with them, whatever is written into the shards."""
+        for module in self.fsdp_modules:
+            module.reshard()
 
     def _heed(self, told):
         """What another rank than 0 learns from it."""
@@ -1524,7 +1726,8 @@ class DiLoCoWorker:
             conn.close()
         self.pool.close(seconds=5.0)
         with torch.no_grad(), uninterrupted():  # leave the local values as training made them
-            for fragment in self.fragments:
+            # But for shards: after a failure, or where one rank leaves, the others do not listen.
+            for fragment in () if self.is_sharded else self.fragments:
                 if fragment.flight and fragment.flight.reply:
                     fragment.moved(fragment.flight, self.alpha)
                     self._settle(fragment)
@@ -1582,16 +1785,18 @@ class DiLoCoWorker:
     @torch.no_grad()
     def global_model(self):
         """Within the block the model's parameters and buffers are the global ones, as far as this
-        worker has adopted them; afterwards its own again, to the bit. For evaluation."""
+        worker has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded
+        model all ranks have to enter it, and leave it, between the same steps."""
         tensors = [*self.named.values(), *self.buffers.local.values()]
         local = [tensor.detach().clone() for tensor in tensors]
-        self.buffers.put(self.buffers.anchor)
-        with self.anchor_lock:
+        with self._telling() if self.is_sharded else contextlib.nullcontext(), self.anchor_lock:
+            self.buffers.put(self.buffers.anchor)
             for fragment in self.fragments:
                 fragment.move(fragment.anchor)
         try:
             yield
         finally:
+            self._reshard()
             with torch.no_grad():
                 for tensor, values in zip(tensors, local, strict=True):
                     tensor.copy_(values)
@@ -1692,13 +1897,44 @@ def _trainable(model):
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device, so it has no numbers yet: "
                              "load or initialize the model, then begin")  # fmt: skip
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(f"parameter {name!r} is a shard (DTensor): FSDP is not supported yet; use "
-                             "DistributedDataParallel")  # fmt: skip
+        if "_fsdp_wrapped_module" in name:
+            raise ValueError(f"parameter {name!r} is flattened by FullyShardedDataParallel, which hides "
+                             "what it was: use fully_shard (FSDP2)")  # fmt: skip
+        if _is_sharded(parameter):
+            _check_placement(name, parameter)
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name!r} is {parameter.dtype}: only floating-point numbers "
                              "can be synchronized; freeze it with requires_grad_(False)")  # fmt: skip
     return named
+
+
+def _is_sharded(parameter):
+    """Whether it is a DTensor. Told without importing those: most programs have none."""
+    return hasattr(parameter, "full_tensor")
+
+
+def _check_placement(name, parameter):
+    """Raise ValueError unless a DTensor lies on the ranks as fully_shard puts it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements, mesh = parameter.placements, parameter.device_mesh
+    cuts = [place for place in placements if type(place) is not Replicate]
+    if len(cuts) > 1 or any(type(place) is not Shard or place.dim != 0 for place in cuts):
+        raise ValueError(
+            f"parameter {name!r} is placed as {placements}: a DTensor can be synchronized if it is "
+            "replicated, and cut into rows (Shard(0)) over one dimension of its mesh"
+        )
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"parameter {name!r} is on a mesh of {mesh.size()} ranks, and the worker has "
+            f"{dist.get_world_size()}: give fully_shard a mesh of all, as (Replicate, Shard(0))"
+        )
+
+
+def _fsdp_modules(model):
+    """Those that fully_shard has been applied to."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [module for module in model.modules() if isinstance(module, fsdp)]
 
 
 def _unwrapped(optimizer):

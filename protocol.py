@@ -743,6 +743,17 @@ def ranges(specs):
         start += spec.numel
 
 
+def fill(tensor, inside, values):
+    """Set elements of a tensor, by a slice of them in row order, whatever its dtype, device and
+    memory layout."""
+    if tensor.is_contiguous():
+        tensor.view(-1)[inside].copy_(values)
+    else:
+        flat = tensor.reshape(-1)  # a copy in row order
+        flat[inside].copy_(values)
+        tensor.copy_(flat.view(tensor.shape))
+
+
 class FlatModel:
     """Parameters, wherever they live and whatever their dtype, seen as one flat float32 vector, or
     as a fragment of that: every `stride`-th element, from the `first` on.
@@ -771,7 +782,7 @@ class FlatModel:
             if a < b:
                 begin = offset + (a - low) * self.stride
                 inside = slice(begin, begin + (b - a - 1) * self.stride + 1, self.stride)
-                yield parameter.detach(), inside, slice(a - start, b - start)
+                yield parameter, inside, slice(a - start, b - start)
 
     @property
     def device(self):
@@ -786,26 +797,22 @@ class FlatModel:
     def read(self, start, out, non_blocking=False):
         """Copy elements from `start` on into the float32 tensor `out`."""
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            out[outside].copy_(parameter.reshape(-1)[inside], non_blocking=non_blocking)
+            local = parameter.detach().reshape(-1)[inside]
+            out[outside].copy_(local, non_blocking=non_blocking)
 
     def subtract_from(self, start, numbers, out):
         """`numbers`, rounded to the parameters' dtypes, minus the elements from `start` on, into
         `out`; both are float32 chunks."""
         numbers = self.rounded(start, numbers)
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            local = parameter.reshape(-1)[inside]
+            local = parameter.detach().reshape(-1)[inside]
             torch.sub(numbers[outside], local.to(out.device, out.dtype), out=out[outside])
 
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""
         self.writes += 1
         for parameter, inside, outside in self.spans(start, start + values.numel()):
-            if parameter.is_contiguous():
-                parameter.view(-1)[inside].copy_(values[outside])
-            else:
-                flat = parameter.reshape(-1)  # a copy in row order
-                flat[inside].copy_(values[outside])
-                parameter.copy_(flat.view(parameter.shape))
+            fill(parameter.detach(), inside, values[outside])
 
     def rounded(self, start, values):
         """`values`, for elements from `start` on, rounded to the parameters' dtypes, as float32."""

@@ -27,15 +27,21 @@ def main():
     parser.add_argument("--sync-every", type=int, default=4)
     parser.add_argument("--num-fragments", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--base", type=int, help="seed of a frozen parameter")
     parser.add_argument("--nan-at", type=int, help="step in which a gradient is not a number")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, digests, widest = dist.get_rank(), [], 0
     model = build((5, 7, 2), seed=args.seed)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    model.register_buffer("seen", torch.zeros(1))  # each rank its own, between syncs
+    if args.base is not None:
+        noise = torch.randn(3, generator=torch.Generator().manual_seed(args.base))
+        model.base = torch.nn.Parameter(noise, requires_grad=False)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)
 
     def before_step(step):
+        model.seen += rank + 1
         if step == args.nan_at:
             model[0].weight.grad[0, 0] = torch.nan
 
@@ -47,6 +53,7 @@ def main():
             digests.append(digest(model))
             widest = max(widest, worker.world)
     told = {"step": worker.step, "world": widest, "syncs": worker.sync_count}
+    told |= {"seen": model.seen.item(), "base": getattr(model, "base", torch.zeros(0)).tolist()}
     told |= {"dropped": worker.dropped_steps, "moments": len(optimizer.state)}
     line = {"rank": rank, "digests": digests, "final": digest(model), **told}
     sys.stdout.write(json.dumps(line) + "\n")  # one write: the ranks share the output

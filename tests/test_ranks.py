@@ -3,18 +3,28 @@
 python -m pytest tests/test_ranks.py
 """
 
+import itertools
 import json
 import os
 import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import LAUNCHER, ROOT, TRAINER, digest_of, status, until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+import protocol
+from diloco_callback import DiLoCoWorker, Sharded
+from protocol import CHUNK
 
 AS_TORCHRUN = "import sys; from torch.distributed.run import main; sys.exit(main())"
 TORCHRUN = ["-c", AS_TORCHRUN, "--standalone", "--nproc_per_node=2"]
 WORKER = os.path.join(ROOT, "tests", "ddp_worker.py")
+FSDP_WORKER = os.path.join(ROOT, "tests", "fsdp_worker.py")
 HF_WORKER = os.path.join(ROOT, "tests", "hf_worker.py")
 SMALL = ["--set=model.hidden_size=32", "--set=model.intermediate_size=32", "--set=train.context=32",
          "--set=model.num_hidden_layers=1", "--set=data.source=builtin", "--set=output.eval_tokens=64",
@@ -73,6 +83,18 @@ def test_all_ranks_have_the_same_bits_after_each_step(serve, torchrun, tmp_path,
     assert said[0][0]["digests"][5] != said[1][0]["digests"][5]  # different data, between syncs
     finals = {line["final"] for ranks in said for line in ranks}
     assert finals == {digest_of(tmp_path / "model")}
+    seen = load_file(tmp_path / "model" / "model.safetensors")["seen"].item()
+    assert {line["seen"] for ranks in said for line in ranks} == {seen}  # rank 0's of all workers
+    assert seen == 14 if fragments == 1 else seen < 14  # less what was added while they travelled
+
+
+def test_all_ranks_get_the_frozen_numbers_of_the_server(serve, torchrun, tmp_path):
+    (tmp_path / "base").mkdir()
+    save_file({"base": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "base" / "model.safetensors")
+    host = serve("-m", tmp_path / "base", "--until-done")
+    ranks = ends(torchrun(host, "w0", base=7, steps=2))
+    assert [line["base"] for line in ranks] == [[1.0, 2.0, 3.0]] * 2
+    assert host.wait() == 0
 
 
 def test_two_ranks_are_one_worker(serve, torchrun, start):
@@ -184,19 +206,130 @@ def test_a_trainer_of_transformers_with_two_ranks_is_one_worker(start, launch, s
         assert all(torch.equal(mine[key], final[key]) for key in final), name
 
 
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, {root!r})
-from diloco_callback import DiLoCoWorker
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-model = fully_shard(torch.nn.Linear(2, 3), mesh=mesh)
-DiLoCoWorker(model, torch.optim.SGD(model.parameters()), "127.0.0.1:1")
-"""
+# --- Shards ---------------------------------------------------------------------------------
 
 
-def test_shards_are_refused_by_name(start):
-    process = start("-c", SHARDED.format(root=ROOT))
-    assert process.wait() == 1
-    assert "ValueError: parameter 'weight' is a shard (DTensor)" in process.output
+@pytest.fixture
+def sharded(start, tmp_path):
+    """sharded(server, worker_id, ranks=2, **options): the ranks of tests/fsdp_worker.py, started
+    without torchrun, which would be one process more that has to import torch. fails: (rank, what
+    that one has as --fails-at)."""
+
+    def run(server, worker_id="w0", ranks=2, fails=(0, 0), **options):
+        options |= {"out": tmp_path, "worker_id": worker_id, "ranks": ranks}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        flags += ["--server", server.address]
+        number = {fails[0]: fails[1]}
+        return [
+            start(FSDP_WORKER, *flags, "--rank", rank, "--fails-at", number.get(rank, 0))
+            for rank in range(ranks)
+        ]
+
+    return run
+
+
+def check_finals(processes, folder):
+    """All ranks have ended well and with the model of the server, to the bit."""
+    said = [ends(process)[0] for process in processes]
+    assert all(line["is_read"] for line in said)
+    final = load_file(folder / "model" / "model.safetensors")
+    paths = list(folder.glob("w*.safetensors"))
+    assert len(paths) == len(processes)
+    for path in paths:
+        mine = load_file(path)
+        assert mine.keys() == final.keys()
+        assert all(torch.equal(mine[name], final[name]) for name in final), path
+    return said
+
+
+def test_shards_are_synchronized_with_a_worker_that_has_none(serve, sharded, tmp_path):
+    host = serve("-n", 2, "--until-done")
+    workers = sharded(host, wide=400_000) + sharded(host, "w1", ranks=1, wide=400_000)
+    assert host.wait() == 0
+    zero, one, plain = check_finals(workers, tmp_path)
+    assert {(line["step"], line["syncs"]) for line in (zero, one, plain)} == {(14, 4)}
+    assert zero["is_same"] and one["is_same"] and not plain["is_same"]  # w0 brought the model
+    for line in (zero, one, plain):
+        for before, _, after in line["evaluated"]:
+            assert before == after
+    assert zero["evaluated"][0][1] == one["evaluated"][0][1] != one["evaluated"][0][0]
+    assert 200_000 < one["largest"] <= CHUNK  # of 2 million parameters
+
+
+def test_replicas_of_shards_stream_and_drop_what_is_not_finite(serve, sharded, tmp_path):
+    host = serve("-n", 2, "--until-done")
+    workers = sharded(host, ranks=4, replicas=2, num_fragments=4, nan_at=6)
+    workers += sharded(host, "w1", ranks=1, num_fragments=4)
+    assert host.wait() == 0
+    *ranks, _ = check_finals(workers, tmp_path)
+    assert len({line["dropped"] for line in ranks}) == 1 and ranks[0]["dropped"]
+
+
+@pytest.mark.parametrize("fragments", [1, 4])
+def test_shards_outlive_the_server(serve, sharded, tmp_path, fragments):
+    host = serve("--save-every=1")
+    options = {"steps": 100_000, "pause": 0.02, "reconnect_timeout": 0.5}
+    workers = sharded(host, num_fragments=fragments, **options)
+    until(lambda: status(host)["round"] >= 2, "two rounds are through")
+    host.kill()
+    workers[0].wait_for("trains on without the server")
+    host = serve("--until-done", "--port", host.port)
+    workers[0].wait_for("has joined again as")
+    seen = until(lambda: status(host)["round"], "it is back")
+    until(lambda: status(host)["round"] > seen + 1, "rounds go on")
+    protocol.connect(host.address, {})[0].request("stop")
+    check_finals(workers, tmp_path)
+
+
+def test_no_rank_is_left_waiting_in_a_transfer(serve, sharded):
+    host = serve("-n", 2)
+    raises = sharded(host, "w0", fails=(0, 15))
+    dies = sharded(host, "w1", fails=(1, 4))
+    assert all(worker.wait() != 0 for worker in raises + dies)
+    assert "MemoryError: no room for it" in raises[0].output
+    assert "rank 0 of w0: MemoryError: no room for it" in raises[1].output
+
+
+def test_the_elements_that_a_rank_holds_of_a_span():
+    shard = Sharded(torch.nn.Parameter(torch.zeros(20)), 1)
+    for first, last in ((0, 20), (0, 7), (7, 13), (13, 13), (13, 20)):
+        shard.runs = [range(first, last)]
+        own = torch.arange(20)[first:last]
+        for begin, step, count in itertools.product(range(20), (1, 2, 3, 7, 30), range(1, 5)):
+            wanted = range(begin, min(20, begin + count * step), step)
+            inside, place = shard.held(0, wanted)
+            assert own[inside].tolist() == [k for k in wanted if k in shard.runs[0]]
+            assert own[inside].tolist() == list(wanted[place])
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one rank, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+def test_other_placements_are_refused_by_name(mesh, monkeypatch):
+    def worker(model):
+        return DiLoCoWorker(model, torch.optim.SGD(model.parameters()), "127.0.0.1:1")
+
+    model = torch.nn.Linear(2, 3)
+    for place in (Shard(1), Partial()):
+        shard = DTensor.from_local(torch.zeros(3, 2), mesh, [place])
+        model.weight = torch.nn.Parameter(shard)
+        with pytest.raises(
+            ValueError, match=rf"'weight' is placed as \({place.__class__.__name__}"
+        ):
+            worker(model)
+    model = torch.nn.Sequential(fully_shard(torch.nn.Linear(2, 3), mesh=mesh))
+    assert worker(model).is_sharded
+    wrapped = FullyShardedDataParallel(
+        torch.nn.Linear(2, 3), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="weight' is flattened by FullyShardedDataParallel"):
+        worker(wrapped)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="weight' is on a mesh of 1 ranks, and the worker has 2"):
+        worker(model)
