@@ -642,12 +642,30 @@ def test_hello_says_who_is_there_and_opens_the_limit(pair, run):
 
 def test_hello_refuses_strangers_versions_and_anything_else(pair):
     for peer, type, fields, error, words in [
-        ("8.8.8.8", "hello", {"protocol": 1}, Refused, "8.8.8.8 is neither a loopback"),
-        ("2a00::1", "hello", {"protocol": 1}, Refused, "neither a loopback"),
+        (
+            "8.8.8.8",
+            "hello",
+            {"protocol": protocol.PROTOCOL_VERSION},
+            Refused,
+            "8.8.8.8 is neither a loopback",
+        ),
+        (
+            "2a00::1",
+            "hello",
+            {"protocol": protocol.PROTOCOL_VERSION},
+            Refused,
+            "neither a loopback",
+        ),
         ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 2 of the protocol, you 99"),
         ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
         ("::1", "hello", {}, ProtocolError, "'protocol'"),
-        ("::1", "hello", {"protocol": 1, "worker": "w"}, ProtocolError, "'session'"),
+        (
+            "::1",
+            "hello",
+            {"protocol": protocol.PROTOCOL_VERSION, "worker": "w"},
+            ProtocolError,
+            "'session'",
+        ),
         ("::1", "hello", {"x": "y" * protocol.MAX_HELLO_BYTES}, ProtocolError, "said hello"),
     ]:
         near, far = pair()

@@ -452,7 +452,7 @@ def test_garbage_leaves_no_trace(serve, tmp_path):
     specs = CODECS["bf16"].layout(P)
     fields = {"type": "push", "fragment": 0, "seq": 90, "base": a.version, "step": 1, "steps": 1}
     header = protocol.encode_header(fields, specs)
-    hello = {"type": "hello", "protocol": 1}
+    hello = {"type": "hello", "protocol": protocol.PROTOCOL_VERSION}
     hello_a = protocol.encode_header({**hello, **a.session}, [])
     wrong = [
         [protocol.TensorSpec("values", torch.float32, (P,))],
