@@ -10,6 +10,7 @@ must end with the parameters that the server has written, to the bit.
 import os
 import re
 import shutil
+import socket
 import types
 
 import loop_worker
@@ -37,11 +38,16 @@ def assert_global(out, tmp_path, frozen=()):
 # --- Somebody's project --------------------------------------------------------------------------
 
 
-def readme_snippets():
-    """The Python snippets of "In your own project"."""
+def readme_snippets(language="python"):
+    """The snippets of "In your own project" that are of some language."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         section = file.read().split("\n## In your own project\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return [code for name, code in re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL)
+            if name == language]  # fmt: skip
+
+
+def without_numbers(text):
+    return re.sub(r"\d[\d.:e-]*", "#", text)
 
 
 PLAIN = [snippet for snippet in readme_snippets() if "DiLoCoWorker(" in snippet]
@@ -111,6 +117,10 @@ def test_the_readmes_loop_runs_where_the_two_files_are_copied_to(serve, start, t
         assert sorted(ours) == [f"{inside}/diloco_callback.py", f"{inside}/protocol.py"]
         assert ROOT not in worker.output
     assert host.wait() == 0
+    said = {without_numbers(line) for line in host.lines + workers[0].lines}
+    (log,) = readme_snippets("")
+    log = log.replace("anode", socket.gethostname()).replace("ada", "flat").replace("bob", "packed")
+    assert {without_numbers(line) for line in log.splitlines() if line} <= said
     torch.manual_seed(0)
     initial, goal = torch.nn.Linear(4, 3).weight, torch.eye(3, 4)
     for folder in (bare, packed):
