@@ -868,46 +868,23 @@ class DiLoCoWorker:
     def _join(self):
         """Join or join again, and lay what is not yet in the global model on top of it. Returns
         what the server says of the next pushes, for `_align`."""
-        manifest = protocol.specs_of(self.named.items())
         with self.control_lock:
             if self.control:
                 self.control.close()
             conn = self.control = self._connect()
             self.must_join.clear()
-            fields = {
-                "manifest": protocol.manifest_to_json(manifest),
-                "buffers": protocol.manifest_to_json(self.buffers.specs),
-                "frozen": self._describe_frozen(),
-                "sync_every": self.sync_every,
-                "num_fragments": self.num_fragments,
-                "source": self.source,
-                "host": socket.gethostname(),
-                "ranks": self.ranks.count,
-                "step": self.step,
-                "position": self.position,
-                "run": self.run,
-                "versions": [fragment.version for fragment in self.fragments] or self._resumable(),
-                "folded": [fragment.folded for fragment in self.fragments],
-            }
-            reply = conn.request("join", fields, on_wait=self._say_awaited)
+            reply = conn.request("join", self._introduction(), on_wait=self._say_awaited)
             while reply.type == "init":
-                reply = self._upload(conn, manifest, reply)
-            news, names = reply.split_buffers(), [spec.name for spec in reply.specs]
-            if sorted(names) != sorted(self.named):
-                raise ProtocolError("join: the server sent other tensors than it was told")
-            params = torch.empty(sum(spec.numel for spec in manifest))
-            reply.expect(TensorSpec(n, torch.float32, tuple(self.named[n].shape)) for n in names)
-            conn.read(params)
-            news = self._read_buffers(conn, news)
-        wanted = reply.field("frozen", list, [])
+                reply = self._upload(conn, reply)
+            names, params, buffers = self._read_model(conn, reply)
         with torch.no_grad(), uninterrupted():
             if not self.fragments:
                 self._enter(reply, params, names)
             else:
                 self._reenter(reply, params)
-            self.buffers.enter(news, keep=self.kept_local or self.joins > 0)
-        if wanted:
-            self._fetch_frozen(wanted)
+            self.buffers.enter(buffers, keep=self.kept_local or self.joins > 0)
+        if differing := reply.field("frozen", list, []):
+            self._fetch_frozen(differing)
         self.joins += 1
         self.down_since = None
         self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
@@ -915,6 +892,39 @@ class DiLoCoWorker:
         self.num_shares = reply.field("num_shares", int, low=1)
         self.heartbeat_seconds = reply.field("heartbeat_seconds", float, low=0.01)
         self._take_share(reply)
+        self._say_joined()
+        return reply.field("due", dict)
+
+    def _introduction(self):
+        """What a join says of this worker."""
+        return {
+            "manifest": protocol.manifest_to_json(protocol.specs_of(self.named.items())),
+            "buffers": protocol.manifest_to_json(self.buffers.specs),
+            "frozen": self._describe_frozen(),
+            "sync_every": self.sync_every,
+            "num_fragments": self.num_fragments,
+            "source": self.source,
+            "host": socket.gethostname(),
+            "ranks": self.ranks.count,
+            "step": self.step,
+            "position": self.position,
+            "run": self.run,
+            "versions": [fragment.version for fragment in self.fragments] or self._resumable(),
+            "folded": [fragment.folded for fragment in self.fragments],
+        }
+
+    def _read_model(self, conn, reply):
+        """The global model that a join is answered with: (names of the parameters in the server's
+        order, their float32 vector on the CPU, {name: buffer as it travels})."""
+        buffers, names = reply.split_buffers(), [spec.name for spec in reply.specs]
+        if sorted(names) != sorted(self.named):
+            raise ProtocolError("join: the server sent other tensors than it was told")
+        reply.expect(TensorSpec(n, torch.float32, tuple(self.named[n].shape)) for n in names)
+        params = torch.empty(sum(spec.numel for spec in reply.specs))
+        conn.read(params)
+        return names, params, self._read_buffers(conn, buffers)
+
+    def _say_joined(self):
         labels = [fragment.version for fragment in self.fragments]
         self._audit("joined", labels=labels, index=self.index, again=self.joins > 1)
         for fragment in self.fragments:
@@ -925,7 +935,6 @@ class DiLoCoWorker:
             f"{self.index}, {self.world} in all, at step {self.step}, version "
             f"{numbers[0] if len(numbers) == 1 else numbers}"
         )
-        return reply.field("due", dict)
 
     def _describe_frozen(self):
         """[name, dtype, shape, fingerprint] of each frozen parameter."""
@@ -974,7 +983,7 @@ class DiLoCoWorker:
         labels = [None if old["in_flight"] else old["version"] for old in saved]
         return labels if len(labels) == self.num_fragments else []
 
-    def _upload(self, conn, manifest, reply):
+    def _upload(self, conn, reply):
         """Bring the model that the run starts from, or what of it the server lacks; or the slices of
         the anchor of which it lost the newest versions when it died."""
         newer, wanted = reply.field("fragments", list, []), set(reply.field("tensors", list))
@@ -988,7 +997,7 @@ class DiLoCoWorker:
             specs = protocol.specs_of(chosen.items())
             parameters = (anchor.cpu() for anchor in chosen.values())
         else:
-            specs = [spec for spec in manifest if spec.name in wanted]
+            specs = protocol.specs_of((n, p) for n, p in self.named.items() if n in wanted)
             parameters = (self.named[spec.name].detach().cpu().contiguous() for spec in specs)
             if self.is_sharded:
                 parameters = self._gathered(specs)

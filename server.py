@@ -110,9 +110,12 @@ class Push:
     worker: str
     session: str
     index: int
+    ticket: str  # of the membership that it was made in
     seq: int
-    staleness: int  # rounds of the fragment that closed after the version it started from
+    base: list  # the version, as [origin, number], that it started from
+    staleness: int  # rounds of the fragment that closed after that
     step: int
+    position: int
     steps: int
     tokens: int
     loss: float | None
@@ -1504,63 +1507,14 @@ class Server:
 
     def on_push(self, conn, message):
         """Take a push, wait until its round is over, and answer with the update."""
-        codec = CODECS[self.args.upload_codec]
         with self.lock:
-            member, fragment = self._member(conn), self._fragment(message)
-            ticket, base = message.field("ticket", str), label_of(message.field("base", list))
-            size = self._slice(fragment, self.params).numel()
-            layout, changed = codec.layout(size), message.split_buffers()
-            if message.specs or changed:
-                message.expect(layout)
-            known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
-            if any(spec != known.get(spec.name) for spec in changed):
-                raise ProtocolError("push: carries a buffer that is none of this model's")
-            push = Push(
-                member.id,
-                member.session,
-                member.index,
-                message.field("seq", int, low=1),
-                message.field("staleness", int, 0),
-                message.field("step", int),
-                message.field("steps", int),
-                message.field("tokens", int, 0),
-                message.field("loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS),
-                message.field("closing", bool, False),
-                protocol.payload_bytes(message.specs + changed),
-                member.room.pop(fragment.index, None) if message.specs else None,
-            )
-            position = message.field("position", int, 0)
-        if message.specs:
-            push.buffer = push.buffer or Buffer(layout)
-            broken = [] if self._read_push(conn, codec, push.buffer, size) else ["pseudo-gradient"]
-            for spec in changed:
-                name = spec.name.removeprefix(protocol.BUFFER)
-                values = push.buffers[name] = torch.empty(spec.shape, dtype=spec.dtype)
-                conn.read(values)
-                if values.is_floating_point() and not protocol.within(values.reshape(-1)):
-                    broken.append(f"buffer {name!r}")
-            if broken:
-                push.refused = f"the {broken[0]} is not finite"
-                log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
+            fragment = self._fragment(message)
+            push, payload, buffers = self._announced(self._member(conn), fragment, message)
+        if payload:
+            push.buffer = push.buffer or Buffer(payload)
+            self._read_push(conn, push, buffers, self._slice(fragment, self.params).numel())
         with self.lock:
-            # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
-            self.lock.wait_for(lambda: not fragment.busy)
-            member = self._member(conn)
-            if member.ticket != ticket:
-                raise Refused("rejoin", "this push is from before its worker joined again")
-            member.step, member.position, member.loss = push.step, position, push.loss
-            new, target = push.seq > fragment.folded.get(push.worker, 0), fragment.label
-            if new and (base[1] > target[1] or (base[1] == target[1] and base != target)):
-                raise Refused("rejoin", f"version {base} of the slice is none of this server's")
-            push.staleness += target[1] - base[1]
-            if new and push.steps and push.staleness > self.args.max_staleness:
-                new, push.stale = False, True
-                push.refused = f"a push {push.staleness} rounds old is over --max-staleness"
-                log(f"WARNING: {push.worker}: {push.refused}; its {push.steps} steps are dropped")
-            elif new:
-                push.arrived = time.monotonic()
-                fragment.pushes[push.worker] = push
-                self.lock.notify_all()
+            new, target = self._enter_round(self._member(conn), fragment, push), fragment.label
         try:
             while new and not self._is_answered(fragment, target):
                 self._wait(
@@ -1569,19 +1523,81 @@ class Server:
                     lambda: self._awaited(fragment),
                 )
                 self.advance()
-            self._answer_push(conn, fragment, push, base)
+            self._answer_push(conn, fragment, push)
         finally:
             self._end_push(push)
 
-    @staticmethod
-    def _read_push(conn, codec, buffer, size):
-        """Fill a push's buffer. Returns whether all its numbers are finite; they are looked at
-        while they are in the cache, and more are on their way."""
-        good = True
+    def _announced(self, member, fragment, message):
+        """The Push that a message announces, the specs of its payload, and those of the model's
+        buffers that come with it. Needs the lock."""
+        layout = CODECS[self.args.upload_codec].layout(self._slice(fragment, self.params).numel())
+        buffers, payload = message.split_buffers(), message.specs
+        if payload or buffers:
+            message.expect(layout)
+        known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
+        if any(spec != known.get(spec.name) for spec in buffers):
+            raise ProtocolError("push: carries a buffer that is none of this model's")
+        push = Push(
+            member.id,
+            member.session,
+            member.index,
+            message.field("ticket", str),
+            message.field("seq", int, low=1),
+            label_of(message.field("base", list)),
+            message.field("staleness", int, 0),
+            message.field("step", int),
+            message.field("position", int, 0),
+            message.field("steps", int),
+            message.field("tokens", int, 0),
+            message.field("loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS),
+            message.field("closing", bool, False),
+            protocol.payload_bytes(payload + buffers),
+            member.room.pop(fragment.index, None) if payload else None,
+        )
+        return push, payload, buffers
+
+    def _read_push(self, conn, push, buffers, size):
+        """Read a push's payload, whose numbers are looked at while they are in the cache, and more
+        are on their way. Where they are not finite it is refused."""
+        codec, broken = CODECS[self.args.upload_codec], []
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
-            conn.read(buffer.raw[first:last])
-            good = good and codec.finite(buffer.tensors, start, stop)
-        return good
+            conn.read(push.buffer.raw[first:last])
+            if not broken and not codec.finite(push.buffer.tensors, start, stop):
+                broken.append("pseudo-gradient")
+        for spec in buffers:
+            name = spec.name.removeprefix(protocol.BUFFER)
+            values = push.buffers[name] = torch.empty(spec.shape, dtype=spec.dtype)
+            conn.read(values)
+            if values.is_floating_point() and not protocol.within(values.reshape(-1)):
+                broken.append(f"buffer {name!r}")
+        if broken:
+            push.refused = f"the {broken[0]} is not finite"
+            log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
+
+    def _enter_round(self, member, fragment, push):
+        """Count a push in the open round of its fragment. False where it is not to be waited for: it
+        has been folded already, or is too old. Raises Refused where its worker has to join again.
+        Needs the lock."""
+        # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
+        self.lock.wait_for(lambda: not fragment.busy)
+        if member.ticket != push.ticket or self.members.get(member.id) is not member:
+            raise Refused("rejoin", "this push is from before its worker joined again")
+        member.step, member.position, member.loss = push.step, push.position, push.loss
+        base, target = push.base, fragment.label
+        push.staleness += target[1] - base[1]
+        if push.seq <= fragment.folded.get(push.worker, 0):
+            return False
+        if base[1] > target[1] or (base[1] == target[1] and base != target):
+            raise Refused("rejoin", f"version {base} of the slice is none of this server's")
+        if push.steps and push.staleness > self.args.max_staleness:
+            push.stale = True
+            push.refused = f"a push {push.staleness} rounds old is over --max-staleness"
+            log(f"WARNING: {push.worker}: {push.refused}; its {push.steps} steps are dropped")
+            return False
+        push.arrived = time.monotonic()
+        fragment.pushes[push.worker] = push
+        self.lock.notify_all()
+        return True
 
     @staticmethod
     def _is_answered(fragment, target):
@@ -1773,12 +1789,12 @@ class Server:
         except OSError as error:
             log(f"WARNING: cannot write rounds.jsonl: {error}")
 
-    def _answer_push(self, conn, fragment, push, base):
+    def _answer_push(self, conn, fragment, push):
         """Send the update that leads on from the pusher's version, or the slice in full."""
         with self.lock:
             update = fragment.update
             fields = {"refused": push.refused, "stale": push.stale, "staleness": push.staleness}
-            if update and update.base == base:
+            if update and update.base == push.base:
                 update.readers += 1
             else:
                 update = None
