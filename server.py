@@ -858,7 +858,8 @@ class Server:
                     raise ProtocolError(f"no request is called {message.type!r}")
                 handler(conn, message)
         except (Refused, ProtocolError) as error:
-            log(f"{conn.worker[0] or conn.peer} is refused: {error}")
+            if getattr(error, "code", "") != "rejoin":  # heard at each heartbeat until a step ends
+                log(f"{conn.worker[0] or conn.peer} is refused: {error}")
             conn.refuse(error)
         except OSError as error:
             if conn.worker[0] in self.members:
