@@ -1321,7 +1321,11 @@ class Server:
                 for spec in every if spec.name in found]  # fmt: skip
         needed = [s for s in every if s.name in found or (s in member.manifest and not is_base)]
         if fault := protocol.explain_mismatch(have, needed):
-            raise Refused("model", f"the weights in -m do not fit this worker's model: {fault}")
+            raise Refused(
+                "model",
+                f"the weights in -m do not fit this worker's model: {fault}; name a model that does, or "
+                "with -m a new folder, into which the first worker uploads its own",
+            )
         return {spec.name: found[spec.name] for spec in have}
 
     def on_init(self, conn, message):
