@@ -404,41 +404,45 @@ class Buffers:
                 self.places[name] = modules[owner], attribute
         plain = _plain_names(model)
         self.places = {plain(name): place for name, place in self.places.items()}
+        found = {name: getattr(*place) for name, place in self.places.items()}
+        self.specs = protocol.specs_of(found.items())  # for the whole run
 
     @property
     def local(self):
-        """{name: the model's own tensor}."""
-        return {name: getattr(*place) for name, place in self.places.items()}
-
-    @property
-    def specs(self):
-        """What they are: the specs of the model's own tensors."""
-        return protocol.specs_of(self.local.items())
+        """{name: the model's own tensor}. One that has gone, or got another shape, stays local."""
+        found = {spec.name: (getattr(*self.places[spec.name], None), spec) for spec in self.specs}
+        return {
+            name: buffer
+            for name, (buffer, spec) in found.items()
+            if isinstance(buffer, torch.Tensor) and buffer.shape == spec.shape
+        }
 
     def now(self):
         """{name: CPU tensor of its own} of the local ones, as they travel."""
         local = self.local
-        wire = zip(local.items(), protocol.buffer_specs(self.specs), strict=True)
+        wire = zip(self.specs, protocol.buffer_specs(self.specs), strict=True)
         return {
-            name: buffer.detach().to("cpu", spec.dtype, copy=True).contiguous()
-            for (name, buffer), spec in wire
+            spec.name: local[spec.name].detach().to("cpu", as_sent.dtype, copy=True).contiguous()
+            for spec, as_sent in wire
+            if spec.name in local
         }
 
     def changed(self):
-        """Those of `now` that differ from the global ones. One whose shape has changed stays local."""
+        """Those of `now` that differ from the global ones, as far as their own dtype can tell."""
+        now, dtypes = self.now(), {spec.name: spec.dtype for spec in self.specs}
         return {
             name: values
-            for name, values in self.now().items()
-            if values.shape == self.anchor[name].shape
-            and not protocol.same_bits(values, self.anchor[name])
+            for name, values in now.items()
+            if not protocol.same_bits(values, self.anchor[name].to(dtypes[name]).to(values.dtype))
         }
 
     def put(self, values):
         """Make local ones what `values` says, {name: tensor as it travels}."""
-        for name, buffer in self.local.items():
-            if name in values and buffer.shape == values[name].shape:
-                buffer.copy_(values[name])
-                self.writes += 1
+        local, now = self.local, self.now()
+        for name in local.keys() & values.keys():
+            if not protocol.same_bits(now[name], values[name]):  # an expanded one cannot be written
+                local[name].copy_(values[name])
+            self.writes += 1
 
     def enter(self, values, keep):
         """Take the global ones at a join; with `keep` where no local change would be lost."""
@@ -454,9 +458,10 @@ class Buffers:
         variance to which a difference is added may become negative."""
         values, local = dict(self.news), self.now() if self.news else {}
         for name, new in self.news.items():
-            counts = not new.is_floating_point() and new.dtype != torch.bool
-            if counts and local[name].shape == new.shape:
-                values[name] = new + (local[name] - pushed.get(name, self.anchor[name]))
+            if name in local and not new.is_floating_point() and new.dtype != torch.bool:
+                # In int64, and back: torch does not add wide unsigned numbers.
+                since = local[name].long() - pushed.get(name, self.anchor[name]).long()
+                values[name] = (new.long() + since).to(new.dtype)
         self.anchor |= self.news
         self.put(values)
         self.news = {}

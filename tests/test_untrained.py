@@ -79,7 +79,7 @@ class Site:
     """A worker in a thread of the test: `step` makes a step, whose push carries numbers."""
 
     def __init__(self, server, name, **options):
-        self.net = Net()
+        self.net, self.name = Net(), name
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1.0)
         options = {"sync_every": 1, "reconnect_timeout": DEADLINE, **options}
         self.worker = DiLoCoWorker(
@@ -246,6 +246,42 @@ def test_other_buffers_are_refused_by_name(serve, sites):
     other.net.count = torch.tensor(0.0)
     with pytest.raises(Refused, match=r"buffer:count F32\[\] has another dtype on the server"):
         DiLoCoWorker(other.net, other.optimizer, host.address, worker_id="b").start()
+
+
+def test_a_buffer_that_gets_another_shape_or_goes_stays_local_and_one_of_another_dtype_travels(
+    serve, sites
+):
+    host = serve(*PLAIN, "-n", 2)
+    a, b = sites(host, "a", "b")
+    a.net.mean, a.net.flags, a.net.count = torch.ones(7), None, torch.tensor(5.0)
+    together(lambda: a.step(), lambda: b.step(mean=[1.0, 2.0, 3.0], flags=[True, True]))
+    assert a.values("mean", "count") == [[1.0] * 7, 5.0] and a.net.flags is None
+    assert b.values("mean", "count", "flags") == [[0.5, 1.0, 1.5], 5.0, [0.0, 0.0]]
+    together(lambda: a.worker.close(), lambda: b.step())
+    assert b.worker.dropped_steps == 0
+
+
+def test_an_expanded_buffer_and_wide_unsigned_numbers_are_no_obstacle(serve, sites):
+    host = serve(*PLAIN, "-n", 2)
+    a, b = (Site(host, name) for name in "ab")
+    for site in (a, b):
+        site.net.register_buffer("wide", torch.tensor([2**63, 1], dtype=torch.uint64))
+        site.net.register_buffer("grid", torch.arange(3.0).expand(2, 3))
+        site.worker = DiLoCoWorker(site.net, site.optimizer, host.address, 1, worker_id=site.name)
+    together(a.worker.start, b.worker.start)
+    together(lambda: a.step(wide=torch.tensor([2**64 - 1, 7], dtype=torch.uint64)), b.step)
+    for site in (a, b):
+        assert site.net.wide.tolist() == [2**64 - 1, 7]
+        site.worker.close()
+
+
+def test_a_mean_that_was_rounded_to_a_narrow_buffer_is_no_change(serve, sites, tmp_path):
+    host = serve(*PLAIN, "-n", 3)
+    a, b, c = sites(host, "a", "b", "c")
+    together(a.step, b.step, lambda: c.step(narrow=[1.0, 2.0]))  # a third is no bfloat16
+    assert a.net.narrow.tolist() == torch.tensor([1 / 3, 2 / 3]).bfloat16().tolist()
+    together(a.step, b.step, c.step)
+    assert last_round(tmp_path)["bytes_up"] == 3 * 16
 
 
 # --- Frozen weights and adapters -----------------------------------------------------------------
