@@ -937,6 +937,9 @@ class Server:
                 raise ProtocolError("join: versions and folded lists are not one a fragment")
         if member.folded and None in member.labels:
             raise ProtocolError("join: a folded list without its version")
+        names = [spec.name for spec in member.manifest + member.buffers] + [*member.frozen]
+        if len(set(names)) != len(names):  # they may share a file
+            raise ProtocolError("join: a name stands for two tensors of the model")
         if self.run_id and member.run != self.run_id:
             member.labels, member.folded = [], []
         if self.stopping and not member.folded:

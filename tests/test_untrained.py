@@ -4,6 +4,7 @@ python -m pytest tests/test_untrained.py
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -282,6 +283,15 @@ def test_a_mean_that_was_rounded_to_a_narrow_buffer_is_no_change(serve, sites, t
     assert a.net.narrow.tolist() == torch.tensor([1 / 3, 2 / 3]).bfloat16().tolist()
     together(a.step, b.step, c.step)
     assert last_round(tmp_path)["bytes_up"] == 3 * 16
+
+
+def test_a_name_that_stands_for_two_tensors_is_refused(serve):
+    host = serve()
+    join = {"host": "h", "sync_every": 1, "num_fragments": 1, "manifest": [["w", "F32", [4]]]}
+    for more in ({"buffers": [["w", "F32", [4]]]}, {"frozen": [["w", "F32", [4], "0" * 32]]}):
+        conn, _ = protocol.connect(host.address, {"worker": "a", "session": "s"})
+        with contextlib.closing(conn), pytest.raises(Refused, match="stands for two tensors"):
+            conn.request("join", {**join, **more})
 
 
 # --- Frozen weights and adapters -----------------------------------------------------------------
