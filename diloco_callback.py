@@ -1881,12 +1881,19 @@ def _plain_names(model):
 
 def _frozen(model):
     """{name: parameter} of what is not trained and can be compared with others': floating-point
-    numbers that are there and whole. Quantized weights are none."""
+    numbers that are there and whole. Quantized weights are none, nor is what an adapter trains a copy
+    of (peft's `modules_to_save`): no forward pass uses it, and a new head is another in each worker."""
     plain = _plain_names(model)
+    copied = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict)
+    )
     return {
         plain(name): parameter
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
+        and not name.startswith(copied)
         and type(parameter) is torch.nn.Parameter
         and type(parameter.data) is torch.Tensor
         and parameter.is_floating_point()

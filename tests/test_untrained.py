@@ -405,3 +405,31 @@ def test_a_fingerprint_tells_the_bits_of_a_tensor(tmp_path):
     large = torch.randn(protocol.CHUNK + 7)
     expected = hashlib.blake2b(large.numpy().tobytes(), digest_size=16).hexdigest()
     assert protocol.fingerprint(large) == expected
+
+
+class Copied(torch.nn.Module):
+    """As peft's `modules_to_save` wraps a layer of which it trains a copy."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.base = Adapted(1, head=False).base
+        torch.manual_seed(seed)
+        self.head = torch.nn.Module()
+        self.head.original_module = torch.nn.Linear(4, 2).requires_grad_(False)
+        self.head.modules_to_save = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 2)})
+
+
+def test_a_layer_of_which_an_adapter_trains_a_copy_is_no_frozen_one(serve, tmp_path):
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    save_file(base_of(Adapted(1)), folder / "model.safetensors")  # and no head, which is new
+    host = serve("-m", folder)
+    first, second = Copied(2), Copied(3)
+    before = second.head.original_module.weight.clone()
+    for name, net in (("a", first), ("b", second)):
+        optimizer = torch.optim.SGD(net.head.modules_to_save.parameters(), lr=0.1)
+        with_it = DiLoCoWorker(net, optimizer, host.address, 1, worker_id=name)
+        with_it.start()
+        with_it.close()
+    assert same(first.head.modules_to_save.state_dict(), second.head.modules_to_save.state_dict())
+    assert torch.equal(second.head.original_module.weight, before)
