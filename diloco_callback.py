@@ -600,7 +600,7 @@ class Sharded:
     """A parameter of a sharded model: each rank holds a run of its elements in row order, as
     fully_shard cuts it, or all of them. Stands for it in a FlatModel.
 
-    parameter: a DTensor that `_check_placement` has passed, or a plain tensor; count: of ranks.
+    parameter: a DTensor in which `_misplaced` finds no fault, or a plain tensor; count: of ranks.
     """
 
     def __init__(self, parameter, count):
@@ -768,7 +768,7 @@ class DiLoCoWorker:
         self.fsdp_modules = _fsdp_modules(model)
         self._reshard()
         self.named, self.frozen, self.buffers = _trainable(model), _frozen(model), Buffers(model)
-        self.is_sharded = any(map(_is_sharded, self.named.values()))
+        self.is_sharded = any(map(_is_sharded, [*self.named.values(), *self.frozen.values()]))
         self.fingerprints = {}  # of frozen parameters, worked out once
         self.fetched = 0  # frozen parameters that were taken from the server
 
@@ -831,7 +831,8 @@ class DiLoCoWorker:
             self.ranks = Ranks()
             if self.is_sharded:
                 count = self.ranks.count
-                self.ranks.shards = {n: Sharded(p, count) for n, p in self.named.items()}
+                every = {**self.named, **self.frozen}
+                self.ranks.shards = {n: Sharded(p, count) for n, p in every.items()}
             with torch.no_grad(), self._telling():
                 if self.ranks.leads:
                     self._enter_run()
@@ -943,11 +944,16 @@ class DiLoCoWorker:
 
     def _describe_frozen(self):
         """[name, dtype, shape, fingerprint] of each frozen parameter."""
-        if self.frozen and not self.fingerprints:
+        specs = protocol.specs_of(self.frozen.items())
+        if self.is_sharded and not self.fingerprints:
+            self.fingerprints = {
+                spec.name: protocol.fingerprint_of_pieces(self._gathered([spec])) for spec in specs
+            }
+        elif self.frozen and not self.fingerprints:
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 found = threads.map(protocol.fingerprint, self.frozen.values())
                 self.fingerprints = dict(zip(self.frozen, found, strict=True))
-        listed = protocol.manifest_to_json(protocol.specs_of(self.frozen.items()))
+        listed = protocol.manifest_to_json(specs)
         return [[*entry, self.fingerprints[entry[0]]] for entry in listed]
 
     def _fetch_frozen(self, names):
@@ -963,7 +969,10 @@ class DiLoCoWorker:
             values = torch.empty(spec.shape, dtype=spec.dtype)
             conn.read(values)
             with torch.no_grad():
-                parameter.copy_(values)
+                if self.is_sharded:
+                    ShardedModel(self.ranks, [spec.name]).write(0, values.view(-1).float())
+                else:
+                    parameter.copy_(values)
             self.fingerprints[spec.name] = protocol.fingerprint(values)
         self.fetched += len(names)
         log(f"{self.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not those of the "
@@ -1894,8 +1903,7 @@ def _frozen(model):
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
         and not name.startswith(copied)
-        and type(parameter) is torch.nn.Parameter
-        and type(parameter.data) is torch.Tensor
+        and (_is_plain(parameter) or (_is_sharded(parameter) and not _misplaced(parameter)))
         and parameter.is_floating_point()
         and parameter.dtype in protocol.DTYPE_NAMES
         and not parameter.is_meta
@@ -1921,8 +1929,8 @@ def _trainable(model):
         if "_fsdp_wrapped_module" in name:
             raise ValueError(f"parameter {name!r} is flattened by FullyShardedDataParallel, which hides "
                              "what it was: use fully_shard (FSDP2)")  # fmt: skip
-        if _is_sharded(parameter):
-            _check_placement(name, parameter)
+        if _is_sharded(parameter) and (fault := _misplaced(parameter)):
+            raise ValueError(f"parameter {name!r} {fault}")
         if not parameter.is_floating_point():
             raise ValueError(f"parameter {name!r} is {parameter.dtype}: only floating-point numbers "
                              "can be synchronized; freeze it with requires_grad_(False)")  # fmt: skip
@@ -1934,22 +1942,28 @@ def _is_sharded(parameter):
     return hasattr(parameter, "full_tensor")
 
 
-def _check_placement(name, parameter):
-    """Raise ValueError unless a DTensor lies on the ranks as fully_shard puts it."""
+def _is_plain(parameter):
+    """Whether it is no tensor of a special kind, as some quantized weights are."""
+    return type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
+
+
+def _misplaced(parameter):
+    """In what way a DTensor lies on the ranks otherwise than fully_shard puts it, or ""."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements, mesh = parameter.placements, parameter.device_mesh
     cuts = [place for place in placements if type(place) is not Replicate]
     if len(cuts) > 1 or any(type(place) is not Shard or place.dim != 0 for place in cuts):
-        raise ValueError(
-            f"parameter {name!r} is placed as {placements}: a DTensor can be synchronized if it is "
+        return (
+            f"is placed as {placements}: a DTensor can be synchronized if it is "
             "replicated, and cut into rows (Shard(0)) over one dimension of its mesh"
         )
     if mesh.size() != dist.get_world_size():
-        raise ValueError(
-            f"parameter {name!r} is on a mesh of {mesh.size()} ranks, and the worker has "
+        return (
+            f"is on a mesh of {mesh.size()} ranks, and the worker has "
             f"{dist.get_world_size()}: give fully_shard a mesh of all, as (Replicate, Shard(0))"
         )
+    return ""
 
 
 def _fsdp_modules(model):

@@ -333,3 +333,22 @@ def test_other_placements_are_refused_by_name(mesh, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="weight' is on a mesh of 1 ranks, and the worker has 2"):
         worker(model)
+
+
+def test_frozen_shards_are_compared_and_those_of_the_server_are_taken(serve, mesh, tmp_path):
+    torch.manual_seed(0)
+    base = {"0.weight": torch.randn(3, 2), "0.bias": torch.randn(3)}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    host = serve("-m", tmp_path / "base")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[0].bias.copy_(base["0.bias"])
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model[1].parameters())
+    worker = DiLoCoWorker(model, optimizer, host.address, 4, worker_id="w0").start()
+    worker.close()
+    assert worker.fetched == 1  # the bias was the server's
+    for name, tensor in base.items():
+        assert torch.equal(model.state_dict()[name].full_tensor(), tensor)
