@@ -889,11 +889,11 @@ class DiLoCoWorker:
             else:
                 self._reenter(reply, params)
             self.buffers.enter(buffers, keep=self.kept_local or self.joins > 0)
+        self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
         if differing := reply.field("frozen", list, []):
             self._fetch_frozen(differing)
         self.joins += 1
         self.down_since = None
-        self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
         self.index = reply.field("index", int)
         self.num_shares = reply.field("num_shares", int, low=1)
         self.heartbeat_seconds = reply.field("heartbeat_seconds", float, low=0.01)
@@ -963,7 +963,12 @@ class DiLoCoWorker:
         chosen = {name: self.frozen[name] for name in names}
         conn = self._connect()
         self.data.append(conn)
-        reply = conn.request("fetch", {"frozen": names})
+        try:
+            reply = conn.request("fetch", {"frozen": names})
+        except Refused as refusal:
+            if refusal.code != "rejoin":
+                raise
+            raise ConnectionError(str(refusal)) from None  # it was restarted: join once more
         reply.expect(protocol.specs_of(chosen.items()))
         for spec, parameter in zip(reply.specs, chosen.values(), strict=True):
             values = torch.empty(spec.shape, dtype=spec.dtype)

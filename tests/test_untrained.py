@@ -13,8 +13,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import DEADLINE, ROOT, result, until
+from conftest import DEADLINE, ROOT, result, status, until
 from safetensors.torch import load_file, save_file
+from test_elastic import Gate
 
 import protocol
 from diloco_callback import Buffers, DiLoCoWorker
@@ -433,3 +434,35 @@ def test_a_layer_of_which_an_adapter_trains_a_copy_is_no_frozen_one(serve, tmp_p
         with_it.close()
     assert same(first.head.modules_to_save.state_dict(), second.head.modules_to_save.state_dict())
     assert torch.equal(second.head.original_module.weight, before)
+
+
+class FetchGate(Gate):
+    """A relay that cuts the first reply which brings frozen weights, or holds the request back until
+    its worker has been given up."""
+
+    def __init__(self, server, fault):
+        self.server, self.fault = server, fault
+        super().__init__(server)
+
+    def frame(self, stream):
+        fields, raw, size = Gate.frame(stream)
+        if fields["type"] == "fetch" and self.fault == ("late" if "frozen" in fields else "cut"):
+            if self.fault == "late":
+                until(lambda: not status(self.server)["workers"], "the worker is given up")
+            cut, self.fault = self.fault == "cut", None
+            if cut:
+                raise ConnectionError
+        return fields, raw, size
+
+
+@pytest.mark.parametrize("fault", ["cut", "late"])
+def test_frozen_weights_that_do_not_come_at_once_are_asked_for_again(serve, tmp_path, capfd, fault):
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    save_file(base_of(Adapted(1)), folder / "model.safetensors")
+    gate = FetchGate(serve("-m", folder, "--worker-timeout", 1), fault)
+    worker, net = adapted(gate, "a", 2)
+    worker.start()
+    worker.close()
+    assert gate.fault is None and same(base_of(net), base_of(Adapted(1)))
+    assert "WARNING" not in capfd.readouterr().err  # nothing was dropped
