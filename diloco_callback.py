@@ -1125,6 +1125,7 @@ class DiLoCoWorker:
                 fragment.keep_prediction(flight)
                 fragment.anchor.copy_(new)
                 fragment.moved(flight, self.alpha)
+                self.buffers.anchor |= flight.buffers  # no local changes any more
                 self._settle(fragment)
             elif label != fragment.version:
                 if flight:
@@ -1147,8 +1148,10 @@ class DiLoCoWorker:
     def _is_sound(fragment, flight):
         """Whether a push was fit to count: one that is not finite is named as folded, so that its
         round need not wait for it, but nothing of it is in the global model."""
-        return not flight.steps or protocol.all_finite(
-            fragment.up, fragment.push.tensors, fragment.size
+        floats = [b.reshape(-1) for b in flight.buffers.values() if b.is_floating_point()]
+        return not flight.steps or (
+            protocol.all_finite(fragment.up, fragment.push.tensors, fragment.size)
+            and all(map(protocol.within, floats))
         )
 
     def _align(self, due):

@@ -295,6 +295,29 @@ def test_a_name_that_stands_for_two_tensors_is_refused(serve):
             conn.request("join", {**join, **more})
 
 
+@pytest.mark.parametrize("mean", [2.0, float("nan")])
+def test_buffers_of_a_last_push_of_which_a_later_join_tells(serve, sites, mean):
+    host = serve(*PLAIN, "-n", 2, "--worker-timeout", 1)
+    gate = Gate(host)
+    gate.faults.append("gone")
+    (a, b) = (Site(place, name, sync_every=9) for place, name in ((gate, "a"), (host, "b")))
+    together(a.worker.start, b.worker.start)
+    a.step(mean=[mean] * 3)
+    b.step(mean=[4.0] * 3)
+
+    def end_b():
+        b.worker.flush()
+        until(lambda: len(status(host)["workers"]) == 1, "a is given up")
+        gate.open = True
+
+    together(a.worker.flush, end_b)
+    assert a.worker.joins == 2 and torch.equal(a.net.weight, b.net.weight)
+    assert a.values("mean") == b.values("mean") == ([[3.0] * 3] if mean == 2 else [[4.0] * 3])
+    assert a.worker.dropped_steps == int(mean != 2)
+    a.worker.close()
+    b.worker.close()
+
+
 # --- Frozen weights and adapters -----------------------------------------------------------------
 
 
