@@ -546,8 +546,8 @@ class Server:
                 continue
             log(f"continuing from {os.path.abspath(path)} (round {self.round}, step {self.step})")
             protocol.audit("load", life=self.incarnation, path=path, labels=self._labels())
-            if source and foreign_weights(self.args.model):
-                self.weights = load_weights(source)  # for what is frozen
+            if source:  # for what is frozen, also where -m is where the run has ended before
+                self.weights = load_weights(source)
             return
         if source:
             self.weights = load_weights(source)

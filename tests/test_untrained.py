@@ -373,6 +373,23 @@ def test_the_first_adapter_is_uploaded_and_frozen_weights_come_from_m_where_they
     assert same(load_file(folder / "model.safetensors"), base_of(right))
 
 
+def test_a_run_that_goes_on_from_its_own_output_keeps_the_frozen_weights(serve, tmp_path):
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    save_file(base_of(Adapted(1)), folder / "model.safetensors")
+    for m, seed in ((folder, 1), (tmp_path / "pretrained-diloco", 2)):
+        host = serve("-m", m, "--until-done")
+        worker, net = adapted(host, "a", seed)
+        worker.start()
+        net.head.weight.grad = torch.ones(2, 4)
+        worker.optimizer.step()
+        worker.flush()
+        worker.close()
+        assert host.wait() == 0 and same(base_of(net), base_of(Adapted(1)))
+        written = load_file(tmp_path / "pretrained-diloco" / "model.safetensors")
+        assert same(written, net.state_dict())
+
+
 def test_frozen_weights_that_nobody_can_give_are_refused_by_name(serve, tmp_path):
     host = serve()
     (a, _), (b, _) = adapted(host, "a", 1), adapted(host, "b", 2)
