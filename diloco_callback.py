@@ -1830,7 +1830,8 @@ class DiLoCoWorker:
             self._reshard()
             with torch.no_grad():
                 for tensor, values in zip(tensors, local, strict=True):
-                    tensor.copy_(values)
+                    if not torch.equal(tensor, values):  # an expanded buffer cannot be written
+                        tensor.copy_(values)
 
     def metrics(self):
         """The numbers for a log, under `diloco/`."""

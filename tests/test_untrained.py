@@ -274,6 +274,8 @@ def test_an_expanded_buffer_and_wide_unsigned_numbers_are_no_obstacle(serve, sit
     together(lambda: a.step(wide=torch.tensor([2**64 - 1, 7], dtype=torch.uint64)), b.step)
     for site in (a, b):
         assert site.net.wide.tolist() == [2**64 - 1, 7]
+        with site.worker.global_model():
+            assert site.net.grid.tolist() == [[0, 1, 2]] * 2
         site.worker.close()
 
 
