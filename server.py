@@ -96,6 +96,7 @@ class Member:
     room: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
     shares: set = field(default_factory=set)  # of the text, that it may be reading
     told: bool = False  # that the server ends
+    reading: bool = False  # what it cannot send a heartbeat beside: the reply to a join or fetch
     ending: bool = False  # it has made its last step
     closed: set = field(default_factory=set)  # fragments that its last push is in
     # Names this membership. A push that was made before its worker joined again carries another
@@ -1072,7 +1073,8 @@ class Server:
                 elif task == "enter" and not self.running and not self._start():
                     continue
             if task == "enter":
-                return self._send_model(conn, member)
+                with self._reading(member):
+                    return self._send_model(conn, member)
             if task == "slices":
                 with self.lock:
                     if not self.fragments:  # it died before its first checkpoint
@@ -1506,7 +1508,7 @@ class Server:
             with self.lock:
                 now = time.monotonic()
                 for member in list(self.members.values()):
-                    if self._is_late(member.heard, now):
+                    if self._is_late(member.heard, now) and not member.reading:
                         why = f"is gone: not heard of for {limit:g} s"
                         self._remove(member, why, ends=False)
             self.advance()
@@ -1872,7 +1874,17 @@ class Server:
             member = self._member(conn)
         found = matched(self.weights, member.frozen)
         specs = [member.frozen[name][0] for name in member.differs if name in names]
-        conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
+        with self._reading(member):
+            conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
+
+    @contextlib.contextmanager
+    def _reading(self, member):
+        """Meanwhile a member may be silent; one that does not read ends the connection."""
+        member.reading = True
+        try:
+            yield
+        finally:
+            member.heard, member.reading = time.monotonic(), False
 
     # --- What people ask ---
 

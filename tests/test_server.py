@@ -949,3 +949,21 @@ def test_nobody_reads_the_share_of_another(serve, toy):
     for process in (*running, host):
         process.kill()
     assert status(serve())["shares"] == 2  # their number is the run's
+
+
+def test_a_worker_that_reads_the_model_slowly_is_not_given_up(serve):
+    host, count = serve("--worker-timeout", 1), 30_000_000
+    conn, _ = protocol.connect(host.address, {"worker": "a", "session": "s"})
+    join = {"host": "h", "sync_every": 5, "num_fragments": 1}
+    with contextlib.closing(conn):
+        conn.request("join", {**join, "manifest": [["w", "F32", [count]]]})
+        params = torch.zeros(count)
+        conn.send("init", {}, protocol.specs_of([("w", params)]), [params])
+        until(lambda: status(host)["workers"], "the reply begins, of which nobody reads")
+
+        def silent():
+            workers = status(host)["workers"]
+            return not workers or workers[0]["heard_seconds_ago"] > 2
+
+        until(silent, "it is over the --worker-timeout")
+        assert status(host)["workers"]
