@@ -958,7 +958,7 @@ class DiLoCoWorker:
 
     def _fetch_frozen(self, names):
         """Take frozen parameters that differ from the server's."""
-        if not self.frozen.keys() >= set(names):
+        if not self.frozen.keys() >= set(map(str, names)):
             raise ProtocolError("join: the server names frozen tensors that are not this worker's")
         chosen = {name: self.frozen[name] for name in names}
         conn = self._connect()
@@ -1005,7 +1005,10 @@ class DiLoCoWorker:
     def _upload(self, conn, reply):
         """Bring the model that the run starts from, or what of it the server lacks; or the slices of
         the anchor of which it lost the newest versions when it died."""
-        newer, wanted = reply.field("fragments", list, []), set(reply.field("tensors", list))
+        newer, wanted = (
+            reply.field("fragments", list, []),
+            set(map(str, reply.field("tensors", list))),
+        )
         files = {n: t.encode() for n, t in self.files.items() if n in protocol.FILE_NAMES}
         raw = {
             f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -1830,7 +1833,8 @@ class DiLoCoWorker:
             self._reshard()
             with torch.no_grad():
                 for tensor, values in zip(tensors, local, strict=True):
-                    if not torch.equal(tensor, values):  # an expanded buffer cannot be written
+                    # An expanded buffer, which has not changed either, cannot be written.
+                    if _is_sharded(tensor) or not torch.equal(tensor, values):
                         tensor.copy_(values)
 
     def metrics(self):

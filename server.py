@@ -1321,15 +1321,18 @@ class Server:
             return {}
         every = member.manifest + member.buffers
         found = matched(self.weights, [*(spec.name for spec in every), *member.frozen])
-        is_base = bool(member.frozen) and found.keys() >= member.frozen.keys()
+        alien = [name for name in member.frozen if name not in found]
+        is_base = bool(member.frozen) and not alien
         have = [spec._replace(shape=tuple(found[spec.name].shape))
                 for spec in every if spec.name in found]  # fmt: skip
         needed = [s for s in every if s.name in found or (s in member.manifest and not is_base)]
         if fault := protocol.explain_mismatch(have, needed):
             raise Refused(
                 "model",
-                f"the weights in -m do not fit this worker's model: {fault}; name a model that does, or "
-                "with -m a new folder, into which the first worker uploads its own",
+                f"the weights in -m do not fit this worker's model: {fault}"
+                + (f" (nor is what is frozen, as {alien[0]!r})" if alien else "")
+                + "; name a model that does, or with -m a new folder, into which the first worker "
+                "uploads its own",
             )
         return {spec.name: found[spec.name] for spec in have}
 
@@ -1873,7 +1876,8 @@ class Server:
         with self.lock:
             member = self._member(conn)
         found = matched(self.weights, member.frozen)
-        specs = [member.frozen[name][0] for name in member.differs if name in names]
+        wanted = set(map(str, names))
+        specs = [member.frozen[name][0] for name in member.differs if name in wanted]
         with self._reading(member):
             conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
 
