@@ -1503,6 +1503,13 @@ class Server:
             self.save_wanted.add("final")
         self.lock.notify_all()
 
+    def give_up(self, worker):
+        """Wait no longer for a worker whose process is known to have ended."""
+        with self.lock:
+            if member := self.members.get(worker):
+                self._remove(member, "is gone: its process has ended", ends=False)
+        self.advance()
+
     def _reap_loop(self):
         """Drop members that have not been heard of for --worker-timeout, and close the rounds of
         which nobody waits for the reply."""
@@ -1997,12 +2004,12 @@ class Spawn:
             reader.start()
             self.readers.append(reader)
 
-    @staticmethod
-    def _pass_on(name, process):
+    def _pass_on(self, name, process):
         for line in process.stdout:
             print(f"{name}: {line.decode(errors='replace').rstrip()}", flush=True)
         if code := process.wait():
             log(f"{name} ended with exit code {code}")
+            self.server.give_up(name)
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
