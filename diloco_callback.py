@@ -73,6 +73,7 @@ TOLD = (
     "fragment_syncs",
     "dropped_steps",
     "kept_local",
+    "fetched",
 )
 MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
 
@@ -1236,7 +1237,6 @@ class DiLoCoWorker:
         writes = self.buffers.writes + sum(fragment.flat.writes for fragment in self.fragments)
         facts = {name: getattr(self, name) for name in TOLD}
         facts |= {"ahead": self.step - self.local_step, "shares": list(self.shares)}
-        facts |= {"fetched": self.fetched}
         told = self.ranks.share({**facts, "writes": writes, "error": ""})
         if told["error"]:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")

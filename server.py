@@ -1092,6 +1092,7 @@ class Server:
                 if member.wanted or not self.files:
                     return conn.send("init", {"tensors": member.wanted})
                 params, buffers = self._lay_out(member, found), self._collect_buffers(member, found)
+                self._check_finite(params)
                 self._take_model(member, params, buffers, self.files)
 
     def _task(self, member):
@@ -1366,8 +1367,7 @@ class Server:
             raw = torch.empty(size, dtype=torch.uint8)
             conn.read(raw)
             files[name] = bytes(protocol.memory(raw))
-        if not all(protocol.within(part) for part in params.split(CHUNK)):
-            raise Refused("model", "the parameters that this worker sends are not all finite")
+        self._check_finite(params)
         if parts:
             slices = dict(zip(parts, params.split([*parts.values()]), strict=True))
             self._take_slices(member, slices, buffers, files)
@@ -1376,16 +1376,23 @@ class Server:
         self._admit(conn, member)
 
     @staticmethod
+    def _check_finite(params):
+        if not all(protocol.within(part) for part in params.split(CHUNK)):
+            raise Refused("model", "the parameters to start from are not all finite")
+
+    @staticmethod
     def _lay_out(member, found, read=None):
         """The flat vector that a run starts with, in the layout of a worker: from the tensors of -m
         in `found`, and the rest as `read(tensor)` brings it."""
         params = torch.empty(sum(spec.numel for spec in member.manifest))
         for spec, start, stop in protocol.ranges(member.manifest):
             part = params[start:stop]
-            raw = part if spec.dtype == torch.float32 else torch.empty_like(part, dtype=spec.dtype)
             if spec.name in found:
                 part.copy_(found[spec.name].reshape(-1))
+            elif spec.dtype == torch.float32:
+                read(part)
             else:
+                raw = torch.empty_like(part, dtype=spec.dtype)
                 read(raw)
                 part.copy_(raw)
         return params
@@ -1395,11 +1402,10 @@ class Server:
         """The buffers, {name: CPU tensor as it travels}, that `found` or the worker has."""
         buffers = {}
         for spec, wire in zip(member.buffers, protocol.buffer_specs(member.buffers), strict=True):
-            if spec.name in found or spec.name in member.wanted:
-                buffers[spec.name] = torch.empty(wire.shape, dtype=wire.dtype)
             if spec.name in found:
-                buffers[spec.name].copy_(found[spec.name])
+                buffers[spec.name] = found[spec.name].to(wire.dtype, copy=True).contiguous()
             elif spec.name in member.wanted:
+                buffers[spec.name] = torch.empty(wire.shape, dtype=wire.dtype)
                 read(buffers[spec.name])
         return buffers
 
@@ -1444,8 +1450,6 @@ class Server:
 
     def _take_model(self, member, params, buffers, files):
         """The first parameters of a run, from a worker or from the disk."""
-        if not all(protocol.within(part) for part in params.split(CHUNK)):
-            raise Refused("model", "the parameters to start from are not all finite")
         with self.lock:
             self._allocate(member.manifest, member.num_fragments, params)
             self.run_id = self.incarnation

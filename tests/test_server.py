@@ -726,6 +726,22 @@ def test_bad_weights_end_in_one_line(tmp_path, monkeypatch, shards):
     assert not (tmp_path / "evil").exists()
 
 
+def test_parameters_that_are_not_finite_start_no_run(serve, tmp_path):
+    """Neither a worker's nor those of -m."""
+    broken = numbers(0)
+    broken[3] = float("nan")
+    host = serve()
+    with pytest.raises(Refused, match="to start from are not all finite"):
+        Peer(host, "a", params=broken).join()
+    assert same_bits(Peer(host, "b").join().params[:12], numbers(0)[:12])
+    weights = {"w": broken[:12].view(3, 4).clone(), "b": WEIGHTS["b"]}
+    path = lay_out(tmp_path / "hf", "one")
+    safetensors.torch.save_file(weights, path / "model.safetensors")
+    host = serve("-m", path)
+    with pytest.raises(Refused, match="to start from are not all finite"):
+        Peer(host, "a").join()
+
+
 def test_folders_of_other_programs_are_never_written_to(serve, tmp_path):
     path = lay_out(tmp_path / "hf", "sharded")
     (path / "checkpoint-1").mkdir()
