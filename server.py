@@ -1470,7 +1470,7 @@ class Server:
                 message.field("ending", bool, False),
             )
             member.position = message.field("position", int, 0)
-            member.closed = {k for k in message.field("closed", list, []) if type(k) is int}
+            member.closed |= {k for k in message.field("closed", list, []) if type(k) is int}
             member.steps_per_second = message.field("steps_per_second", float, 0.0)
             member.loss = message.field(
                 "loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS
@@ -1750,6 +1750,9 @@ class Server:
         self.buffers = {**self.buffers, **update.buffers}
         for push in pushes:
             fragment.folded[push.worker] = push.seq
+            member = self.members.get(push.worker)
+            if push.closing and member and member.ticket == push.ticket:
+                member.closed.add(fragment.index)  # it hears late, where it waits for another
             if push.buffer and push.worker in self.members:
                 self.members[push.worker].room[fragment.index] = push.buffer
         fragment.busy = False
