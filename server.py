@@ -1783,7 +1783,7 @@ class Server:
             "time": round(time.time(), 3),
             "round": fragment.version + 1,
             "fragment": fragment.index,
-            "members": sorted(self.members),
+            "members": sorted(self._pushers(fragment)),
             "staleness": {p.worker: p.staleness for p in counted if p.staleness},
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
