@@ -1,16 +1,36 @@
-"""The wire: frames, connections, tensor codecs, and a model as one flat vector.
+"""The wire: frames, files, connections, tensor codecs, and a model as one flat vector.
 
 Notable:
 - A message is exactly a safetensors file: an 8-byte little-endian header length, a JSON header,
   the raw bytes. Its own fields are one JSON string under `__metadata__["diloco"]`. Checkpoints are
   written and read by the same code, and nothing is ever pickled.
-- Tensor bytes go from the tensor's memory to the socket and back without a copy on the way.
+- Tensor bytes go from a tensor's memory to the socket, and from the socket into a tensor's memory.
 - A header is checked before one byte of payload is read, and nothing is allocated for a payload
   that has not been checked.
 - A stall is a lack of progress in bytes, never a total time: a slow transfer that moves is fine.
 
-What a malformed message gets: an `error` message that names the broken rule, then the end of the
-connection. The rules stand in `parse_header` and `Message.field`, one line each.
+A malformed message is answered with an `error` message that names the broken rule, and then the
+connection ends. The rules stand in `parse_header` and `Message.field`, one line each.
+
+The requests of version 3, in which a Version travels as [life, number] and a Fate as a list too:
+
+    request    carries                                     reply
+    hello      protocol version, worker id, session        hello: protocol version, session
+    join       manifest, settings, host; by slice the      join: place in the run, settings, heads,
+               version held and what is folded in it       slice to push first and in how many steps;
+                                                           or bring: slices that it shall upload
+    bring      those slices in full, descriptive files     as join
+    push       slice, seq, base, steps, closing; the       push: taken, or listed already
+               encoded pseudo-gradient or nothing
+    pull       slice, version held, seq of the push that   entry (each with its checksum, all but the
+               is waited for, or 0 to catch up             last with `more`), slice, again or current
+    fetch      names of frozen tensors, or `files`         fetch: those
+    heartbeat  step, position, speed, loss, the push       heartbeat: round, rank, world, members,
+               that training waits for                     orders
+    leave, status, save, stop                              an answer of the same name
+
+While a join or pull has to wait, the server sends `wait` messages that say for whom. A push, pull,
+heartbeat or leave of somebody who is not a member is answered with the error code `rejoin`.
 
 Needs torch and nothing else, so that it can be copied into other projects.
 """
@@ -19,44 +39,48 @@ import bisect
 import contextlib
 import ctypes
 import fcntl
+import glob
 import hashlib
 import ipaddress
 import itertools
 import json
 import math
 import os
+import pickle
 import re
+import secrets
 import select
+import shutil
 import socket
 import struct
 import termios
 import threading
 import time
+import zipfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 PORT = 8512
 MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
-MAX_HELLO_BYTES = 64 << 10  # a peer that has not said hello gets no more than this read
-MAX_FILES_BYTES = 64 << 20  # descriptive files, all together; the largest tokenizers are near 35 MB
-MAX_DISCARD_BYTES = 64 << 20  # read on after an error, so that the sender gets to see why
-HELLO_SECONDS = 10.0  # a peer that connects says hello at once
-STALL_SECONDS = 60.0  # no byte for so long means that the peer or the line is gone
-# A peer that lost its power says nothing. After 30 s without a byte it is asked every 10 s, and
-# after three questions without an answer, or a minute in which it took no byte, the line is dead.
+MAX_HELLO_BYTES = 64 << 10  # longest header that is read from a peer before its hello
+MAX_FILES_BYTES = 64 << 20  # all descriptive files together; the largest tokenizers are near 35 MB
+MAX_DISCARD_BYTES = 64 << 20  # most that is read after an error, so that the sender sees the reason
+HELLO_SECONDS = 10.0  # time that a peer has for its hello after connecting
+STALL_SECONDS = 60.0  # time without a byte after which the peer or the line counts as gone
+# A peer that lost its power says nothing. After 30 s without a byte the system asks it every 10 s,
+# and after three questions without an answer, or a minute in which it took no byte, the line is
+# dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for others
-CHUNK = (
-    1 << 19
-)  # elements worked on at once: 2 MiB of float32. Smaller ones would fit in a nearer cache,
-# but the threads of a process hand Python's lock to each other with each operation on one
+# Elements that are worked on at once: 2 MiB of float32. Smaller chunks would fit in a nearer cache,
+# but the threads of a process hand Python's lock to each other with every operation on a chunk.
+CHUNK = 1 << 19
 BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
-MAX_ABS = 1e30  # larger numbers count as not finite: a sum of a million of them still is
-
-BUFFER = "buffer:"  # before the name of a buffer, among the tensors of a message
+MAX_ABS = 1e30  # larger numbers count as not finite: the sum of a million numbers is finite, too
+MAX_FATES = 2000  # workers whose newest push one slice remembers
 
 # The descriptive files that may travel with a model. Nothing else is ever written by name.
 FILE_NAMES = (
@@ -97,7 +121,7 @@ class ProtocolError(Exception):
 
 
 class Refused(Exception):
-    """One side says no, the other hears it: the same request, tried again, fares no better.
+    """A request was rejected for good: sending it again cannot succeed.
 
     `code` is one word for programs: address, busy, version, id, setting, model, size, stopping,
     rejoin, protocol.
@@ -114,22 +138,98 @@ def is_audited():
 
 
 def audit(event, **facts):
-    """Append a line of JSON to the file that DILOCO_AUDIT names, if any: what a test needs to tell
-    afterwards that no push was lost or counted twice (tests/chaos.py)."""
+    """Append a line of JSON to the file that DILOCO_AUDIT names, if any. From these lines a test
+    tells afterwards that no push was lost or counted twice (tests/chaos.py)."""
     if path := os.environ.get("DILOCO_AUDIT"):
         line = json.dumps({"time": time.time(), "pid": os.getpid(), "event": event, **facts})
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode() + b"\n")
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # a full disk ends no thread
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, line.encode() + b"\n")
+            finally:
+                os.close(handle)
+
+
+# --- Positions in the log ---------------------------------------------------------------------
+#
+# The global model is a log: entry v of a slice's log is the update that led from version v - 1 to
+# version v. A replica is a position in the log, and the fate of a push is what an entry says of it.
+
+
+class Version(NamedTuple):
+    """A position in the log of a slice. Versions sort: no numbers at all come before a worker's own
+    start, that before the weights of `-m`, those before whatever a run has made. Lives sort by the
+    time they began."""
+
+    life: str  # names the opening of a run in which the entry was made
+    number: int  # entries that led there
+
+
+NONE, FRESH, WEIGHTS = Version("", -1), Version("", 0), Version("", 1)
+
+
+class Fate(NamedTuple):
+    """How the newest push of a worker that an entry lists came out."""
+
+    seq: int  # sequence number of that push
+    refused: str  # why its numbers were left out, or "" where they were folded
+    round: int  # number of the version that the entry led to
+
+
+def version_of(value):
+    """A Version from untrusted JSON, [life, number]. Raises ProtocolError."""
+    match value:
+        case [str(life), int(number)] if type(number) is int and -1 <= number < 1 << 53:
+            if re.fullmatch("[0-9a-f]{20}", life) or (life == "" and number <= WEIGHTS.number):
+                return Version(life, number)
+    raise ProtocolError(f"{str(value)[:80]} is not a version")
+
+
+def new_life(after=""):
+    """An id for one opening of a run. Ids sort by the time that they begin with, past `after`, so
+    that of two versions the one from the later life is the newer."""
+    begun = max(time.time_ns() // 1_000_000, int(after[:12] or "0", 16) + 1)
+    return f"{begun:012x}{secrets.token_hex(4)}"
+
+
+def fates_of(value):
+    """{worker id: Fate} from untrusted JSON. Raises ProtocolError."""
+    if type(value) is not dict or len(value) > MAX_FATES:
+        raise ProtocolError(f"a list of pushes is not an object of at most {MAX_FATES} entries")
+    fates = {}
+    for worker, fate in value.items():
+        match fate:
+            case [int(seq), str(refused), int(round)] if _is_count(seq) and _is_count(round):
+                if len(worker) <= 256 and len(refused) <= 256 and refused.isprintable():
+                    fates[worker] = Fate(seq, refused, round)
+        if worker not in fates:
+            raise ProtocolError(f"{str(fate)[:80]} is not [sequence number, refusal, round]")
+    return fates
+
+
+def recent(fates, version, max_staleness, keep=()):
+    """The fates that a push which is not too old can still ask for, and those of the ids in
+    `keep`."""
+    oldest = version.number - max_staleness
+    return {w: fate for w, fate in fates.items() if fate.round >= oldest or w in keep}
+
+
+def momentum_at(number, momentum, warmup):
+    """The outer momentum of the step that follows version `number`: min(momentum, r / (r + 3)) in
+    round r = 0, 1, ... while it warms up."""
+    return min(momentum, number / (number + 3)) if warmup else momentum
 
 
 # --- Frames ---------------------------------------------------------------------------------
+#
+# A frame is the length of a JSON header, the header, and the bytes of the tensors that the header
+# names, one after the other: a safetensors file. `encode_header` writes every header, on the wire
+# and on the disk, and `parse_header` reads every header. A header from outside is untrusted: each
+# value is checked before anything is worked out from it, allocated or read.
 
 
 class TensorSpec(NamedTuple):
-    """What a header says of one tensor."""
+    """The name, dtype and shape of one tensor, as a header has them."""
 
     name: str
     dtype: torch.dtype
@@ -176,7 +276,8 @@ def _unique(pairs):
     keys = dict(pairs)
     if len(keys) != len(pairs):
         raise ValueError("a name stands twice in one object")
-    "".join([*keys, *(v for v in keys.values() if isinstance(v, str))]).encode()  # no surrogates
+    # A text with half of a surrogate pair is not UTF-8: encoding it raises a ValueError.
+    "".join([*keys, *(v for v in keys.values() if isinstance(v, str))]).encode()
     return keys
 
 
@@ -200,6 +301,43 @@ def _is_count(value):
     return type(value) is int and 0 <= value < 1 << 53
 
 
+def parse_entry(name, entry):
+    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
+    ProtocolError."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ProtocolError(f"tensor {name!r}: needs dtype, shape and data_offsets, no more")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ProtocolError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
+        raise ProtocolError(f"tensor {name!r}: the shape is not a list of up to 32 counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ProtocolError(f"tensor {name!r}: data_offsets is not a pair of counts")
+    spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
+    if spec.nbytes != offsets[1] - offsets[0]:
+        raise ProtocolError(
+            f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, but data_offsets "
+            f"spans {offsets[1] - offsets[0]}"
+        )
+    # torch computes the product of the sizes even where one of them is 0, and must not overflow.
+    if math.prod(filter(None, shape)) >= 1 << 53:
+        raise ProtocolError(f"tensor {name!r}: the counts of shape {shape} are too large")
+    return offsets[0], offsets[1], spec
+
+
+def check_ranges(entries):
+    """Check that tensors, as (first byte, last byte, spec), fill a payload in their order. Raises
+    ProtocolError."""
+    end = 0
+    for first, last, spec in entries:
+        if first != end:
+            raise ProtocolError(
+                f"tensor {spec.name!r}: its bytes begin at {first}, not where the one before "
+                f"ends, at {end}: ranges must be in order, without overlap or gap"
+            )
+        end = last
+
+
 def parse_header(raw, in_order=True):
     """Check a header and return (fields, specs), the specs in the order of their bytes.
 
@@ -213,42 +351,16 @@ def parse_header(raw, in_order=True):
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ProtocolError("__metadata__ is not an object of strings")
     fields = parse_json(metadata.get("diloco", "{}"), "the diloco field")
-
-    entries = []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ProtocolError(f"tensor {name!r}: needs dtype, shape and data_offsets, no more")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ProtocolError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(DTYPES)}")
-        if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
-            raise ProtocolError(f"tensor {name!r}: the shape is not a list of up to 32 counts")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise ProtocolError(f"tensor {name!r}: data_offsets is not a pair of counts")
-        spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
-        if spec.nbytes != offsets[1] - offsets[0]:
-            raise ProtocolError(
-                f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, but data_offsets "
-                f"spans {offsets[1] - offsets[0]}"
-            )
-        if math.prod(filter(None, shape)) >= 1 << 53:  # torch multiplies before it meets a zero
-            raise ProtocolError(f"tensor {name!r}: the counts of shape {shape} are too large")
-        entries.append((offsets[0], offsets[1], spec))
+    entries = [parse_entry(name, entry) for name, entry in header.items()]
     if not in_order:
         entries.sort(key=lambda entry: entry[:2])
-    end = 0
-    for first, last, spec in entries:
-        if first != end:
-            raise ProtocolError(
-                f"tensor {spec.name!r}: its bytes begin at {first}, not where the one before "
-                f"ends, at {end}: ranges must be in order, without overlap or gap"
-            )
-        end = last
+    check_ranges(entries)
     return fields, [spec for _, _, spec in entries]
 
 
 def header_length(raw):
-    """The length that the first 8 bytes name. Raises ProtocolError if it is out of range."""
+    """The length of the header that follows these 8 bytes. Raises ProtocolError if it is out of
+    range."""
     (length,) = struct.unpack("<Q", raw)
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise ProtocolError(
@@ -269,15 +381,20 @@ def memory(tensor):
     return memoryview(array).cast("B")
 
 
-class Buffer:
+class Payload:
     """Memory for the payload of one frame: `raw` holds its bytes, `tensors` views them by name.
-    `pinned`: for fast copies to and from a GPU; `device`: not for the wire."""
+
+    `pinned` memory is copied fast to and from a GPU. A payload on another `device` than the CPU
+    cannot be sent or received.
+    """
 
     def __init__(self, specs, device="cpu", pinned=False):
-        self.specs, size = list(specs), payload_bytes(specs)
-        # Filled, so that the system hands out its memory now and not in the midst of a round.
+        self.specs = list(specs)
+        size = payload_bytes(self.specs)
+        # Zeros make the system hand out the memory now and not in the midst of a round.
         self.raw = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.tensors, start = {}, 0
+        self.tensors = {}
+        start = 0
         for spec in self.specs:
             part = self.raw[start : start + spec.nbytes]
             self.tensors[spec.name] = part.view(spec.dtype).view(spec.shape)
@@ -285,11 +402,15 @@ class Buffer:
 
 
 # --- Files ----------------------------------------------------------------------------------
+#
+# A file is written whole or not at all: beside its place, synced, then renamed. It is read by
+# mapping, so that weights of many gigabytes cost memory only where they are used. A header that
+# announces more or fewer bytes than the file has tells of a write that a crash has cut.
 
 
 def write_frame(file, fields, specs, tensors, **metadata):
     """Write one frame to an open binary file. `tensors`: CPU tensors whose bytes, one after the
-    other, are the payload that `specs` announces; they are taken one at a time."""
+    other, are the payload that `specs` announces; the tensors are taken one at a time."""
     file.write(encode_header(fields, specs, **metadata))
     left = payload_bytes(specs)
     for tensor in tensors:
@@ -356,8 +477,8 @@ def save_file(path, tensors, fields=None):
 def load_file(path):
     """(fields, {name: CPU tensor}) of a safetensors file. Raises ProtocolError, OSError.
 
-    The tensors are views of the mapped file, private to this process: they cost memory and time
-    when they are read, not before.
+    The tensors are views of the mapped file, private to this process: a tensor costs memory and
+    time when it is read, not before.
     """
     with open(path, "rb") as file:
         fields, specs = read_file_header(file)
@@ -374,7 +495,129 @@ def load_file(path):
     return fields, tensors
 
 
+def load_folder(path):
+    """{name: CPU tensor} of a weights file, or of a folder in the Hugging Face layout: one
+    safetensors file, shards with an index, or `pytorch_model.bin` (plain tensors only). Files are
+    mapped, not read. Raises ProtocolError or OSError with one line where they cannot be used."""
+    weights = {}
+    for file in weight_files(path):
+        try:
+            if file.endswith(".bin"):
+                mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote files of another kind
+                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            else:
+                weights |= load_file(file)[1]
+        except (OSError, ProtocolError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            text = " ".join(str(error).split())
+            raise ProtocolError(f"cannot use the weights in {file}: {text}") from None
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+
+
+def weight_files(path):
+    """The paths of the files that hold the weights of a file or folder. Raises ProtocolError."""
+    if os.path.isfile(path):
+        return [path]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = os.path.join(path, name)
+        if os.path.isfile(file + ".index.json"):
+            try:
+                with open(file + ".index.json", encoding="utf-8") as index:
+                    shards = sorted(set(json.load(index)["weight_map"].values()))
+                if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
+                    raise ValueError("it names files outside its folder")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ProtocolError(f"cannot use {file}.index.json: {error!r}") from None
+            return [os.path.join(path, shard) for shard in shards]
+        if os.path.isfile(file):
+            return [file]
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    if not found:
+        others = foreign_weights(path)
+        hint = f"; name one of {others}" if others else ""
+        raise ProtocolError(f"{path} has no weights of its own{hint}")
+    return found
+
+
+def is_ours(path):
+    """Whether this program wrote the safetensors file at `path`. The file may be incomplete."""
+    try:
+        with open(path, "rb") as file:
+            return read_file_header(file, whole=False)[0].get("program") == "diloco"
+    except (OSError, ProtocolError):
+        return False
+
+
+def checkpoints(folder):
+    """[(round, path)] of this program's checkpoints in a folder, newest first."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
+        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(path))
+        if number and is_ours(os.path.join(path, "outer.safetensors")):
+            found.append((int(number[1]), path))
+    return sorted(found, reverse=True)
+
+
+def discard(checkpoint):
+    """Remove a checkpoint. It is renamed first, so that a crash never leaves half a checkpoint
+    under its name."""
+    old = os.path.join(os.path.dirname(checkpoint), ".tmp-checkpoint-old")
+    os.rename(checkpoint, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def foreign_weights(folder):
+    """The weight files in a folder, or in its checkpoint folders, by another program than this."""
+    patterns = ("*.safetensors", "*.bin", "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
+    paths = [p for g in patterns for p in glob.glob(os.path.join(glob.escape(folder), g))]
+    return [path for path in paths if not is_ours(path)]
+
+
+def read_descriptive_files(folder):
+    """{name: bytes} of the descriptive files (FILE_NAMES) in a folder. Raises ProtocolError where
+    they are too large."""
+    files = {}
+    for name in FILE_NAMES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                files[name] = file.read(MAX_FILES_BYTES + 1)
+    if sum(map(len, files.values())) > MAX_FILES_BYTES:
+        raise ProtocolError(f"{folder}: its descriptive files are over {MAX_FILES_BYTES:,} B")
+    return files
+
+
+def matched(weights, names):
+    """{name: tensor} of those of a worker's tensors that some weights hold: under the same name;
+    under the name without an adapter's wrappers (peft puts `base_model.model.` before the name and
+    `.base_layer` into it); or without the first part of the name, as in the file of a bare Hugging
+    Face model, if all unmatched names share that first part."""
+    found, bare = {}, {}
+    for name in names:
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        first, _, rest = plain.partition(".")
+        if name in weights or plain in weights:
+            found[name] = weights[name if name in weights else plain]
+        elif rest in weights:
+            bare.setdefault(first, {})[name] = weights[rest]
+    return found | (next(iter(bare.values())) if len(bare) == 1 else {})
+
+
+def file_sizes_of(sizes):
+    """{name: size in bytes} of the descriptive files that a worker uploads. Raises ProtocolError."""
+    for name, size in sizes.items():
+        if name not in FILE_NAMES or type(size) is not int or size < 0:
+            raise ProtocolError(f"bring: file {name!r} is not one of {FILE_NAMES}")
+    if sum(sizes.values()) > MAX_FILES_BYTES:
+        raise ProtocolError(f"bring: the files are over {MAX_FILES_BYTES:,} bytes")
+    return sizes
+
+
 # --- Connections ----------------------------------------------------------------------------
+#
+# A connection carries requests and replies by turns and belongs to one thread at a time. A peer
+# proves that it is alive by moving bytes, however slowly; while the server waits for others it
+# sends `wait` messages instead of the reply. Until a peer has said hello, hardly anything is read
+# from it, and a peer that breaks a rule hears which rule before its connection ends.
 
 REQUIRED = object()
 
@@ -406,12 +649,6 @@ class Message:
                 f"{self.type}: field {name!r} is {shown}, not a valid {kind.__name__}"
             )
         return value
-
-    def split_buffers(self):
-        """Take off, and give, the specs of a model's buffers, which come last."""
-        buffers = [spec for spec in self.specs if spec.name.startswith(BUFFER)]
-        self.specs = self.specs[: len(self.specs) - len(buffers)]
-        return buffers
 
     def expect(self, specs):
         """Raise ProtocolError unless the payload is announced as exactly these tensors."""
@@ -448,7 +685,8 @@ class Connection:
 
     def send(self, type, fields=None, specs=(), tensors=()):
         """Send a message whose payload is the bytes of `tensors` (CPU, contiguous), one after the
-        other, as `specs` announces them. They are taken one at a time, so may be made on the way."""
+        other, as `specs` announces them. The tensors are taken one at a time, so a generator may
+        make them on the way."""
         header = encode_header({"type": type, **(fields or {})}, specs)
         left = payload_bytes(specs)
         views = [memoryview(header)]
@@ -462,7 +700,7 @@ class Connection:
             raise ValueError(f"the tensors differ from their specs by {left} bytes")
 
     def _send_all(self, views):
-        # Not socket.sendall: its timeout is for the whole, and a slow transfer is no stall.
+        # socket.sendall has a timeout for the whole, but a slow transfer is not a stall.
         self.sock.settimeout(self.stall)
         while views:
             try:
@@ -511,38 +749,42 @@ class Connection:
                 count = self.sock.recv_into(view)
             except TimeoutError:
                 before, unsent = unsent, self._unsent()
-                if unsent < before:  # what was sent last still moves, on a slow line
+                if unsent < before:  # on a slow line our own last message is still on its way
                     continue
                 seconds = self.sock.gettimeout() or 0  # 0: the keep-alive noticed
                 raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
             if not count:
                 raise ConnectionError(f"{self.peer} closed the connection")
-            if self.sock.gettimeout() != self.stall:  # a system call, where it changes nothing too
+            if self.sock.gettimeout() != self.stall:  # settimeout is a system call every time
                 self.sock.settimeout(self.stall)
             self.bytes_in += count
             view = view[count:]
 
     def _unsent(self):
-        """Bytes that were sent, and that the peer's system has not acknowledged."""
+        """The number of bytes sent that the peer's system has not acknowledged."""
         try:
             return struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
-        except OSError:  # not on this system
+        except OSError:  # this system does not tell
             return 0
 
     def discard(self):
         """Read the payload of the last message and throw it away."""
-        scratch = torch.empty(1 << 16, dtype=torch.uint8)
+        sink = torch.empty(1 << 16, dtype=torch.uint8)
         while self.unread:
-            self.read(scratch[: min(self.unread, scratch.numel())])
+            self.read(sink[: min(self.unread, sink.numel())])
 
     def request(self, type, fields=None, specs=(), tensors=(), on_wait=None):
-        """Send a request and return the reply, past any `wait` messages (each is passed to
-        `on_wait`). Raises Refused when the reply is an `error`."""
+        """Send a request and return the first message of its reply, as `reply` does."""
         try:
             self.send(type, fields, specs, tensors)
         except ConnectionError:
             self._raise_last_words()
             raise
+        return self.reply(on_wait)
+
+    def reply(self, on_wait=None):
+        """The next message of a reply, past any `wait` messages (the fields of each are passed to
+        `on_wait`). Raises Refused when the reply is an `error`."""
         while True:
             reply = self.receive(self.stall)
             if reply.type == "wait":
@@ -594,7 +836,8 @@ class Connection:
         self.send("hello", {"protocol": PROTOCOL_VERSION, **fields})
 
     def refuse(self, error):
-        """Tell the peer why, then read on for a while: a reset would overtake the message."""
+        """Tell the peer why, then read on for a while: otherwise TCP's reset may discard the
+        message before the peer reads it."""
         with contextlib.suppress(OSError, ProtocolError):
             self.stall = 2.0
             self.send("error", {"message": str(error), "code": getattr(error, "code", "protocol")})
@@ -602,15 +845,21 @@ class Connection:
             self.unread = MAX_DISCARD_BYTES
             self.discard()
 
-    def close(self):
-        with contextlib.suppress(OSError):  # the peer may have been faster
+    def hang_up(self):
+        """End the conversation, also from another thread than the one that uses the connection, which
+        meets a ConnectionError."""
+        with contextlib.suppress(OSError):  # the peer may have closed it already
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """End the conversation and close the socket."""
+        self.hang_up()
         self.sock.close()
 
     def closed_by_peer(self):
         """Whether the peer has hung up, as far as this side knows; moves no byte."""
         try:
-            poller = select.poll()  # recv alone would wait, whatever its flags
+            poller = select.poll()  # recv alone would wait in spite of its flags
             poller.register(self.sock, select.POLLIN)
             return bool(poller.poll(0)) and self.sock.recv(1, socket.MSG_PEEK) == b""
         except (OSError, ValueError):  # a closed socket has no number to register
@@ -645,6 +894,10 @@ def connect(server, session_fields, timeout=10.0):
 
 
 # --- The model as one flat vector -----------------------------------------------------------
+#
+# The tensors of the manifest, laid end to end, are one float32 vector, and every N-th element of it
+# is a fragment. Server and workers work on fragments chunk by chunk, whatever the tensors' shapes,
+# dtypes and devices; FlatModel translates between a chunk and the parameters that it overlaps.
 
 
 def specs_of(named_tensors):
@@ -658,8 +911,8 @@ def manifest_to_json(specs):
 
 
 def manifest_from_json(listed, trained=True):
-    """The specs of an untrusted manifest. Raises ProtocolError where a name stands twice, and, of
-    what is `trained`, unless it has at least one tensor and all are floating-point."""
+    """The specs of an untrusted manifest. Raises ProtocolError where a name stands twice. A
+    manifest of what is `trained` must have at least one tensor, and only floating-point ones."""
     try:
         for name, _, shape in listed:  # before anything is multiplied
             if not isinstance(name, str) or len(shape) > 32 or not all(map(_is_count, shape)):
@@ -676,8 +929,19 @@ def manifest_from_json(listed, trained=True):
     return specs
 
 
+def frozen_of(listed):
+    """{name: (spec, fingerprint)} of what a worker says of its frozen tensors. Raises
+    ProtocolError."""
+    for entry in listed:
+        mark = str(entry[3]) if type(entry) is list and len(entry) == 4 else ""
+        if not re.fullmatch("[0-9a-f]{32}", mark):
+            raise ProtocolError("a frozen tensor is not [name, dtype, shape, fingerprint]")
+    specs = manifest_from_json([entry[:3] for entry in listed], trained=False)
+    return {spec.name: (spec, entry[3]) for spec, entry in zip(specs, listed, strict=True)}
+
+
 def explain_mismatch(server, worker):
-    """What keeps a worker's tensors from being the server's, in words, or "" if nothing does."""
+    """A text that says how a worker's tensors differ from the server's in name or shape, or ""."""
     ours = {spec.name: spec for spec in server}
     theirs = {spec.name: spec for spec in worker}
     faults = [
@@ -699,34 +963,11 @@ def explain_mismatch(server, worker):
     return "; ".join(faults[:3]) + more
 
 
-def buffer_specs(specs):
-    """A model's buffers as they travel, under names of their own: floating-point ones as float32,
-    never through a lossy codec, in which a variance might become negative."""
-    return [
-        TensorSpec(
-            BUFFER + spec.name,
-            torch.float32 if spec.dtype.is_floating_point else spec.dtype,
-            spec.shape,
-        )
-        for spec in specs
-    ]
-
-
-def specs_of_buffers(buffers):
-    """The same of {name: CPU tensor as it travels}."""
-    return buffer_specs(specs_of(buffers.items()))
-
-
 def fingerprint(tensor):
     """32 hexadecimal digits that tell a tensor's bits from others': BLAKE2b over its elements, row
-    by row. At about 1 GB/s a thread; other threads run meanwhile."""
-    return fingerprint_of_pieces(tensor.detach().reshape(-1).split(CHUNK))
-
-
-def fingerprint_of_pieces(pieces):
-    """The same of a tensor that comes in pieces."""
+    by row. A thread hashes about 1 GB/s, and other threads run meanwhile."""
     digest = hashlib.blake2b(digest_size=16)
-    for piece in pieces:
+    for piece in tensor.detach().reshape(-1).split(CHUNK):
         digest.update(memory(piece.cpu()))
     return digest.hexdigest()
 
@@ -741,7 +982,7 @@ def fragment_of(vector, k, count):
 
 
 def ranges(specs):
-    """(spec, start, stop) of each tensor in the flat vector, in elements."""
+    """The (spec, start, stop) of each tensor in the flat vector, in elements."""
     start = 0
     for spec in specs:
         yield spec, start, start + spec.numel
@@ -749,8 +990,8 @@ def ranges(specs):
 
 
 def fill(tensor, inside, values):
-    """Set elements of a tensor, by a slice of them in row order, whatever its dtype, device and
-    memory layout."""
+    """Set the elements of a tensor that a slice of them in row order names, whatever the tensor's
+    dtype, device and memory layout."""
     if tensor.is_contiguous():
         tensor.view(-1)[inside].copy_(values)
     else:
@@ -764,13 +1005,15 @@ class FlatModel:
     as a fragment of that: every `stride`-th element, from the `first` on.
 
     `parameters`: tensors in the order of the manifest. Elements are addressed as in the manifest,
-    row by row, also where a tensor's memory is laid out in another order.
+    row by row, even where a tensor's memory is laid out in another order.
     """
 
     def __init__(self, parameters, first=0, stride=1):
-        self.parts, self.stride, start = [], stride, -first
-        self.writes = 0  # changes made here
-        for parameter in parameters:  # those from low to high in the vector are its elements
+        self.parts = []  # (parameter, first place in the vector, last, first element)
+        self.stride = stride
+        self.writes = 0  # calls of `write`
+        start = -first
+        for parameter in parameters:
             low = -(-max(start, 0) // stride)
             high = -(-max(start + parameter.numel(), 0) // stride)
             self.parts.append((parameter, low, high, low * stride - start))
@@ -795,15 +1038,15 @@ class FlatModel:
         return self.parts[0][0].device
 
     def streams(self):
-        """The current stream of each GPU that has a parameter: one model may be spread over some."""
+        """The current stream of each GPU that has a parameter: a model may be spread over
+        several."""
         devices = {part[0].device for part in self.parts if part[0].is_cuda}
         return [torch.cuda.current_stream(device) for device in devices]
 
-    def read(self, start, out, non_blocking=False):
+    def read(self, start, out):
         """Copy elements from `start` on into the float32 tensor `out`."""
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            local = parameter.detach().reshape(-1)[inside]
-            out[outside].copy_(local, non_blocking=non_blocking)
+            out[outside].copy_(parameter.detach().reshape(-1)[inside])
 
     def subtract_from(self, start, numbers, out):
         """`numbers`, rounded to the parameters' dtypes, minus the elements from `start` on, into
@@ -830,7 +1073,7 @@ class FlatModel:
 
 
 def chunks(count):
-    """(start, stop) of the pieces in which a slice of `count` elements is worked on."""
+    """The (start, stop) of each chunk of a slice of `count` elements."""
     return ((a, min(a + CHUNK, count)) for a in range(0, count, CHUNK))
 
 
@@ -838,8 +1081,8 @@ class Checksum:
     """A checksum of float32 bits at the speed of memory.
 
     The bits of each chunk of CHUNK elements are added up, two elements as one integer of 64 bits
-    (modulo 2 to the 64th, so in any order), and the list of sums is hashed. Guards against faults,
-    not against forgery.
+    (modulo 2 to the 64th, so in any order), and the list of sums is hashed. This guards against
+    faults, not against forgery.
     """
 
     SPEC = TensorSpec("checksum", torch.uint8, (16,))
@@ -877,33 +1120,38 @@ def checksum_of(numbers):
 
 
 # --- Codecs ---------------------------------------------------------------------------------
+#
+# Pseudo-gradients and updates travel in fewer bytes than float32 has. A codec works chunk by chunk,
+# in memory that exists already, so that a message is made, sent, received and added while other
+# chunks are still on their way. What a lossy codec rounds off is not lost: the sender keeps it as
+# its residual and adds it to the next message.
 
 
-class Rooms(threading.local):
-    """Memory that a thread works in, chunk after chunk: to ask the system for it each time would
-    take longer than the work."""
+class Scratch(threading.local):
+    """Memory that a thread works in, chunk after chunk: asking the system for fresh memory each
+    time would take longer than the work."""
 
     def __init__(self):
         self.kept = {}
 
 
-ROOMS = Rooms()
+SCRATCH = Scratch()
 
 
-def room(use, like, count):
-    """An uninitialized tensor of this thread's: `count` elements of the dtype and on the device of
-    `like`. The next call with the same `use` may give the same memory."""
+def scratch(use, like, count):
+    """An uninitialized tensor that belongs to this thread: `count` elements of the dtype and on the
+    device of `like`. The next call with the same `use` may give the same memory."""
     key = use, like.dtype, like.device
-    if key not in ROOMS.kept or ROOMS.kept[key].numel() < count:
-        ROOMS.kept[key] = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
-    return ROOMS.kept[key][:count]
+    if key not in SCRATCH.kept or SCRATCH.kept[key].numel() < count:
+        SCRATCH.kept[key] = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
+    return SCRATCH.kept[key][:count]
 
 
 class Codec:
     """How float32 numbers travel: encoded into the tensors of a message, chunk by chunk. A chunk
-    begins at a multiple of CHUNK; chunks have their bytes one after the other, so that a message can
-    be made, sent and taken apart chunk by chunk. A codec says `layout`, `encode`, `decode` and
-    `finite`; `lossy` tells whether rounding loses anything."""
+    begins at a multiple of CHUNK; chunks have their bytes one after the other, so that a message
+    can be made, sent and taken apart chunk by chunk. A subclass defines `layout`, `encode`,
+    `decode` and `finite`; `lossy` tells whether rounding loses anything."""
 
     lossy = True
 
@@ -920,12 +1168,13 @@ class Codec:
         raise NotImplementedError
 
     def finite(self, tensors, start, stop):
-        """Whether all of a chunk is finite and at most MAX_ABS in size."""
+        """Whether all numbers of an encoded chunk are finite and at most MAX_ABS in size."""
         raise NotImplementedError
 
     def decoded(self, tensors, start, like):
-        """Decoded elements from `start` on, as many as `like` has, to be read at once."""
-        numbers = room("decoded", like, like.numel())
+        """The decoded elements from `start` on, as many as `like` has. They may stand in scratch
+        memory: use them before the next call."""
+        numbers = scratch("decoded", like, like.numel())
         self.decode(tensors, start, numbers)
         return numbers
 
@@ -972,7 +1221,7 @@ class Blocks(Codec):
     of the bytes, the second in the high ones. A last block that is not full is filled with zeros.
     """
 
-    TINY = 1e-30  # a block with nothing larger is sent as zeros: the reciprocal would overflow
+    TINY = 1e-30  # a block of smaller numbers is sent as zeros: the reciprocal would overflow
 
     def __init__(self, bits):
         self.bits, self.top = bits, (1 << (bits - 1)) - 1
@@ -993,7 +1242,7 @@ class Blocks(Codec):
         size = len(scales) * BLOCK
         if numbers.numel() < size:
             numbers = torch.nn.functional.pad(numbers, (0, size - numbers.numel()))
-        blocks, work = numbers.view(-1, BLOCK), room("quotients", numbers, size).view(-1, BLOCK)
+        blocks, work = numbers.view(-1, BLOCK), scratch("quotients", numbers, size).view(-1, BLOCK)
         largest = torch.abs(blocks, out=work).amax(1).div_(self.top)
         # The upper half of a float32 is a bfloat16; adding just less than one to it rounds it up.
         # So no quotient rounds to more than the largest integer.
@@ -1015,7 +1264,7 @@ class Blocks(Codec):
             blocks.copy_(integers.view(torch.int8))
         else:
             low, high = blocks.view(2, -1)
-            half = room("halves", integers, len(integers))
+            half = scratch("halves", integers, len(integers))
             low.copy_(torch.bitwise_and(integers, 15, out=half).sub_(8).view(torch.int8))
             torch.bitwise_right_shift(integers, 4, out=half)
             high.copy_(half.sub_(8).view(torch.int8))
@@ -1036,27 +1285,28 @@ CODECS = {
 
 
 def chunk_bytes(codec, count):
-    """(start, stop, first byte, last byte) of the chunks of a slice of `count` elements."""
+    """The (start, stop, first byte, last byte) of each encoded chunk of `count` elements."""
     for start, stop in chunks(count):
         yield start, stop, *(payload_bytes(codec.layout(n)) for n in (start, stop))
 
 
 def within(numbers, limit=MAX_ABS):
-    """Whether all of some floating-point numbers are finite and at most `limit` in size: without
-    their signs they have the order of their bits as integers, in which NaN comes last."""
+    """Whether floating-point numbers are all finite and at most `limit` in size. Without their
+    signs they have the order of their bits as integers, in which NaN comes last."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.dtype.itemsize]
     largest = torch.tensor(limit, dtype=numbers.dtype).view(bits).item()
     signed = numbers.view(bits)
-    unsigned = room("unsigned", signed, signed.numel())
+    unsigned = scratch("unsigned", signed, signed.numel())
     torch.bitwise_and(signed, torch.iinfo(bits).max, out=unsigned)
     return signed.numel() == 0 or unsigned.amax().item() <= largest
 
 
 def same_bits(one, other):
-    """Whether two CPU tensors of one dtype and shape are equal, NaN to NaN too."""
+    """Whether two CPU tensors of one dtype and shape are equal to the bit, NaN included."""
     return memory(one) == memory(other)
 
 
 def all_finite(codec, tensors, count):
-    """The same of an encoded slice of `count` elements."""
+    """Whether all numbers of an encoded slice of `count` elements are finite and at most
+    MAX_ABS."""
     return all(codec.finite(tensors, start, stop) for start, stop in chunks(count))

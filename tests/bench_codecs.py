@@ -62,7 +62,7 @@ def main():
         for block in (16, 32, 64, 128, 256, 512):
             protocol.BLOCK = block
             codec, decoded = protocol.Blocks(bits), torch.empty_like(delta)
-            buffer = protocol.Buffer(codec.layout(delta.numel()))
+            buffer = protocol.Payload(codec.layout(delta.numel()))
             for start, stop in protocol.chunks(delta.numel()):
                 codec.encode(delta[start:stop], buffer.tensors, start)
                 codec.decode(buffer.tensors, start, decoded[start:stop])

@@ -33,9 +33,9 @@ from protocol import (
     CODECS,
     DTYPES,
     MAX_HEADER_BYTES,
-    Buffer,
     Connection,
     Message,
+    Payload,
     ProtocolError,
     Refused,
     TensorSpec,
@@ -403,6 +403,50 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+WEIGHTS = {"w": random_bits(torch.float32, (3, 4)), "b": random_bits(torch.bfloat16, (5,))}
+
+
+@pytest.mark.parametrize("kind", ["one", "sharded", "any name", "bin", "old bin", "file"])
+def test_weights_are_read_in_every_layout(tmp_path, kind):
+    path = tmp_path
+    if "bin" in kind:  # what torch.save wrote before version 1.6 is another format
+        is_new = kind == "bin"
+        torch.save(WEIGHTS, path / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
+    elif kind == "sharded":
+        for name, tensor in WEIGHTS.items():
+            safetensors.torch.save_file({name: tensor}, path / f"model-{name}.safetensors")
+        index = {"weight_map": {name: f"model-{name}.safetensors" for name in WEIGHTS}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        name = "model" if kind == "one" else "some"
+        safetensors.torch.save_file(WEIGHTS, path / f"{name}.safetensors")
+        path = path / "some.safetensors" if kind == "file" else path
+    assert_same(protocol.load_folder(str(path)), WEIGHTS)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("evil",))
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [{"w": "../x"}, {"w": "/etc/x"}, {"w": ".."}, {"w": "missing.safetensors"}, {"w": 1}, 5, None],
+)
+def test_bad_weights_are_refused_in_one_line(tmp_path, monkeypatch, shards):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    if shards is None:
+        torch.save({"w": Evil()}, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(WEIGHTS, tmp_path / "x")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ProtocolError, match="hf") as error:
+        protocol.load_folder(str(folder))
+    assert "\n" not in str(error.value) and not (tmp_path / "evil").exists()
+
+
 # --- Connections ----------------------------------------------------------------------------
 
 
@@ -469,7 +513,7 @@ def test_a_message_arrives_bit_for_bit(pair, run, buffers):
 def test_a_buffer_is_filled_in_place_and_nothing_is_allocated(pair, run):
     near, far = pair()
     specs = [TensorSpec("values", torch.float32, (1 << 18,))]
-    numbers, buffer = torch.zeros(1 << 18), Buffer(specs)
+    numbers, buffer = torch.zeros(1 << 18), Payload(specs)
     place = buffer.tensors["values"].data_ptr()
 
     def send():
@@ -630,8 +674,8 @@ def test_hello_says_who_is_there_and_opens_the_limit(pair, run):
     for fields, worker in [({"worker": "w", "session": "s"}, ("w", "s")), ({}, ("", ""))]:
         near, far = pair()
         answer = run(near.request, "hello", {**hello, **fields})
-        far.greet({"incarnation": "i"})
-        assert answer.result(30).fields == {**hello, "incarnation": "i"}
+        far.greet({"session": "i"})
+        assert answer.result(30).fields == {**hello, "session": "i"}
         assert far.worker == worker
         near.sock.sendall(struct.pack("<Q", protocol.MAX_HELLO_BYTES + 1) + b"{}")
         near.close()
@@ -656,7 +700,7 @@ def test_hello_refuses_strangers_versions_and_anything_else(pair):
             Refused,
             "neither a loopback",
         ),
-        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 2 of the protocol, you 99"),
+        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 3 of the protocol, you 99"),
         ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
         ("::1", "hello", {}, ProtocolError, "'protocol'"),
         (
@@ -740,7 +784,7 @@ def test_bf16_rounds_to_nearest_even():
         0x7F7FFFFF: 0x7F80,  # the largest float32 becomes infinite
     }
     numbers = torch.frombuffer(bytearray(struct.pack("<10I", *cases)), dtype=torch.float32)
-    buffer = Buffer(CODECS["bf16"].layout(10))
+    buffer = Payload(CODECS["bf16"].layout(10))
     CODECS["bf16"].encode(numbers, buffer.tensors, 0)
     assert struct.unpack("<10H", bytes(memory(buffer.raw))) == tuple(cases.values())
     decoded = torch.empty(10)
@@ -753,7 +797,7 @@ def test_bf16_rounds_to_nearest_even():
 def test_a_codec_in_chunks_equals_the_whole(name, width):
     codec, count = CODECS[name], 2 * CHUNK + 3
     assert (codec.lossy, protocol.payload_bytes(codec.layout(count))) == (width < 4, width * count)
-    numbers, buffer = torch.randn(count), Buffer(codec.layout(count))
+    numbers, buffer = torch.randn(count), Payload(codec.layout(count))
     decoded = torch.empty(count)
     for a, b in protocol.chunks(count):
         codec.encode(numbers[a:b], buffer.tensors, a)
@@ -767,7 +811,7 @@ def test_a_codec_in_chunks_equals_the_whole(name, width):
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK, CHUNK + 4])
 def test_one_number_that_is_not_finite_is_found(codec, at):
-    numbers, values = torch.full((CHUNK + 5,), -8e29), Buffer(codec.layout(CHUNK + 5)).tensors
+    numbers, values = torch.full((CHUNK + 5,), -8e29), Payload(codec.layout(CHUNK + 5)).tensors
 
     def is_finite():
         for a, b in protocol.chunks(CHUNK + 5):
@@ -787,7 +831,7 @@ def test_one_number_that_is_not_finite_is_found(codec, at):
 @pytest.mark.parametrize("name, per_number", [("int8", 1.07), ("int4", 0.57)])
 @pytest.mark.parametrize("count", [1, 63, 64, 65, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_blocks_are_as_worked_out_with_numpy(name, per_number, count):
-    codec, buffer = CODECS[name], Buffer(CODECS[name].layout(count))
+    codec, buffer = CODECS[name], Payload(CODECS[name].layout(count))
     scales = torch.logspace(-35, 20, 55)  # from less than can be sent to far more than is likely
     numbers = torch.randn(count) * scales[torch.arange(count) // 64 % 55]
     assert codec.lossy and len(buffer.raw) <= per_number * (count + 128)
@@ -805,10 +849,10 @@ def test_blocks_are_as_worked_out_with_numpy(name, per_number, count):
 
 def test_the_bytes_of_a_block_by_hand():
     """A scale of 1 is 0x3F80 as bfloat16; -7 to 7 are stored as 1 to 15."""
-    buffer = Buffer(CODECS["int8"].layout(64))
+    buffer = Payload(CODECS["int8"].layout(64))
     CODECS["int8"].encode(torch.arange(-127.0, 1.0, 2.0), buffer.tensors, 0)
     assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes(b & 0xFF for b in range(-127, 1, 2))
-    buffer = Buffer(CODECS["int4"].layout(64))
+    buffer = Payload(CODECS["int4"].layout(64))
     low, high = [-7.0, 7, 0, 1] * 8, [3.0, -1, 0, -7] * 8
     CODECS["int4"].encode(torch.tensor([*low, *high]), buffer.tensors, 0)
     assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes([0xB1, 0x7F, 0x88, 0x19] * 8)
