@@ -1,4 +1,4 @@
-"""The worker's side of DiLoCo: hooks into an optimizer or a trainer and synchronizes its model.
+r"""The worker's side of DiLoCo: hooks into an optimizer or a trainer and synchronizes its model.
 
 In a trainer with callbacks, and in a plain loop:
 
@@ -11,18 +11,25 @@ In a trainer with callbacks, and in a plain loop:
 
 Notable:
 - Copy this file and protocol.py into your project; they need torch and nothing else.
-- Every `sync_every` optimizer steps the difference between the parameters that the round started
-  from (the anchor) and those of now is pushed; the server answers with an update, which every
-  worker adds to its anchor. So all replicas stay equal to the bit, and a checksum proves it.
-- With `num_fragments` the model travels in slices, each pushed at its own step of the cycle from a
-  thread of a pool, and adopted `fragment_sync_delay` steps later, while training goes on (Streaming
-  DiLoCo, arXiv 2501.18512). The steps made in between are kept.
-- Nothing local is overwritten before its difference has been accepted. A push whose reply is lost
-  is sent again under the same name, so that it counts exactly once; while the server is away for
-  longer than `reconnect_timeout`, training goes on and the push stays pending.
-- Networks fail in the pool's threads; the training thread alone joins again and moves parameters.
+- The global model is a log: an entry of it is the update from one version to the next. Every worker
+  adds the same entries to its *anchor*, so all replicas at one version are equal to the bit, and a
+  checksum in each entry proves it.
+- Every `sync_every` optimizer steps a worker pushes what it has beyond the anchor. A push is never
+  changed, recalled or made again; it is sent until an entry lists it, so it counts exactly once.
+- With `num_fragments` the model travels in slices, each pushed at its own step of the cycle and
+  adopted `fragment_sync_delay` steps later, while training goes on (Streaming DiLoCo, arXiv
+  2501.18512). The steps made in between are kept.
+- Networks fail in threads of the link; the training thread alone joins again and moves parameters.
+  While the server is away for longer than `reconnect_timeout`, training goes on.
 - Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
-- Importing it starts nothing. A process forked from a worker's, as for a DataLoader, is no worker.
+- Importing this file starts nothing. A process forked from a worker's, as for a DataLoader, is no
+  worker.
+
+The life of a push:
+
+    worker   steps --make--> OUTBOX --an entry lists it--> FOLDED    later steps stay on top
+                                    \--an entry lists it as refused--> DROPPED  counted, logged
+    server   read whole, checked --push()--> in the open round --fold--> listed in an entry of the log
 
 Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID,
 DILOCO_NUM_FRAGMENTS.
@@ -32,7 +39,6 @@ import atexit
 import concurrent.futures
 import contextlib
 import datetime
-import itertools
 import json
 import math
 import os
@@ -49,62 +55,47 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-if __package__:  # asked, not tried: a package must never get a `protocol` that is not its own
+if __package__:  # explicit: inside a package, another `protocol` must never be imported
     from . import protocol
-    from .protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
+    from .protocol import (
+        CODECS,
+        FRESH,
+        NONE,
+        Checksum,
+        Payload,
+        ProtocolError,
+        Refused,
+        TensorSpec,
+        Version,
+        recent,
+    )  # fmt: skip
 else:
     import protocol
-    from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
+    from protocol import (
+        CODECS,
+        FRESH,
+        NONE,
+        Checksum,
+        Payload,
+        ProtocolError,
+        Refused,
+        TensorSpec,
+        Version,
+        recent,
+    )  # fmt: skip
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
-RECONNECT_SECONDS = 600.0  # that training waits for a server that is gone, before it goes on
-PARTING_SECONDS = 5.0  # that a worker which is told to stop waits for its last push to arrive
-LONGEST_PAUSE_SECONDS = 10.0  # between two attempts to connect
+RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
+PARTING_SECONDS = 5.0  # time that a worker which is told to stop waits for its last push to arrive
+FIRST_PAUSE_SECONDS = 0.2  # between two attempts to connect; later pauses are longer
+LONGEST_PAUSE_SECONDS = 10.0
 RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
-RANKS_PATIENCE = datetime.timedelta(days=30)  # of a worker's ranks, while one waits for a round
-# What rank 0 tells the others as it is, apart from the step and the shares of the data.
+MAX_REFUSALS = 3  # drops in a row after which training is broken
+# What rank 0 tells the other ranks as it is.
 TOLD = (
-    "run_step",
-    "stop_ordered",
-    "index",
-    "rank",
-    "world",
-    "num_shares",
-    "fragment_syncs",
-    "dropped_steps",
-    "kept_local",
-    "fetched",
-)
-MAX_REFUSALS = 3  # pushes in a row that are not finite, after which training is broken
-
-
-def log(text):
-    sys.stderr.write(f"diloco: {text}\n")  # one write: threads must not mix their lines
-
-
-def reason_of(error):
-    """An exception in one line, for the server's log."""
-    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
-
-
-def retry(action, seconds, what, stop=None):
-    """Call `action` until it works, with growing pauses, for at most `seconds` or until the event
-    `stop`. Raises ConnectionError then; Refused at once, as a retry cannot mend that."""
-    began, pause, stop = time.monotonic(), 0.2, stop or threading.Event()
-    while True:
-        try:
-            return action()
-        except (OSError, ProtocolError) as error:
-            waited = time.monotonic() - began
-            if waited > seconds or stop.is_set():
-                raise ConnectionError(
-                    f"{what}: {error}, for {waited:.0f} s. Is the server running there, and does a "
-                    "firewall let you through?"
-                ) from error
-            if pause == 0.2:
-                log(f"{what}: {error}; trying again for up to {seconds:.0f} s")
-        stop.wait(min(pause, LONGEST_PAUSE_SECONDS))
-        pause *= 1.5
+    "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
+    "dropped_steps", "kept_local", "fetched",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -123,560 +114,1954 @@ def uninterrupted():
         before(*pending[0])
 
 
-def describe(server, timeout=60.0):
-    """What a server says of its run: {"files": {name: text}, "source": str or None, "shares": int}.
+def default_id(saved):
+    """The id of a worker that is given none; `saved`: what its checkpoint says, or {}."""
+    known = os.environ.get("DILOCO_WORKER_ID") or saved.get("worker_id")
+    return known or f"{socket.gethostname()}-{os.getpid()}"
 
-    Raises ConnectionError when there is none within `timeout` seconds, Refused when it says no.
+
+def check_settings(worker):
+    """Raise ValueError where a setting of a DiLoCoWorker is out of its range."""
+    every, count = worker.sync_every, worker.num_fragments
+    if every < 1:
+        raise ValueError(f"sync_every must be 1 or more, not {every}")
+    if not 1 <= count <= every:
+        raise ValueError(
+            f"num_fragments is {count} and sync_every {every}: every fragment needs a step of its own, "
+            "so the number lies between 1 and sync_every"
+        )
+    if not 0 <= worker.delay <= every:
+        raise ValueError(
+            f"fragment_sync_delay must be within 0 and sync_every ({every}), not {worker.delay}"
+        )
+    if worker.fragment_update not in ("predict", "rebase", "mix"):
+        update = worker.fragment_update
+        raise ValueError(f"fragment_update is predict, rebase or mix, not {update!r}")
+    if not 0 <= worker.alpha <= 1:
+        raise ValueError(f"fragment_update_alpha must be within 0 and 1, not {worker.alpha}")
+
+
+# --- When a slice is pushed and adopted, and what became of a push ------------------------------
+#
+# `Schedule` and `Outbox` decide; they know no tensor, thread, socket or clock, so that
+# tests/simulator.py can run them by the thousand. Steps come in as calls; the sequence numbers,
+# versions and places that go to the server come out.
+
+
+class Schedule:
+    """The cycle of a worker: of `fragments` slices, slice k is pushed after step
+    (k + 1) * every // fragments of it. Where `count` is larger, the slices behind (a model's
+    buffers) are pushed with the last fragment.
+
+    next: slice that is pushed next; left: steps until then.
     """
 
-    def ask():
-        conn, _ = protocol.connect(server, {})
-        with contextlib.closing(conn):
-            status = conn.request("status").fields
-            reply = conn.request("fetch", {"files": True})
-            files = {}
-            for spec in reply.specs:
-                if spec.name not in protocol.FILE_NAMES or spec.nbytes > protocol.MAX_FILES_BYTES:
-                    raise ProtocolError(f"fetch: an unexpected file {protocol.describe(spec)}")
-                raw = torch.empty(spec.shape, dtype=torch.uint8)
-                conn.read(raw)
-                files[spec.name] = bytes(protocol.memory(raw)).decode("utf-8", errors="replace")
-            return {"files": files, "source": status["source"], "shares": status["shares"]}
+    def __init__(self, every, fragments, count=None):
+        self.every, self.fragments, self.count = every, fragments, count or fragments
+        self.next, self.left = 0, self.due(0)
 
-    return retry(ask, timeout, f"server {server}")
+    def due(self, k):
+        """The step of the cycle after which slice k is pushed."""
+        return min(k + 1, self.fragments) * self.every // self.fragments
 
+    def interval(self, k):
+        """Steps between the push of the slice before k and that of k."""
+        return self.due(k) - (self.due(k - 1) if k else 0)
 
-class Pool:
-    """Daemon threads that run tasks, started as they are needed, at most `limit`. Those of
-    concurrent.futures would keep a process from ending while a round is waited for."""
+    @property
+    def position(self):
+        """Steps since the cycle began."""
+        return (self.due(self.next) - self.left) % self.every
 
-    def __init__(self, limit):
-        self.limit, self.tasks, self.threads, self.free = limit, queue.SimpleQueue(), [], 0
-        self.lock = threading.Lock()
+    def tick(self):
+        """A step has been made: the slices that are to be pushed now, in their order."""
+        self.left -= 1
+        due = []
+        while self.left <= 0:
+            due.append(self.next)
+            self.next = (self.next + 1) % self.count
+            self.left = self.interval(self.next)
+        return due
 
-    def submit(self, task):
-        with self.lock:
-            if self.free <= 0 and len(self.threads) < self.limit:
-                self.threads.append(threading.Thread(target=self._run, daemon=True))
-                self.threads[-1].start()
-                self.free += 1
-            self.free -= 1
-        self.tasks.put(task)
+    def align(self, k, steps=None, out=()):
+        """Let slice k be pushed next, in `steps`, or where that is None in a whole interval. With
+        None the place is kept where k is next already. Slices in `out` have a push on its way to
+        the server, so that their turn is over: the one behind them is next."""
+        for _ in range(self.count):
+            if k in out:
+                k, steps = (k + 1) % self.count, None
+        if (k, steps) != (self.next, None):
+            whole = max(1, self.interval(k))
+            self.next, self.left = k, min(steps or whole, whole)
 
-    def _run(self):
-        while task := self.tasks.get():
-            task()
-            with self.lock:
-                self.free += 1
+    def resume(self, position):
+        """Go on at a saved position within the cycle."""
+        left = [self.due(k) - position for k in range(self.fragments)]
+        self.next = next(k for k in range(self.fragments) if left[k] > 0)
+        self.left = left[self.next]
 
-    def close(self, seconds):
-        """End the threads; those whose task does not end within `seconds` are left to it."""
-        for _ in self.threads:
-            self.tasks.put(None)
-        deadline = time.monotonic() + seconds
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-@dataclass
-class Flight:
-    """A push on its way, and what became of it."""
-
-    fields: dict  # of the request
-    steps: int  # that it carries; 0 makes it an empty push
-    mark: tuple  # (local step, tokens) at the push
-    adopt_at: int  # the local step at which its reply is adopted
-    # Begins with the local values at the push; None while they stand still anyway.
-    snapshot: torch.Tensor | None
-    buffers: dict = field(default_factory=dict)  # those that go with it, of the model's
-    predicted: bool = False  # the local values have jumped to `_predicted`
-    late: bool = False  # training has gone on without its reply
-    arrived: bool = False  # the server has all of it, and waits for others
-    moved: bool = False  # the local values are the new global ones already
-    queued: tuple = ()  # of each GPU: the event that the local values of the push are there
-    encoded: int = 0  # elements that are in the push buffer, and whose rounding is in the residual
-    dropped: bool = False  # its values are gone: sent again it would be an empty push
-    lock: threading.Lock = field(default_factory=threading.Lock)  # while local values are read
-    done: threading.Event = field(default_factory=threading.Event)
-    reply: protocol.Message | None = None
-    error: BaseException | None = None
-    seconds: float = 0.0  # from the start of encoding to the end of decoding
+    def order(self):
+        """All slices in the order of turns, beginning with the one that is pushed next."""
+        return [(self.next + i) % self.count for i in range(self.count)]
 
 
-class Fragment:
-    """A slice of the model with a version and pushes of its own: its numbers, and the arithmetic on
-    them, chunk by chunk. Positions are within the slice.
+@dataclass(eq=False, kw_only=True)
+class Pending:
+    """A push in the outbox. Its name is (worker id, k, seq); it is never changed or made again."""
 
-    flat: the local parameters. anchor, residual (None without error feedback) and velocity (of the
-    outer optimizer; None without prediction): float32 vectors of its own, where the parameters
-    live. There everything is worked out; encoded bytes alone are on the host.
+    k: int  # slice
+    seq: int
+    base: Version  # version that its oldest step started from
+    first: int  # local step behind which its steps begin
+    last: int  # local step at which it was made
+    tokens: int
+    closing: bool
+    adopt_at: int  # local step at which it is to be adopted
+    answered: bool = False  # whether the server has all of it
+    late: bool = False  # whether training went on when it was to be adopted
+    queued: list | None = None  # events of the GPUs behind its numbers; None: not there yet
+    facts: dict = field(default_factory=dict)  # what else its message says
+
+    @property
+    def steps(self):
+        return self.last - self.first
+
+
+@dataclass(eq=False, kw_only=True)
+class Place:
+    """What the outbox knows of one slice."""
+
+    version: Version = FRESH  # version of the anchor
+    folded: dict = field(default_factory=dict)  # worker -> Fate, of pushes folded in that version
+    base: Version = FRESH  # version that the oldest step which is in no push started from
+    seq: int = 0  # sequence number of the last push
+    mark: tuple = (0, 0)  # (local step, tokens) up to which steps are in a push or dropped
+    pending: Pending | None = None
+    is_closed: bool = False  # whether an entry lists the closing push
+
+
+class Outbox:
+    """The fate of a worker's pushes. Each slice has one place, which a push takes when it is made
+    and gives back when an entry of the log, or the slice in full, lists it as folded or refused.
+    While its place is taken no other push of the slice is made: those steps go with the next one.
+
+    places: [Place] by slice; queue: [Pending] in the order in which they were made.
     """
 
-    def __init__(self, flat, anchor, residual, velocity, up, down):
-        self.flat, self.size, self.device = flat, flat.numel, anchor.device
-        self.anchor, self.residual, self.velocity = anchor, residual, velocity
-        self.up, self.down = up, down
+    def __init__(self, worker_id, count):
+        self.worker_id, self.max_staleness = worker_id, 1 << 53
+        self.places = [Place() for _ in range(count)]
+        self.queue = []
+
+    def make(self, k, step, tokens, delay=0, closing=False):
+        """A push of slice k with all steps that are in none; None where its place is taken."""
+        place = self.places[k]
+        if place.pending:
+            return None
+        place.seq += 1
+        push = Pending(
+            k=k,
+            seq=place.seq,
+            base=place.base,
+            first=place.mark[0],
+            last=step,
+            tokens=tokens - place.mark[1],
+            closing=closing,
+            adopt_at=step if closing else step + delay,
+        )
+        place.pending, place.mark = push, (step, tokens)
+        self.queue.append(push)
+        return push
+
+    def close(self, order, step, tokens):
+        """Make the closing pushes, in the order of turns; returns those made. One whose place is
+        taken is waited for: call again when that push is listed."""
+        made = []
+        for k in order:
+            place = self.places[k]
+            if place.pending and not place.pending.closing:
+                break
+            if not place.is_closed and not place.pending:
+                made.append(self.make(k, step, tokens, closing=True))
+        return made
+
+    @property
+    def is_closed(self):
+        """Whether every slice is closed."""
+        return all(place.is_closed for place in self.places)
+
+    @property
+    def closed(self):
+        """The slices that are closed."""
+        return [k for k, place in enumerate(self.places) if place.is_closed]
+
+    def upload(self):
+        """The push that is to be sent next: the oldest one that the server has not answered."""
+        return next((push for push in self.queue if not push.answered), None)
+
+    def resend(self, push=None):
+        """Have one push sent again, or after a join all of them, in the order they were made in."""
+        for each in self.queue if push is None else [push]:
+            each.answered = False
+
+    def is_due(self, k, step):
+        """Whether training adopts the pending push of slice k at this step, and so waits for it.
+        One that training has gone on without is adopted when it is listed."""
+        push = self.places[k].pending
+        return push is not None and not push.late and step >= push.adopt_at
+
+    def blocked(self, step):
+        """(slice, sequence number) of the push that training waits for, or ()."""
+        due = [push for push in self.queue if self.is_due(push.k, step)]
+        return (due[0].k, due[0].seq) if due else ()
+
+    def take(self, k, version, fates, whole, step):
+        """The anchor of slice k has come to a version, whose entry lists `fates`, {worker: Fate};
+        `whole`: by the slice in full, where they are all that are folded in it. `step`: local step.
+        Returns (the push of this worker that is listed, why it was refused or ""), or (None, "")."""
+        place = self.places[k]
+        place.version = version
+        known = fates if whole else {**place.folded, **fates}
+        place.folded = recent(known, version, self.max_staleness, [self.worker_id])
+        push, fate = place.pending, place.folded.get(self.worker_id)
+        if push is None and step == place.mark[0]:
+            place.base = version  # no step is left that started from an older version
+        if push is None or fate is None or fate.seq < push.seq:
+            return None, ""
+        self.queue.remove(push)
+        place.pending, place.is_closed, place.base = None, push.closing, version
+        return push, fate.refused
+
+    def resume(self, k, version, steps):
+        """Slice k is where a checkpoint left it, from which `steps` are in no push yet."""
+        place = self.places[k]
+        place.base, place.mark = version, (place.mark[0] - steps, place.mark[1])
+
+    def know(self, known):
+        """The server knows this worker id's pushes up to `known`, by slice: later ones get higher
+        numbers. Returns the slices whose push it does not know, so that it comes to the server
+        only now."""
+        for place, seq in zip(self.places, known, strict=True):
+            place.seq = max(place.seq, seq) if place.pending is None else place.seq
+        return [k for k, place in enumerate(self.places) if place.pending and place.seq > known[k]]
+
+    def drop(self, step, tokens):
+        """The steps that are in no push are given up; returns [(slice, first, last)] of them."""
+        dropped = []
+        for k, place in enumerate(self.places):
+            if place.mark[0] < step:
+                dropped.append((k, place.mark[0], step))
+            place.mark = (step, tokens)
+            if place.pending is None:
+                place.base = place.version
+        return dropped
+
+    def forget(self):
+        """The server has another run's model: the pushes that are out are given up. Returns them."""
+        forgotten, self.queue = self.queue, []
+        for push in forgotten:
+            self.places[push.k].pending = None
+        return forgotten
+
+
+# --- A slice's numbers --------------------------------------------------------------------------
+#
+# A worker's *anchor* is its copy of the global parameters at some version. At a push the worker notes
+# a *mark*: the values that training goes on from, which are the local ones or, with `predict`, where
+# the slice would be if all workers had pushed what this one has. Local work is what a worker has
+# beyond the log: when an entry lists the push, local = rounded(anchor + (local - mark)). While
+# training stands still the local values are the mark, and none is kept.
+
+
+class NotFinite(Exception):
+    """A difference is not finite, or far too large: it is not encoded, and its steps are dropped."""
+
+
+class Slice:
+    """One slice of the model: its numbers and the arithmetic on them, chunk by chunk, where the
+    parameters live. Encoded bytes alone are on the host. Positions are within the slice.
+
+    flat: FlatModel of the local parameters; anchor: float32 vector; residual: what encoding the
+    pushes has lost so far, or None; velocity: of the outer optimizer, for predictions, or None;
+    mark: float32 vector, or None; payload: the encoded push; update: the last entry's. `lock` is held
+    while a chunk of these is read or written. `carries_values`: the buffers' slice, whose pushes are
+    the values themselves and whose global values replace the local ones.
+    """
+
+    def __init__(self, flat, up, down, has_residual=False, predicts=False, carries_values=False):
+        self.flat, self.size, self.device = flat, flat.numel, flat.device
+        self.up, self.down, self.carries_values = up, down, carries_values
+        self.anchor = torch.zeros(self.size, device=self.device)
+        self.residual = torch.zeros_like(self.anchor) if has_residual else None
+        self.velocity = torch.zeros_like(self.anchor) if predicts else None
+        self.mark = self.spare = None  # `spare` is a mark's memory that is kept
         pinned = self.device.type == "cuda"
-        self.push = Buffer(up.layout(self.size), pinned=pinned)
-        self.update = Buffer([*down.layout(self.size), Checksum.SPEC], pinned=pinned)
+        self.payload = Payload(up.layout(self.size), pinned=pinned)
+        self.update = Payload([*down.layout(self.size), Checksum.SPEC], pinned=pinned)
+        self.encoded = 0  # elements of the push that are in the payload
+        self.is_empty = True  # whether the push has no numbers
+        self.is_broken = False  # whether they were found not finite, and its steps not dropped yet
+        # The (lr, momentum, nesterov) of the outer step that follows the anchor's version.
+        self.outer = (0.0, 0.0, True)
         self.is_staged = self.device.type != "cpu"
-        self.stages = {}  # (codec, elements) -> Buffer on the device for one chunk
-        self.version = None  # [origin, number] of the anchor
-        self.outer = None  # the outer step that follows the next push: lr, momentum, nesterov
-        self.seq = 0  # of the last push
-        self.folded = {}  # worker id -> its highest sequence number in the anchor
-        self.staleness = 0  # rounds that the local steps missed before they were rebased
-        self.mark = (0, 0)  # local step and tokens up to which steps have been pushed
-        self.closed = False  # the closing push is in the global model
-        self.flight = None  # the push that is under way
+        self.stages = {}  # (codec, elements) -> Payload on the device for one chunk
+        self.lock = threading.RLock()
 
-    def scratch(self):
-        """Room for a chunk."""
-        return torch.empty(CHUNK, device=self.device)
-
-    def _at(self, codec, buffer, start, count):
-        """What a codec is to work on for a chunk of a message: (tensors, position in them, bytes on
-        the device, the bytes on the host that those stand for). On the host the tensors are the
-        message's own, and there are no others; elsewhere they are a buffer of the chunk's size."""
+    def _at(self, codec, payload, start, count):
+        """What a codec works on for a chunk of a message: (tensors, position in them, bytes on the
+        device, the bytes on the host that those stand for). On the host the tensors are the message's
+        own, and there are no others; elsewhere they are a payload of the chunk's size."""
         if not self.is_staged:
-            return buffer.tensors, start, None, None
+            return payload.tensors, start, None, None
         if (codec, count) not in self.stages:
-            self.stages[codec, count] = Buffer(codec.layout(count), device=self.device)
+            self.stages[codec, count] = Payload(codec.layout(count), device=self.device)
         stage, first = self.stages[codec, count], protocol.payload_bytes(codec.layout(start))
-        return stage.tensors, 0, stage.raw, buffer.raw[first : first + len(stage.raw)]
+        return stage.tensors, 0, stage.raw, payload.raw[first : first + len(stage.raw)]
 
-    def difference(self, flight, start, out):
-        """Anchor minus local at the push, plus what rounding lost before, into `out`."""
+    # --- A push ---
+
+    def begin(self, has_numbers, goes_on):
+        """A push is made of the local values as they are; training `goes_on` from here, or stands
+        still until the push is listed."""
+        with self.lock:
+            self.encoded, self.is_empty, self.is_broken = 0, not has_numbers, False
+            if goes_on:
+                self.keep_mark()
+                if self.velocity is not None and has_numbers:
+                    for start, stop in protocol.chunks(self.size):
+                        self.flat.write(start, self._predicted(start, stop))
+
+    def keep_mark(self):
+        """Note the local values, from which training is about to go on."""
+        with self.lock:
+            if self.mark is None:
+                self.mark = self._vector()
+                self.flat.read(0, self.mark)
+                for stream in self.flat.streams():
+                    stream.synchronize()
+
+    def _vector(self):
+        mark, self.spare = self.spare, None
+        return torch.empty_like(self.anchor) if mark is None else mark
+
+    def has_changed(self):
+        """Whether the local values differ from the global ones, as far as their own dtypes tell."""
+        local = torch.empty_like(self.anchor)
+        self.flat.read(0, local)
+        return not torch.equal(local, self.flat.rounded(0, self.anchor))
+
+    def _difference(self, start, out):
+        """Anchor minus local at the push, as the parameters' dtypes have them, plus what rounding
+        lost before, into `out`."""
         part = slice(start, start + out.numel())
-        if flight.snapshot is None:
+        if self.carries_values:
+            self.flat.read(start, out) if self.mark is None else out.copy_(self.mark[part])
+        elif self.mark is None:
             self.flat.subtract_from(start, self.anchor[part], out)
         else:
-            torch.sub(self.flat.rounded(start, self.anchor[part]), flight.snapshot[part], out=out)
+            torch.sub(self.flat.rounded(start, self.anchor[part]), self.mark[part], out=out)
         return out if self.residual is None else out.add_(self.residual[part])
 
-    def encode(self, flight, start, stop, scratch):
-        """Fill a chunk of the push buffer, and keep what rounding takes from it. The residual is
-        that of an accepted push from here on: `take_back` is for the few that are not."""
-        delta = self.difference(flight, start, scratch[: stop - start])
-        tensors, at, device, host = self._at(self.up, self.push, start, stop - start)
+    def pieces(self):
+        """The bytes of a push, chunk by chunk: while one is on its way the next is encoded. Raises
+        NotFinite, after which the push is an empty one and the residual is what it was."""
+        for start, stop, first, last in protocol.chunk_bytes(self.up, self.size):
+            with self.lock:
+                if not self.is_empty and self.encoded < stop:
+                    self._encode(start, stop)
+                if self.is_empty:
+                    raise NotFinite
+            yield self.payload.raw[first:last]
+
+    def finish_encoding(self):
+        """Encode what is left of a push, whose local values are about to go. False where they are not
+        finite."""
+        with contextlib.suppress(NotFinite):
+            for _ in self.pieces() if not self.is_empty else ():
+                pass
+        return not self.is_empty
+
+    def _encode(self, start, stop):
+        delta = self._difference(start, protocol.scratch("delta", self.anchor, stop - start))
+        if not math.isfinite(delta.dot(delta).item()):
+            self._put_back(start)
+            self.is_empty = self.is_broken = True
+            raise NotFinite
+        tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
         self.up.encode(delta, tensors, at)
         if device is not None:
             host.copy_(device)
         if self.residual is not None:
             self.up.subtract(delta, tensors, at, self.residual[start:stop])
-        flight.encoded = stop
+        self.encoded = stop
+        if stop == self.size and self.velocity is not None and self.mark is not None:
+            # Not before: a later chunk that is not finite has `_put_back` ask for the differences.
+            for start, stop in protocol.chunks(self.size):
+                self.mark[start:stop].copy_(self._predicted(start, stop))
 
-    def take_back(self, flight):
-        """Make the residual what it was before a push that was not accepted: what the push carried
-        and what it left, less the difference that it was made from."""
-        if self.residual is None or not flight.encoded:
-            return
-        scratch, carried = self.scratch(), self.scratch()
-        for start, stop in protocol.chunks(flight.encoded):
-            left, total = self.residual[start:stop], carried[: stop - start]
-            tensors, at, device, host = self._at(self.up, self.push, start, stop - start)
+    def _put_back(self, count):
+        """Make the first `count` elements of the residual what they were before this push: what it
+        carries and what it left, less the difference that it was made from."""
+        for start, stop in protocol.chunks(count) if self.residual is not None else ():
+            left, carried = self.residual[start:stop], torch.empty(stop - start, device=self.device)
+            tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
             if device is not None:
                 device.copy_(host)
-            self.up.decode(tensors, at, total)
-            total.add_(left)
-            left.zero_()  # it is a term of the difference
-            torch.sub(total, self.difference(flight, start, scratch[: stop - start]), out=left)
-        flight.encoded = 0
+            self.up.decode(tensors, at, carried)
+            carried.add_(left)
+            left.zero_()  # `_difference` adds the residual
+            delta = self._difference(start, torch.empty_like(carried))
+            left.copy_(carried.sub_(delta)) if delta.isfinite().all() else left.zero_()
 
-    def predicted(self, flight):
-        """Where the slice would be if all workers had pushed what this one has: (start, stop,
-        values rounded to the parameters' dtypes) of each chunk. The outer step is the server's, and
-        all that it needs is still what it was at the push."""
-        lr, mu, nesterov = (self.outer[name] for name in ("lr", "momentum", "nesterov"))
-        scratch, other = self.scratch(), self.scratch()
+    def _predicted(self, start, stop):
+        """Where a chunk would be if all workers had pushed what this one has, rounded to the
+        parameters' dtypes. SGD with Nesterov momentum as torch.optim.SGD defines it, with the own
+        difference in the gradient's place; everything needed is still what it was at the push."""
+        lr, momentum, nesterov = self.outer
+        anchor, velocity = self.anchor[start:stop], self.velocity[start:stop]
+        own = protocol.scratch("own", anchor, stop - start)
+        torch.sub(self.flat.rounded(start, anchor), self.mark[start:stop], out=own)
+        ahead = torch.mul(velocity, momentum, out=protocol.scratch("ahead", anchor, stop - start))
+        step = own.add_(ahead.add_(own), alpha=momentum) if nesterov else ahead.add_(own)
+        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr, out=own))
+
+    # --- The log ---
+
+    def take_entry(self, has_update, learns, moves):
+        """Add the entry in `update` to the anchor; with `moves` set the local values to the anchor
+        too, while it is in the cache. `learns`: the entry is an outer step with momentum. False
+        where the checksum then differs from the server's."""
+        checksum = Checksum()
         for start, stop in protocol.chunks(self.size):
-            own, ahead, anchor = (
-                scratch[: stop - start],
-                other[: stop - start],
-                self.anchor[start:stop],
-            )
-            torch.sub(self.flat.rounded(start, anchor), flight.snapshot[start:stop], out=own)
-            torch.mul(self.velocity[start:stop], mu, out=ahead).add_(own)
-            step = own.add_(ahead, alpha=mu) if nesterov else ahead
-            yield start, stop, self.flat.rounded(start, torch.add(anchor, step, alpha=-lr, out=own))
-
-    def predict(self, flight):
-        """Let training go on from the prediction."""
-        for start, _, values in self.predicted(flight):
-            self.flat.write(start, values)
-        flight.predicted = True
-
-    def keep_prediction(self, flight):
-        """From here on the snapshot is what the steps since the push were added to."""
-        if flight.predicted:
-            for start, stop, values in self.predicted(flight):
-                flight.snapshot[start:stop].copy_(values)
-            flight.predicted = False
-
-    def undo_prediction(self, flight):
-        """Make the local values what they would be without the jump."""
-        if flight.predicted:
-            for start, stop, values in self.predicted(flight):
-                local = torch.empty_like(values)
-                self.flat.read(start, local)
-                self.flat.write(start, local.sub_(values).add_(flight.snapshot[start:stop]))
-            flight.predicted = False
-
-    def advance(self, reply, whole, move=False):
-        """Bring the anchor to a reply's version: by its update, to the slice in full, or not at all
-        where nothing was folded; with `move` the local values too, while they are in the cache.
-        False if the checksum then differs from the server's."""
-        checksum, scratch = Checksum(), self.scratch()
-        learns = self.velocity is not None and not reply.field("plain", bool, True)
-        for start, stop in protocol.chunks(self.size):
-            anchor, step = self.anchor[start:stop], scratch[: stop - start]
-            if whole is not None:
-                anchor.copy_(whole[start:stop])
-            elif reply.specs == self.update.specs:
+            anchor = self.anchor[start:stop]
+            if has_update:
                 tensors, at, device, host = self._at(self.down, self.update, start, stop - start)
                 if device is not None:
                     device.copy_(host)
                 self.down.add(tensors, at, anchor)
-                if learns:
+                if learns and self.velocity is not None:
+                    step = protocol.scratch("step", anchor, stop - start)
                     self.down.decode(tensors, at, step)
                     self._learn_velocity(start, stop, step)
-            checksum.add(anchor)
-            if move:
+            if moves:
                 self.flat.write(start, anchor)
-        self.version, self.outer = reply.field("version", list), reply.field("outer", dict)
-        folded = reply.field("folded", dict)
-        self.folded = {**({} if whole is not None else self.folded), **folded}
+            checksum.add(anchor)
+        return torch.equal(checksum.digest(), self.update.tensors["checksum"])
+
+    def take_whole(self, values, moves):
+        """Set the anchor to the slice in full, a float32 vector on the CPU, and with `moves` the
+        local values too. False where its checksum differs from the one in `update`."""
+        checksum = Checksum()
+        for start, stop in protocol.chunks(self.size):
+            self.anchor[start:stop].copy_(values[start:stop])
+            if moves:
+                self.flat.write(start, self.anchor[start:stop])
+            checksum.add(values[start:stop])
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
     def _learn_velocity(self, start, stop, update):
         """Work out the outer optimizer's velocity v from an update. With the mean g of the pushes,
-        v' = mu * v + g and update = -lr * (g + mu * v'), or -lr * v' without Nesterov. One that
-        starts from zero, as a late joiner's, is right after a few rounds."""
+        v' = mu * v + g and update = -lr * (g + mu * v'), or -lr * v' without Nesterov. A velocity
+        that starts from zero, as a late joiner's, is right after a few rounds."""
         velocity = self.velocity[start:stop]
-        lr, mu, nesterov = (self.outer[name] for name in ("lr", "momentum", "nesterov"))
+        lr, momentum, nesterov = self.outer
         if lr and nesterov:
-            velocity.mul_(mu).add_(update, alpha=-1 / lr).div_(1 + mu)
+            velocity.mul_(momentum).add_(update, alpha=-1 / lr).div_(1 + momentum)
         elif lr:
             torch.mul(update, -1 / lr, out=velocity)
 
-    def moved(self, flight, alpha):
-        """Adopt a flight's reply: the anchor, with what was done since the push on top of it.
-        `alpha`: of `fragment_update: mix`, which is for steps of one interval, not of an outage."""
-        if not flight.moved:
-            self.move(self.anchor, flight.snapshot, None if flight.late else alpha)
+    # --- Adopting ---
 
-    def move(self, new, since=None, alpha=None):
-        """Set the local values to the global slice `new`, with what was done since they were
-        `since` on top; with `alpha`, to so much of the local values and the rest of `new`."""
-        scratch = self.scratch()
-        for start, stop in protocol.chunks(self.size):
-            target, local = new[start:stop], scratch[: stop - start]
-            if since is not None:
+    def adopt(self, alpha=None):
+        """Put the local work since the mark on top of the anchor; with `alpha` (`mix`), alpha of the
+        local values and the rest of the anchor instead. False where the work is not finite."""
+        with self.lock:
+            mark, self.mark, is_finite = self.mark, None, True
+            if mark is not None and self.carries_values:
+                self.show_anchor()
+            for start, stop in protocol.chunks(self.size) if not self.carries_values else ():
+                if mark is None:
+                    break  # the local values have moved with the anchor
+                anchor, local = (
+                    self.anchor[start:stop],
+                    torch.empty(stop - start, device=self.device),
+                )
                 self.flat.read(start, local)
                 if alpha is None:
-                    target = local.sub_(since[start:stop]).add_(target)
+                    target = local.sub_(mark[start:stop])
+                    is_finite = is_finite and math.isfinite(target.dot(target).item())
+                    target.add_(anchor)
                 else:
-                    target = local.mul_(alpha).add_(target, alpha=1 - alpha)
-            self.flat.write(start, target)
+                    target = local.mul_(alpha).add_(anchor, alpha=1 - alpha)
+                self.flat.write(start, target)
+            self.spare = mark if mark is not None else self.spare
+            return is_finite
+
+    def mark_anchor(self):
+        """Make the anchor the mark: what the local values have beyond it goes on top of later ones.
+        Where a mark is kept, training has gone on from that."""
+        with self.lock:
+            if self.mark is None:
+                self.mark = self._vector()
+                self.mark.copy_(self.flat.rounded(0, self.anchor))
+
+    def unmark(self):
+        """Let the local values be what they are: the anchor has not moved."""
+        with self.lock:
+            self.mark, self.spare = None, self.mark
+
+    def show_anchor(self):
+        """Set the local values to the anchor, rounded to the parameters' dtypes."""
+        with self.lock:
+            for start, stop in protocol.chunks(self.size):
+                self.flat.write(start, self.anchor[start:stop])
+
+    def drop(self):
+        """Give up all local work. A push that is out keeps its numbers."""
+        with self.lock:
+            self.show_anchor()
+            if self.mark is not None:
+                self.mark.copy_(self.flat.rounded(0, self.anchor))
 
 
-class Buffers:
-    """The persistent buffers of a model, such as the statistics of BatchNorm. The last fragment of
-    a cycle carries those that have changed; the server answers with the mean of floating-point ones,
-    and with others as the worker with the lowest index has them.
+# --- The link to the server ---------------------------------------------------------------------
+#
+# Networks fail, servers are restarted. `Link` makes requests in threads of its own and never gives
+# up until it is told to: it connects again, with growing pauses, and makes the same request anew,
+# which is always safe. Two things end a request early: the server says that this worker is no member
+# (`lost` is set: the training thread joins again), or the training thread interrupts.
 
-    Those that are not persistent, complex ones, and large integer ones, which are quantized
-    weights, stay local. `anchor`: the global ones, {name: CPU tensor as it travels}.
+
+def log(text):
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or nobody who reads, ends nothing
+        sys.stderr.write(f"diloco: {text}\n")  # one write: threads must not mix their lines
+
+
+def reason_of(error):
+    """An exception in one line, for the server's log."""
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
+
+
+class Interrupted(ConnectionError):
+    """The training thread has ended a request, to join again or to leave."""
+
+
+class Link:
+    """The connections of one worker, and what they are for: `control` joins, sends heartbeats and
+    leaves; others come from a small pool as pushes and pulls need them.
+
+    beat: called with the control connection every `pause` seconds, from a thread of the link's own.
     """
 
-    LARGEST_INTEGERS = 1 << 20  # elements; more are quantized weights and not counters
+    def __init__(self, server, worker_id, threads):
+        self.server, self.worker_id = server, worker_id
+        self.session = secrets.token_hex(8)  # names this process
+        self.control, self.control_lock = None, threading.RLock()
+        self.idle, self.used = [], set()  # data connections
+        self.bytes_out = self.bytes_in = 0  # of data connections that are closed
+        self.tasks = queue.SimpleQueue()
+        self.threads, self.limit, self.free = [], threads, 0
+        self.lock = threading.Lock()  # guards the four fields above
+        self.lost = threading.Event()  # the server does not know this worker any more
+        self.must_join = False  # whether a join has failed, of which the server may know nothing
+        self.interrupted = threading.Event()
+        self.closed = threading.Event()
+        self.outage = None  # (seconds when the outage that lasts still was noticed,), or None
+        self.heart = None
+        self.busy = 0  # tasks that are running or wait to
+        self.rested = threading.Condition(self.lock)  # notified when no task is left
 
-    def __init__(self, model):
-        self.places, self.anchor = {}, {}  # name -> (module, attribute): it may get a new tensor
-        self.news = {}  # global ones that have come with a reply, and are not adopted yet
-        self.writes = 0  # changes made here
-        kept = set(model.state_dict(keep_vars=True))
-        modules = dict(model.named_modules())
-        for name, buffer in model.named_buffers():
-            owner, _, attribute = name.rpartition(".")
-            known = buffer.dtype in protocol.DTYPE_NAMES and not buffer.is_meta
-            small = buffer.is_floating_point() or buffer.numel() <= self.LARGEST_INTEGERS
-            if name in kept and known and small:
-                self.places[name] = modules[owner], attribute
-        plain = _plain_names(model)
-        self.places = {plain(name): place for name, place in self.places.items()}
-        found = {name: getattr(*place) for name, place in self.places.items()}
-        self.specs = protocol.specs_of(found.items())  # for the whole run
+    # --- Connections ---
 
-    @property
-    def local(self):
-        """{name: the model's own tensor}. One that has gone, or got another shape, stays local."""
-        found = {spec.name: (getattr(*self.places[spec.name], None), spec) for spec in self.specs}
-        return {
-            name: buffer
-            for name, (buffer, spec) in found.items()
-            if isinstance(buffer, torch.Tensor) and buffer.shape == spec.shape
+    def connect(self):
+        """A new connection, past its hello."""
+        hello = {"worker": self.worker_id, "session": self.session}
+        return protocol.connect(self.server, hello)[0]
+
+    def exchange(self, action):
+        """Call action(connection) until it works, with growing pauses, and return what it returns.
+        Raises Interrupted, and Refused where the server says no."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            if self.interrupted.is_set():
+                raise Interrupted("interrupted")
+            try:
+                return self._once(action)
+            except (OSError, ProtocolError) as error:
+                self.note_outage(error)
+            except Refused as refusal:
+                if refusal.code != "rejoin":
+                    raise
+                self.lost.set()
+                raise Interrupted(str(refusal)) from None
+            if self.interrupted.wait(min(pause, LONGEST_PAUSE_SECONDS)):
+                raise Interrupted("interrupted")
+            pause *= 1.5
+
+    def _once(self, action):
+        with self.borrowed() as conn:
+            if self.interrupted.is_set():
+                raise Interrupted("interrupted")
+            result = action(conn)
+            self.reached()
+            return result
+
+    @contextlib.contextmanager
+    def borrowed(self):
+        """A data connection, idle or new, which is kept for the next request if the block succeeds."""
+        try:
+            conn = self.idle.pop()
+        except IndexError:
+            conn = self.connect()
+        self.used.add(conn)
+        try:
+            yield conn
+            self.idle.append(conn)
+        except BaseException:
+            self._drop(conn)
+            raise
+        finally:
+            self.used.discard(conn)
+
+    def _drop(self, conn):
+        with self.lock:
+            self.bytes_out += conn.bytes_out
+            self.bytes_in += conn.bytes_in
+        conn.close()
+
+    def note_outage(self, error):
+        """A request has failed: connections that are idle have most likely died of the same."""
+        self.drop_idle()
+        if self.outage is None and not self.interrupted.is_set():
+            self.outage = time.monotonic()
+            log(f"server {self.server}: {error}; trying again")
+
+    def drop_idle(self):
+        """Close the connections that nobody uses."""
+        while self.idle:
+            with contextlib.suppress(IndexError):
+                self._drop(self.idle.pop())
+
+    def reached(self):
+        """The server has answered."""
+        since, self.outage = self.outage, None
+        if since is not None:
+            log(f"server {self.server} is there, after {time.monotonic() - since:.1f} s")
+
+    def patience(self, seconds):
+        """Seconds that are left of `seconds` since the outage began; all of them where there is
+        none."""
+        since = self.outage
+        return seconds if since is None else max(0.0, since + seconds - time.monotonic())
+
+    # --- Threads ---
+
+    def submit(self, task):
+        """Have a thread call `task()`. Daemon threads, started as they are needed: those of
+        concurrent.futures would keep a process from ending while a round is waited for."""
+        with self.lock:
+            self.busy += 1
+            if self.free <= 0 and len(self.threads) < self.limit:
+                self.threads.append(threading.Thread(target=self._work, daemon=True))
+                self.threads[-1].start()
+                self.free += 1
+            self.free -= 1
+        self.tasks.put(task)
+
+    def _work(self):
+        while task := self.tasks.get():
+            task()
+            with self.lock:
+                self.free += 1
+                self.busy -= 1
+                self.rested.notify_all()
+
+    def interrupt(self):
+        """End all requests, and wait until no task is left. Idle connections may be dead too."""
+        self.interrupted.set()
+        with self.lock:
+            while self.busy:
+                for conn in self.used.copy():
+                    conn.hang_up()
+                self.rested.wait(0.1)
+        self.drop_idle()
+
+    # --- Joining, heartbeats, leaving ---
+
+    def retry(self, action, seconds):
+        """Call `action` until it works, for at most `seconds`. Raises ConnectionError then, and
+        Refused at once, unless the server was only restarted meanwhile."""
+        began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return action()
+            except (OSError, ProtocolError, Refused) as error:
+                if isinstance(error, Refused) and error.code != "rejoin":
+                    raise
+                waited = time.monotonic() - began
+                if waited > seconds or self.closed.is_set():
+                    raise ConnectionError(
+                        f"server {self.server}: {error}, for {waited:.0f} s. Is the server running "
+                        "there, and does a firewall let you through?"
+                    ) from error
+                if pause == FIRST_PAUSE_SECONDS:
+                    log(f"server {self.server}: {error}; trying again for up to {seconds:.0f} s")
+            self.closed.wait(min(pause, LONGEST_PAUSE_SECONDS))
+            pause *= 1.5
+
+    def open_control(self):
+        """A new control connection. The caller holds `control_lock`."""
+        if self.control:
+            self.control.close()
+        self.control = self.connect()
+        return self.control
+
+    def start_heart(self, seconds, beat):
+        """Call beat(control connection) every so many seconds from now on."""
+        arguments = [seconds, beat]
+        self.heart = threading.Thread(target=self._beat, args=arguments, daemon=True)
+        self.heart.start()
+
+    def _beat(self, seconds, beat):
+        pause, failures = seconds, 0
+        while not self.closed.wait(pause):
+            with self.control_lock:
+                if self.closed.is_set():
+                    return
+                pause = seconds
+                try:
+                    if self.control.sock.fileno() < 0:
+                        self.open_control()
+                    beat(self.control)
+                    failures = 0
+                    if self.must_join:  # the server may take this worker for a member all the same
+                        self.lost.set()
+                except (OSError, ProtocolError):
+                    self.control.close()
+                    failures += 1
+                    pause = pause if failures > 1 else 0.05  # a line that was cut is made anew
+                except Refused as refusal:
+                    if refusal.code == "rejoin":
+                        self.lost.set()  # the training thread joins again, after its step
+
+    def close(self, reason, was_member):
+        """Leave the run, and end all threads; a task that does not end is left to itself."""
+        self.closed.set()
+        with self.control_lock:
+            if self.control:
+                if was_member:
+                    with contextlib.suppress(OSError, ProtocolError, Refused):
+                        self.control.stall = 5.0
+                        self.control.request("leave", {"reason": reason[:200]})
+                self.control.close()
+        self.interrupted.set()
+        for conn in [*self.idle, *self.used.copy()]:
+            conn.close()
+        for _ in self.threads:
+            self.tasks.put(None)
+        deadline = time.monotonic() + 5.0
+        for thread in [*self.threads, *filter(None, [self.heart])]:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def disown(self):
+        """In a process forked from the worker's: close its copies of the sockets, so that the server
+        hears when the worker dies. They are not shut down, as that would reach the worker's own.
+        Locks may be held by threads that are not in this process."""
+        for conn in filter(None, [self.control, *self.idle, *self.used]):
+            conn.sock.close()
+        self.closed = threading.Event()
+        self.closed.set()
+
+
+# --- The replica --------------------------------------------------------------------------------
+#
+# The worker's copy of the global model: a position in the log for each slice, and the pushes whose
+# fate is not known yet. Threads of the link send the pushes, one after the other in the order in
+# which they were made, and pull what the log says of each; the training thread moves the local
+# parameters. A thread that needs both locks takes a slice's first and `changed` second.
+
+
+class Replica:
+    """The slices of the global model on one worker, and the traffic that keeps them up to date.
+
+    slices: [Slice]; outbox: Outbox; listed: {slice: (Pending, why it was refused or "", step of the
+    run)} of pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
+    numbers were not finite; error: what ended a request for good. `changed` guards all of these and
+    is notified when one of them changes. step: local steps so far, which the worker counts.
+    """
+
+    def __init__(self, worker_id, link):
+        self.worker_id, self.link = worker_id, link
+        self.slices, self.outbox = [], Outbox(worker_id, 0)  # ranks other than 0 have none
+        self.changed = threading.Condition(threading.RLock())
+        self.listed, self.broken, self.error = {}, [], None
+        self.is_uploading = False
+        self.step = 0
+        self.settings = {}  # of the outer optimizer
+        self.mismatches = self.last_send = self.last_recv = 0
+        self.began = {}  # slice -> seconds when its push was made
+        self.last_sync_time = self.total_sync_time = 0.0
+
+    def set_up(self, flats, reply):
+        """The slices of a run, from the reply to the first join. flats: a FlatModel for each; a last
+        one beyond num_fragments is that of the buffers."""
+        up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
+        feedback = up.lossy and reply.field("error_feedback", bool, True)
+        self.settings = reply.field("settings", dict)
+        self.slices, self.outbox = [], Outbox(self.worker_id, len(flats))
+        self.outbox.max_staleness = reply.field("max_staleness", int)
+        for flat, carries_values, predicts in flats:
+            if carries_values:
+                up = down = CODECS["fp32"]
+            has_residual = feedback and not carries_values
+            slice = Slice(flat, up, down, has_residual, predicts, carries_values)
+            self.slices.append(slice)
+
+    def outer_at(self, version):
+        """(lr, momentum, nesterov) of the outer step that follows a version."""
+        lr, momentum, warmup, nesterov = (
+            self.settings[name]
+            for name in ("outer_lr", "outer_momentum", "momentum_warmup", "nesterov")
+        )
+        return lr, protocol.momentum_at(max(0, version.number), momentum, warmup), nesterov
+
+    # --- Pushes ---
+
+    def push(self, made, goes_on, facts):
+        """Send a push that the outbox has made on its way. facts: what else goes with it."""
+        slice = self.slices[made.k]
+        has_numbers = slice.has_changed() if slice.carries_values else made.steps > 0
+        slice.begin(has_numbers, goes_on)
+        made.facts = facts
+        self.began[made.k] = time.monotonic()
+        # The uploading thread has another stream, perhaps.
+        queued = [stream.record_event() for stream in slice.flat.streams()]
+        with self.changed:
+            made.queued = queued  # before this, no thread sends it
+        self.audit("push", made, base=made.base, first=made.first, last=made.last)
+        self.kick()
+
+    def next_upload(self):
+        """The push that is to be sent next, if its numbers are there. Needs `changed`."""
+        made = self.outbox.upload()
+        return made if made and made.queued is not None else None
+
+    def kick(self):
+        """Have the pushes sent that the server has not answered."""
+        with self.changed:
+            if self.is_uploading or self.next_upload() is None:
+                return
+            self.is_uploading = True
+        self.link.submit(self._upload)
+
+    def resend(self):
+        """After a join: have all pushes sent again that no entry lists, in their order."""
+        with self.changed:
+            self.outbox.resend()
+        self.kick()
+
+    def _upload(self):
+        """Send one push after the other; a thread of the link runs this."""
+        while True:
+            with self.changed:
+                made = self.next_upload()
+                stopped = self.link.interrupted.is_set() or self.link.lost.is_set()
+                if made is None or self.error or stopped:
+                    self.is_uploading = False
+                    self.changed.notify_all()
+                    return
+            try:
+                self.link.exchange(lambda conn, made=made: self._send(conn, made))
+                with self.changed:
+                    made.answered = True
+                    self.changed.notify_all()
+                self.link.submit(lambda made=made: self._pull(made))
+            except NotFinite:
+                with self.changed:
+                    self.broken.append(made)
+                    self.changed.notify_all()
+            except Interrupted:
+                continue
+            except BaseException as error:
+                self._fail(error)
+
+    @torch.no_grad()
+    def _send(self, conn, made):
+        slice, before = self.slices[made.k], conn.bytes_out
+        for event in made.queued:
+            event.synchronize()
+        fields = {
+            "slice": made.k,
+            "seq": made.seq,
+            "base": made.base,
+            "steps": 0 if slice.is_empty and not slice.carries_values else made.steps,
+            "tokens": made.tokens,
+            "closing": made.closing,
+            **made.facts,
         }
+        if slice.is_empty:
+            conn.request("push", fields)
+        else:
+            conn.request("push", fields, slice.payload.specs, slice.pieces())
+        self.last_send = conn.bytes_out - before
 
-    def now(self):
-        """{name: CPU tensor of its own} of the local ones, as they travel."""
-        local = self.local
-        wire = zip(self.specs, protocol.buffer_specs(self.specs), strict=True)
-        return {
-            spec.name: local[spec.name].detach().to("cpu", as_sent.dtype, copy=True).contiguous()
-            for spec, as_sent in wire
-            if spec.name in local
-        }
+    def _fail(self, error):
+        """A request has ended for good: the training thread raises its error."""
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
 
-    def changed(self):
-        """Those of `now` that differ from the global ones, as far as their own dtype can tell."""
-        now, dtypes = self.now(), {spec.name: spec.dtype for spec in self.specs}
-        return {
-            name: values
-            for name, values in now.items()
-            if not protocol.same_bits(values, self.anchor[name].to(dtypes[name]).to(values.dtype))
-        }
+    # --- The log ---
 
-    def put(self, values):
-        """Make local ones what `values` says, {name: tensor as it travels}."""
-        local, now = self.local, self.now()
-        for name in local.keys() & values.keys():
-            if not protocol.same_bits(now[name], values[name]):  # an expanded one cannot be written
-                local[name].copy_(values[name])
-            self.writes += 1
+    def _pull(self, made):
+        """Take what the log says up to the entry that lists a push; a thread of the link runs this."""
+        try:
+            is_there = self.link.exchange(lambda conn: self.pull(conn, made.k, made.seq))
+        except Interrupted:
+            return
+        except BaseException as error:
+            return self._fail(error)
+        if not is_there:
+            with self.changed:
+                self.outbox.resend(made)
+            self.kick()
 
-    def enter(self, values, keep):
-        """Take the global ones at a join; with `keep` where no local change would be lost."""
-        own = {}
-        if keep:
-            own = self.changed() if self.anchor else values
-        self.anchor, self.news = {**self.anchor, **values}, {}
-        self.put({name: new for name, new in values.items() if name not in own})
+    @torch.no_grad()
+    def pull(self, conn, k, seq):
+        """Take the entries that slice k lacks, up to the one that lists push `seq`; 0: up to the
+        head. False where the server does not have that push. Raises ProtocolError where the numbers
+        then differ from the server's: the next try gets the slice in full."""
+        before, held = conn.bytes_in, self.outbox.places[k].version
+        conn.send("pull", {"slice": k, "version": held, "seq": seq})
+        while True:
+            reply = conn.reply(on_wait=lambda _: self.link.reached())
+            if reply.type in ("again", "current"):
+                return reply.type == "current"
+            self._take(conn, k, reply)
+            if not reply.field("more", bool, False):
+                self.last_recv = conn.bytes_in - before
+                return True
 
-    def adopt(self, pushed):
-        """Take the global ones that came with the reply to a push of `pushed`. What an integer has
-        counted since then stays; statistics forget what is older than some steps anyway, and a
-        variance to which a difference is added may become negative."""
-        values, local = dict(self.news), self.now() if self.news else {}
-        for name, new in self.news.items():
-            if name in local and not new.is_floating_point() and new.dtype != torch.bool:
-                # In int64, and back: torch does not add wide unsigned numbers.
-                since = local[name].long() - pushed.get(name, self.anchor[name]).long()
-                values[name] = (new.long() + since).to(new.dtype)
-        self.anchor |= self.news
-        self.put(values)
-        self.news = {}
+    def _take(self, conn, k, reply):
+        """Read an entry or a slice in full, and bring the anchor there."""
+        slice, place = self.slices[k], self.outbox.places[k]
+        version = protocol.version_of(reply.field("version", list))
+        fates, whole = protocol.fates_of(reply.field("folded", dict)), None
+        if reply.type == "slice":
+            reply.expect([TensorSpec("slice", torch.float32, (slice.size,)), Checksum.SPEC])
+            # An anchor that has no numbers yet takes them itself.
+            in_place = place.version == NONE and not slice.is_staged
+            whole = slice.anchor if in_place else torch.empty(slice.size)
+            conn.read(whole)
+            conn.read(slice.update.tensors["checksum"])
+        elif protocol.version_of(reply.field("base", list)) != place.version:
+            raise ProtocolError(f"the entry does not lead on from version {place.version}")
+        elif reply.specs == [Checksum.SPEC]:
+            conn.read(slice.update.tensors["checksum"])
+        else:
+            reply.expect(slice.update.specs)
+            conn.read(slice.update.raw)
+        with uninterrupted(), slice.lock:
+            fate, pending = fates.get(self.worker_id), place.pending
+            is_listed = pending is not None and fate is not None and fate.seq >= pending.seq
+            moves = is_listed and slice.mark is None
+            if whole is not None:
+                is_equal = slice.take_whole(whole, moves)
+            else:
+                learns = not reply.field("plain", bool)
+                is_equal = slice.take_entry(len(reply.specs) > 1, learns, moves)
+            with self.changed:
+                if not is_equal:
+                    self.mismatches += 1
+                    place.version = NONE
+                    raise ProtocolError(f"slice {k} at {version} has another checksum than there")
+                slice.outer = self.outer_at(version)
+                self._note(k, version, fates, whole is not None, reply.field("step", int))
+        self.audit_anchor(k)
+
+    def _note(self, k, version, fates, is_whole, step):
+        """Note what became of the pending push of slice k. Needs `changed`."""
+        made, refused = self.outbox.take(k, version, fates, is_whole, self.step)
+        if made:
+            self.listed[k] = made, refused, step
+            self.last_sync_time = time.monotonic() - self.began.get(k, time.monotonic())
+            self.total_sync_time += self.last_sync_time
+            self.changed.notify_all()
+
+    def catch_up(self, conn, k):
+        """Bring a slice of which no push is out to the head of the log, and the local values with
+        it: what they have beyond the anchor goes on top. They stay where there is nothing newer.
+        False where they are not finite."""
+        slice, held = self.slices[k], self.outbox.places[k].version
+        goes_on = slice.mark is not None
+        slice.mark_anchor()
+        try:
+            self.pull(conn, k, 0)
+        finally:  # a mark that stays would be taken for that of the next push
+            is_finite = True
+            if self.outbox.places[k].version == held and not goes_on:
+                slice.unmark()
+            else:
+                is_finite = slice.adopt()
+        return is_finite
+
+    def progress(self):
+        """What a checkpoint says of each slice, as JSON has it."""
+        return [
+            {
+                "version": list(place.version),
+                "seq": place.seq,
+                "steps": self.step - place.mark[0],
+                "in_flight": place.pending is not None or k in self.listed,
+            }
+            for k, place in enumerate(self.outbox.places)
+        ]
+
+    def residuals(self):
+        """{name: CPU tensor} of what encoding has lost so far, by slice."""
+        found = {}
+        for k, slice in enumerate(self.slices):
+            if slice.residual is not None:
+                with slice.lock:
+                    found[f"residual.{k}"] = slice.residual.cpu().clone()
+        return found
+
+    # --- For tests/trail.py ---
+
+    def audit(self, event, made=None, **facts):
+        """Write down an event, and the name of the push that it is about."""
+        if protocol.is_audited():
+            named = {"fragment": made.k, "seq": made.seq} if made else {}
+            who = {"worker": self.worker_id, "session": self.link.session}
+            protocol.audit(event, **who, **named, **facts)
+
+    def audit_anchor(self, k):
+        """Write down the checksum of an anchor."""
+        if protocol.is_audited():
+            checksum = bytes(protocol.checksum_of(self.slices[k].anchor).tolist()).hex()
+            label = self.outbox.places[k].version
+            self.audit("adopt", fragment=k, label=label, checksum=checksum)
+
+
+# --- One worker, several processes ---------------------------------------------------------------
+#
+# All processes of a torch.distributed program (DistributedDataParallel, fully_shard) are one worker.
+# Rank 0 alone talks to the server; the other ranks follow. Each synchronization is one turn:
+#
+#     all ranks   tell     the other ranks hear whether there is work; if not, the turn ends here
+#     all ranks   gather   rank 0 gets the current values of what the ranks hold in shards
+#     rank 0      works on whole tensors, as if it were alone; the other ranks wait in `tell`
+#     all ranks   tell     the other ranks hear what became of the turn, an error included
+#     all ranks   spread   each rank's parameters become rank 0's, to the bit
+#
+# Every rank must make these calls in one order. A call that fails in the middle leaves the ranks at
+# different points, and nobody would answer the next one: none is made any more, and the other ranks
+# fail when the process of the first one ends. Rank 0 may work for hours, since a round lasts as
+# long as its slowest worker: `tell` has a process group with a patience of its own. The transfers of
+# gather and spread begin only when all ranks have arrived, so they take the program's own groups
+# (NCCL between GPUs). Both move one parameter at a time: no GPU ever holds a second whole model.
+#
+# A plain model (no DTensor) needs no gather: rank 0 works on its parameters themselves. For a sharded
+# model rank 0 keeps a *mirror* in CPU memory: each parameter whole, in the parameter's dtype, plain
+# parameters and buffers included, so that all of rank 0's work happens in one place.
+
+RANKS_PATIENCE = datetime.timedelta(days=30)  # time that the other ranks wait for rank 0's work
 
 
 class Ranks:
-    """The processes of one worker, as torch.distributed has them (DistributedDataParallel,
-    fully_shard): rank 0 speaks to the server, and tells the others after each step what has become
-    of it. Until then they listen, and hand out or take in what they hold of a sharded model. Without
-    torch.distributed there is one rank, and nothing to tell."""
+    """The processes of one worker; just this process where torch.distributed is not initialized.
 
-    FACTS, READ, WRITE = range(3)  # what a message is about
-
-    def __init__(self):
-        there = dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-        # A group of their own: a round may take longer than the trainer's group would wait.
-        self.group = (
-            dist.new_group(backend="gloo", timeout=RANKS_PATIENCE) if self.count > 1 else None
-        )
-        self.last = None  # what was told last
-        self.shards = {}  # name -> Sharded, of a model that is; in the same order on each rank
-        self.lock = threading.Lock()  # of rank 0, while it says something: any thread may
-        self.listening = False  # whether the others wait for that
-
-    @property
-    def leads(self):
-        """Whether this rank speaks to the server."""
-        return self.rank == 0
-
-    def share(self, facts):
-        """What rank 0 gives as `facts`, a dict for JSON, on every rank; most often it is what was
-        told before, and goes without saying."""
-        if self.count == 1:
-            return facts
-        if self.leads:
-            raw = json.dumps(facts).encode() if facts != self.last else b""
-            with self.lock:
-                self.listening = False
-                self._say(self.FACTS, torch.tensor(list(raw), dtype=torch.uint8))
-        else:
-            kind, raw = self._hear()
-            while kind != self.FACTS:
-                self._serve(kind, raw.view(-1, 4).tolist())
-                kind, raw = self._hear()
-            raw = bytes(raw.tolist())
-        if raw:
-            self.last = json.loads(raw)
-        return self.last
-
-    def _say(self, kind, data):
-        """Send a message, whose data is a tensor of one dimension, to all ranks."""
-        dist.broadcast(torch.tensor([kind, data.numel()]), 0, group=self.group)
-        if data.numel():
-            dist.broadcast(data, 0, group=self.group)
-
-    def _hear(self):
-        """(kind, data) of the next message."""
-        head = torch.empty(2, dtype=torch.int64)
-        dist.broadcast(head, 0, group=self.group)
-        kind, count = head.tolist()
-        data = torch.empty(count, dtype=torch.uint8 if kind == self.FACTS else torch.int64)
-        if count:
-            dist.broadcast(data, 0, group=self.group)
-        return kind, data
-
-    @torch.no_grad()
-    def transfer(self, kind, rows, values):
-        """On rank 0: READ elements of the shards on all ranks into the float32 chunk `values`, or
-        WRITE them from it. rows: [index in `shards`, start, stop, step], whose elements are those of
-        the chunk one after the other. Raises RuntimeError where the others do not listen, and when
-        one of them is gone."""
-        with self.lock, uninterrupted():  # half a transfer would leave a rank waiting for the rest
-            if not self.listening:
-                raise RuntimeError("the other ranks do not listen: shards stay as they are")
-            if self.count > 1:
-                self._say(kind, torch.tensor(rows).view(-1))
-            for rank in range(self.count):
-                packed, pieces = self._pieces(kind, rows, rank)
-                if kind == self.WRITE:
-                    for *_, place, part in pieces:
-                        part.copy_(values[place])
-                if rank == self.rank:
-                    self._copy(kind, pieces)
-                elif pieces:
-                    (dist.recv if kind == self.READ else dist.send)(packed, rank, group=self.group)
-                if kind == self.READ:
-                    for *_, place, part in pieces:
-                        values[place].copy_(part)
-
-    @torch.no_grad()
-    def _serve(self, kind, rows):
-        """What another rank does for that."""
-        packed, pieces = self._pieces(kind, rows, self.rank)
-        if pieces and kind == self.WRITE:
-            dist.recv(packed, 0, group=self.group)
-        self._copy(kind, pieces)
-        if pieces and kind == self.READ:
-            dist.send(packed, 0, group=self.group)
-
-    def _pieces(self, kind, rows, rank):
-        """What a rank has to do with a transfer: (room for all the elements, on the CPU, [(shard,
-        slice of the elements that the rank holds of it, slice of the chunk, part of the room)])."""
-        shards, pieces, start = list(self.shards.values()), [], 0
-        for index, *inside in rows:
-            shard, wanted = shards[index], range(*inside)
-            if kind == self.WRITE or rank in shard.readers:
-                local, part = shard.held(rank, wanted)
-                if part.start < part.stop:
-                    pieces.append((shard, local, slice(start + part.start, start + part.stop)))
-            start += len(wanted)
-        counts = [place.stop - place.start for *_, place in pieces]
-        packed = torch.empty(sum(counts))
-        parts = packed.split(counts)
-        return packed, [(*piece, part) for piece, part in zip(pieces, parts, strict=True)]
-
-    def _copy(self, kind, pieces):
-        for shard, local, _, part in pieces:
-            if kind == self.READ:
-                part.copy_(shard.local().reshape(-1)[local])
-            else:
-                protocol.fill(shard.local(), local, part)
-
-    def spread(self, parameters):
-        """Give every rank the parameters of rank 0, to the bit; shards are where they belong."""
-        for parameter in parameters if self.count > 1 else ():
-            if _is_sharded(parameter):
-                continue
-            raw = parameter.detach().contiguous().view(-1).view(torch.uint8)  # gloo has few dtypes
-            dist.broadcast(raw, 0)
-            if not self.leads:
-                parameter.copy_(raw.view(parameter.dtype).view(parameter.shape))
-
-
-class Sharded:
-    """A parameter of a sharded model: each rank holds a run of its elements in row order, as
-    fully_shard cuts it, or all of them. Stands for it in a FlatModel.
-
-    parameter: a DTensor in which `_misplaced` finds no fault, or a plain tensor; count: of ranks.
+    named: {name: tensor} of all that may be read or written here, in one order on every rank: plain
+    tensors, or DTensors with which `misplaced` finds no fault. Methods take some of these names, in
+    one order too, or None for all tensors that required grad when the Ranks were made. All ranks
+    make each call together, but for `whole` and `release`. Raises RuntimeError, in any of the joint
+    calls, where another rank has died or a joint call before has failed.
     """
 
-    def __init__(self, parameter, count):
-        self.parameter, self.dtype = parameter, parameter.dtype
-        self.device, self.is_cuda = parameter.device, parameter.is_cuda
-        held = [self._run(rank) for rank in range(count)]
-        self.runs = [run for run, _ in held]  # of each rank
-        self.readers = {rank for rank, (_, is_first) in enumerate(held) if is_first}
+    def __init__(self, named):
+        there = dist.is_available() and dist.is_initialized()
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        self.leads = self.rank == 0  # whether this rank talks to the server
+        self.group = None  # gloo group, for `tell` and for tensors in CPU memory
+        if self.count > 1:
+            self.group = dist.new_group(backend="gloo", timeout=RANKS_PATIENCE)
+        self.named = dict(named)
+        self.trainable = [name for name, tensor in self.named.items() if tensor.requires_grad]
+        self.is_sharded = any(map(is_sharded, self.named.values()))
+        self.mirror = {} if self.is_sharded and self.leads else None  # {name: whole CPU tensor}
+        self.told = b""  # last value that was told, as JSON
+        self.is_broken = False  # whether a joint call has failed, or is under way
 
-    def _run(self, rank):
-        """(range of the elements that a rank holds, whether it is the first that does)."""
-        if not _is_sharded(self.parameter):
-            return range(self.numel()), rank == 0
-        placements, mesh = self.parameter.placements, self.parameter.device_mesh.mesh
-        run, is_first, (place,) = range(self.numel()), True, (mesh == rank).nonzero().tolist()
-        for placement, size, i in zip(placements, mesh.shape, place, strict=True):
-            if placement.is_replicate():
-                is_first &= i == 0
-            else:  # as torch.chunk cuts: the last ones may be short, or empty
-                rows, *others = self.parameter.shape
-                width = -(-rows // size) * math.prod(others)
-                run = run[i * width : (i + 1) * width]
-        return run, is_first
+    @contextlib.contextmanager
+    def _joint(self):
+        """What all ranks do together. If it fails here, no rank can tell where the others are."""
+        if self.is_broken:
+            raise RuntimeError("a transfer between the ranks of this worker has failed before")
+        self.is_broken = True
+        yield
+        self.is_broken = False
 
-    def numel(self):
-        return self.parameter.numel()
+    def tell(self, value):
+        """Rank 0's `value`, as JSON gives it back, on every rank; with one rank, `value` itself. Other
+        ranks' values are ignored. An unchanged value costs a broadcast of 8 bytes."""
+        if self.count == 1:
+            return value
+        news = json.dumps(value).encode() if self.leads else b""
+        with self._joint():
+            size = torch.tensor(0 if news == self.told else len(news))
+            dist.broadcast(size, 0, group=self.group)
+            if size:
+                raw = bytearray(news or size.item())
+                dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), 0, group=self.group)
+                self.told = bytes(raw)
+        return json.loads(self.told)
 
-    def local(self):
-        """The tensor that this rank holds, to be changed in place."""
-        tensor = self.parameter.detach()
-        return tensor.to_local() if _is_sharded(tensor) else tensor
+    def whole(self, names=None):
+        """The tensors that rank 0 works on, as a list: the parameters themselves, or where the model
+        is sharded the mirror's tensors, on the CPU, each of its parameter's dtype and full shape. A
+        mirror's tensor holds noise until the first `gather`. Only on rank 0."""
+        names = self.trainable if names is None else names
+        return [self._mirrored(name) if self.is_sharded else self.named[name] for name in names]
 
-    def held(self, rank, wanted):
-        """What a rank holds of `wanted`, a range of elements with a step: (slice of its own
-        elements, slice of `wanted`)."""
-        run, step = self.runs[rank], wanted.step
-        first, last = (
-            min(max(-(-(border - wanted.start) // step), 0), len(wanted))
-            for border in (run.start, run.stop)
+    def _mirrored(self, name):
+        """The mirror's tensor, made on the first call; a tensor with two names is mirrored once."""
+        if name not in self.mirror:
+            own = self.named[name]
+            twins = [room for twin, room in self.mirror.items() if self.named[twin] is own]
+            self.mirror[name] = twins[0] if twins else torch.empty(own.shape, dtype=own.dtype)
+        return self.mirror[name]
+
+    def release(self, names):
+        """Free the mirror's tensors with these names; frozen parameters are needed at a join only."""
+        for name in names if self.mirror else ():
+            self.mirror.pop(name, None)
+
+    @torch.no_grad()
+    def gather(self, names=None, seen=(), see=None):
+        """Fill rank 0's mirror with current values; and have rank 0 call see(name, whole tensor) for
+        the names `seen`, of which none is kept. Where nothing is sharded there is no need. An error of
+        rank 0's own, such as a lack of memory, is raised when all transfers are through: the other
+        ranks make them too."""
+        kept, failure = self.trainable if names is None else list(names), None
+        with self._joint():
+            for i, name in enumerate([*kept, *seen] if self.is_sharded else ()):
+                tensor = self.named[name].detach()
+                if is_sharded(tensor):
+                    # Shards that are offloaded to the CPU still travel between the mesh's devices.
+                    tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+                if not self.leads or failure:
+                    continue
+                try:
+                    self._mirrored(name).copy_(tensor) if i < len(kept) else see(name, tensor)
+                except Exception as error:
+                    failure = error
+        if failure:
+            raise failure
+
+    @torch.no_grad()
+    def spread(self, names=None):
+        """Make every rank's tensors equal to rank 0's, to the bit; rank 0's own shards too become what
+        the mirror says. Memory stays in place: optimizers and fully_shard hold on to it."""
+        with self._joint():
+            for name in self.trainable if names is None else names:
+                own = self.named[name].detach()
+                self._spread_whole(name, own) if self.is_sharded else self._send(own)
+
+    def _spread_whole(self, name, own):
+        part = own.to_local() if is_sharded(own) else own
+        if self.leads:
+            whole = self.mirror[name].to(part.device)
+        else:
+            whole = torch.empty(own.shape, dtype=own.dtype, device=part.device)
+        self._send(whole)
+        part.copy_(_part_of(whole, own) if is_sharded(own) else whole)
+
+    @torch.no_grad()
+    def broadcast(self, tensors):
+        """Make plain tensors, such as buffers, equal to rank 0's."""
+        with self._joint():
+            for tensor in tensors:
+                self._send(tensor.detach())
+
+    def _send(self, own):
+        """Rank 0's values of a plain tensor, to all: as bytes, since gloo has few dtypes."""
+        if self.count == 1 or not own.numel():
+            return
+        dense = own.contiguous()  # `own` itself, or a copy in row order
+        group = self.group if own.is_cpu else None  # None: the program's own, such as NCCL
+        dist.broadcast(dense.view(-1).view(torch.uint8), 0, group=group)
+        if dense is not own:
+            own.copy_(dense)
+
+    @staticmethod
+    def reshard(modules):
+        """Free the whole parameters that a forward pass without a backward pass has left in modules,
+        as `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
+        for module in modules:
+            module.reshard()
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor; told without an import, since most programs have no DTensors."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _part_of(whole, tensor):
+    """The rows of a whole tensor that this rank holds of the DTensor `tensor`. fully_shard cuts as
+    torch.chunk does, in the order of the mesh's process group: torch sorts the ranks of a group."""
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            group = tensor.device_mesh.get_group(dim)
+            parts = whole.chunk(group.size())  # fewer parts than ranks where rows are few
+            whole = parts[group.rank()] if group.rank() < len(parts) else whole[:0]
+    return whole
+
+
+def misplaced(tensor):
+    """The fault in how a DTensor lies on the ranks, as the end of a sentence; "" where fully_shard
+    could have placed the DTensor so."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements, mesh = tensor.placements, tensor.device_mesh
+    cuts = [placement for placement in placements if type(placement) is not Replicate]
+    if len(cuts) > 1 or any(type(cut) is not Shard or cut.dim != 0 for cut in cuts):
+        return (
+            f"is placed as {placements}: a DTensor can be synchronized if it is "
+            "replicated, and cut into rows (Shard(0)) over one dimension of its mesh"
         )
-        mine = wanted[first:last]
-        return slice(mine.start - run.start, mine.stop - run.start, step), slice(first, last)
+    if mesh.size() != dist.get_world_size():
+        return (
+            f"is on a mesh of {mesh.size()} ranks, and the worker has "
+            f"{dist.get_world_size()}: give fully_shard a mesh of all, as (Replicate, Shard(0))"
+        )
+    return ""
 
 
-class ShardedModel(protocol.FlatModel):
-    """The FlatModel of a sharded model, on rank 0: what is read and written goes to and from the
-    ranks that hold it, chunk by chunk, by way of the CPU. Raises RuntimeError where those do not
-    listen, or are gone. `names`: of the parameters, in the order of the manifest."""
+def fsdp_modules(model):
+    """The modules of a model that fully_shard has been applied to."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [module for module in model.modules() if isinstance(module, fsdp)]
 
-    def __init__(self, ranks, names, first=0, stride=1):
-        super().__init__([ranks.shards[name] for name in names], first, stride)
-        self.ranks = ranks
-        self.index = {shard: index for index, shard in enumerate(ranks.shards.values())}
+
+# --- What is trained ----------------------------------------------------------------------------
+
+
+class Buffers(protocol.FlatModel):
+    """The persistent floating-point buffers of a model as one flat vector, such as the statistics
+    of BatchNorm. A module may put a new tensor in a buffer's place at any time.
+
+    places: {name: (module, attribute)}.
+    """
+
+    def __init__(self, places):
+        self.places = places
+        self.tensors = [getattr(module, attribute) for module, attribute in places.values()]
+        super().__init__(self.tensors)
+
+    def spans(self, start, stop):
+        for i, (module, attribute) in enumerate(self.places.values()):
+            found = getattr(module, attribute, None)
+            if isinstance(found, torch.Tensor) and found.shape == self.tensors[i].shape:
+                self.tensors[i] = found
+                self.parts[i] = (found, *self.parts[i][1:])
+        return super().spans(start, stop)
+
+
+class Trained:
+    """What of a model is synchronized, under the names that it has before it is compiled or wrapped.
+
+    named: {name: parameter} of what is trained; frozen: of what is not, and can be compared with
+    others'; buffers: {name: (module, attribute)}; optimizers: the innermost ones; clearings: how often
+    their state has been cleared; files: {name: text} of descriptive files. Raises ValueError where a parameter cannot be synchronized.
+    """
+
+    def __init__(self, model, optimizer, files=None):
+        several = isinstance(optimizer, list | tuple)
+        self.optimizers = [unwrapped(each) for each in (optimizer if several else [optimizer])]
+        if not self.optimizers:
+            raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
+        self.fsdp_modules = fsdp_modules(model)
+        self.reshard()
+        plain = plain_names(model)
+        self.named = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise ValueError("the model has no parameter that requires grad: nothing to train")
+        for name, parameter in self.named.items():
+            check_parameter(name, parameter)
+        self.frozen = {plain(name): parameter for name, parameter in frozen_parameters(model)}
+        self.places = {plain(name): place for name, place in floating_buffers(model)}
+        self.buffers = {n: p for n, p in self.places.items() if is_in_range(getattr(*p))}
+        self.clearings = 0
+        self.files = files if files is not None else config_of(model)
 
     @property
-    def device(self):
-        """Where anchors and the like are kept: no GPU of one rank is to hold a whole model."""
-        return torch.device("cpu")
+    def buffer_tensors(self):
+        """{name: buffer} as they are now."""
+        found = {name: getattr(*place, None) for name, place in self.buffers.items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def _transfer(self, kind, start, values):
-        for a, b in protocol.chunks(values.numel()):
-            spans = self.spans(start + a, start + b)
-            rows = [[self.index[shard], i.start, i.stop, i.step] for shard, i, _ in spans]
-            self.ranks.transfer(kind, rows, values[a:b])
+    def clear_moments(self):
+        """Forget the optimizers' state: it belongs to parameters that are gone."""
+        self.clearings += 1
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
-    def read(self, start, out, non_blocking=False):
-        self._transfer(Ranks.READ, start, out)
+    def reshard(self):
+        """Free whole parameters that a forward pass has left in modules of a sharded model."""
+        Ranks.reshard(self.fsdp_modules)
 
-    def subtract_from(self, start, numbers, out):
-        self.read(start, out)
-        torch.sub(self.rounded(start, numbers), out, out=out)
 
-    def write(self, start, values):
-        self.writes += 1
-        self._transfer(Ranks.WRITE, start, values)
+def plain_names(model):
+    """A function from a name within `model` to the one that it has before the model is compiled or
+    wrapped for data parallelism."""
+    plain = [name.replace("_orig_mod.", "") for name, _ in model.named_parameters()]
+    wrapper = "module." if all(name.startswith("module.") for name in plain) else ""
+    return lambda name: name.replace("_orig_mod.", "").removeprefix(wrapper)
+
+
+def frozen_parameters(model):
+    """(name, parameter) of what is not trained and can be compared with others': floating-point
+    numbers that are there and whole. Quantized weights are left out, and so are originals of which
+    an adapter trains a copy (peft's `modules_to_save`): no forward pass uses those, and a new head is
+    another in each worker."""
+    copied = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict)
+    )
+    for name, parameter in model.named_parameters():
+        is_plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
+        is_known = parameter.is_floating_point() and parameter.dtype in protocol.DTYPE_NAMES
+        if parameter.requires_grad or name.startswith(copied) or parameter.is_meta:
+            continue
+        if is_known and (is_plain or (is_sharded(parameter) and not misplaced(parameter))):
+            yield name, parameter
+
+
+def floating_buffers(model):
+    """(name, (module, attribute)) of the persistent floating-point buffers. Others stay local:
+    counters, masks, and those of which several elements share their memory."""
+    kept, modules = set(model.state_dict(keep_vars=True)), dict(model.named_modules())
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        is_known = buffer.is_floating_point() and buffer.dtype in protocol.DTYPE_NAMES
+        is_expanded = any(
+            n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
+        )
+        is_there = buffer.numel() > 0 and not (buffer.is_meta or is_expanded)
+        if name in kept and is_known and is_there:
+            yield name, (modules[owner], attribute)
+
+
+def is_in_range(buffer):
+    """Whether a buffer's numbers can be synchronized: a mask's may be the least there are."""
+    return protocol.within(buffer.detach().float().reshape(-1))
+
+
+def check_parameter(name, parameter):
+    """Raise ValueError where a parameter that is trained cannot be synchronized."""
+    fault = ""
+    if torch.nn.parameter.is_lazy(parameter):
+        fault = "has no shape yet: run one batch, then begin"
+    elif parameter.is_meta:
+        fault = "is on the meta device, so it has no numbers yet: load or initialize the model, then begin"
+    elif "_fsdp_wrapped_module" in name:
+        fault = "is flattened by FullyShardedDataParallel, which hides what it was: use fully_shard (FSDP2)"
+    elif is_sharded(parameter) and misplaced(parameter):
+        fault = misplaced(parameter)
+    elif not parameter.is_floating_point():
+        fault = (
+            f"is {parameter.dtype}: only floating-point numbers can be synchronized; freeze it with "
+            "requires_grad_(False)"
+        )
+    if fault:
+        raise ValueError(f"parameter {name!r} {fault}")
+
+
+def unwrapped(optimizer):
+    """The innermost optimizer of wrappers such as accelerate's. Other things in an attribute called
+    `optimizer` are their owner's business."""
+    inner, found, seen = optimizer, None, []
+    while inner is not None and not any(inner is known for known in seen):
+        if hasattr(inner, "register_step_post_hook"):
+            found = inner
+        seen.append(inner)
+        inner = getattr(inner, "optimizer", None)
+    if found is None:
+        raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
+    return found
+
+
+def is_nested_step(optimizer):
+    """Whether a step of `optimizer` is under way within another one of its own. The stack tells, as
+    no count of hooks survives a step that raises."""
+    code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
+    frame, depth = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is code:
+            depth += any(value is optimizer for value in frame.f_locals.values())
+        frame = frame.f_back
+    return depth > 1
+
+
+def config_of(model):
+    """config.json of a Hugging Face model, also a wrapped one, as {name: text}."""
+    for inner in (model, getattr(model, "module", None)):
+        if config := getattr(inner, "config", None):
+            break
+    to_json = getattr(config, "to_json_string", None)
+    return {"config.json": to_json()} if to_json else {}
+
+
+# --- Joining ------------------------------------------------------------------------------------
+
+
+class Admission:
+    """How a worker gets into a run, for the first time or again: it says what it is and what it
+    holds, brings what the server lacks, and takes what it lacks itself from the log."""
+
+    def __init__(self, leader):
+        self.leader, self.worker, self.replica = leader, leader.worker, leader.replica
+        self.link, self.trained = leader.link, leader.worker.trained
+        self.fingerprints = {}  # of frozen parameters, worked out once
+        self.kept = []  # slices whose local work of a checkpoint goes on
+        self.out = []  # slices whose push comes to the server only now
+
+    def ask(self):
+        """Ask to join until there is an answer, at most for so long as the worker waits for a
+        server. Returns the reply."""
+        with self.link.control_lock:
+            conn = self.link.open_control()
+            self.link.lost.clear()
+            self.link.must_join = False
+            reply = conn.request("join", self.introduction(), on_wait=self.say_awaited)
+            while reply.type == "bring":
+                reply = self.bring(conn, reply)
+        if not self.worker.joins:
+            self.set_up(reply)
+        if self.link.heart is None:
+            seconds = reply.field("heartbeat_seconds", float, low=0.01)
+            self.link.start_heart(seconds, self.leader.beat)
+        with torch.no_grad():
+            self.take(reply)
+        return reply
+
+    def introduction(self):
+        """What a join says of this worker."""
+        worker, count = self.worker, self.worker.schedule.count
+        specs, buffers = (protocol.specs_of(each.items()) for each in self.tensors())
+        places = self.replica.outbox.places if worker.joins else []
+        return {
+            "manifest": protocol.manifest_to_json(specs),
+            "buffers": protocol.manifest_to_json(buffers),
+            "frozen": self.describe_frozen(),
+            "sync_every": worker.sync_every,
+            "num_fragments": worker.num_fragments,
+            "source": worker.source,
+            "host": socket.gethostname(),
+            "ranks": worker.ranks.count,
+            "step": worker.step,
+            "position": worker.schedule.position,
+            "run": worker.run,
+            "versions": [place.version for place in places] or [FRESH] * count,
+            "folded": [place.folded for place in places],
+            "closed": [k for k, place in enumerate(places) if place.is_closed],
+            "resumes": [] if places else self.resumable(),
+        }
+
+    def tensors(self):
+        """({name: parameter}, {name: buffer}): the worker's tensors, in its own order."""
+        return self.trained.named, self.trained.buffer_tensors
+
+    def resumable(self):
+        """By slice, the version that the local work of a checkpoint started from. A slice that was
+        saved while its push was out is resumed from the global one: what came after the push cannot
+        be told from what it carries."""
+        saved = self.worker.saved.get("fragments", [])
+        found = [FRESH if old["in_flight"] else Version(*old["version"]) for old in saved]
+        more = self.worker.schedule.count - len(found)
+        if not saved or more not in (0, len(self.trained.buffers) > 0):
+            return []
+        return found + [FRESH] * more
+
+    def describe_frozen(self):
+        """[name, dtype, shape, fingerprint] of each frozen parameter."""
+        frozen = self.trained.frozen
+        if frozen and not self.fingerprints:
+            whole = self.worker.ranks.whole(list(frozen))
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                found = threads.map(protocol.fingerprint, whole)
+                self.fingerprints = dict(zip(frozen, found, strict=True))
+        listed = protocol.manifest_to_json(protocol.specs_of(frozen.items()))
+        return [[*entry, self.fingerprints[entry[0]]] for entry in listed]
+
+    def note_frozen(self, name, whole):
+        """A frozen parameter of a sharded model, as `Ranks.gather` finds it."""
+        self.fingerprints[name] = protocol.fingerprint(whole)
+
+    def say_awaited(self, fields):
+        """The server still waits for others."""
+        if self.worker.leave_by is not None:
+            raise ConnectionError("this worker leaves")
+        log(f"{self.worker.worker_id} waits for {fields.get('awaited')}")
+
+    def bring(self, conn, reply):
+        """Upload the slices that the server asks for: of the anchor, or of the model that this
+        worker was started with."""
+        slices = [k for k in reply.field("slices", list) if type(k) is int]
+        files = self.trained.files if reply.field("files", bool, False) else {}
+        files = {n: t.encode() for n, t in files.items() if n in protocol.FILE_NAMES}
+        raw = {
+            f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            for name, text in files.items()
+        }
+        if self.worker.joins:
+            sources = [slice.anchor for slice in self.replica.slices]
+        else:
+            flats = self.flats(*self.orders_of(reply))
+            sources = [self.own_slice(flat) for flat, *_ in flats]
+        if not all(0 <= k < len(sources) for k in slices):
+            raise ProtocolError("bring: the server asks for a slice that there is not")
+        found = {f"slice:{k}": sources[k].cpu() for k in slices}
+        return conn.request(
+            "bring",
+            {"slices": slices, "files": {name: len(text) for name, text in files.items()}},
+            protocol.specs_of(found.items()) + protocol.specs_of(raw.items()),
+            [*found.values(), *raw.values()],
+            on_wait=self.say_awaited,
+        )
+
+    @staticmethod
+    def own_slice(flat):
+        """The local values of a slice, as float32."""
+        values = torch.empty(flat.numel, device=flat.device)
+        flat.read(0, values)
+        return values
+
+    def flats(self, names, buffers):
+        """[(FlatModel, whether it is the buffers', whether it predicts)] of the slices, in the order
+        of these names of parameters and buffers."""
+        worker, count = self.worker, self.worker.num_fragments
+        predicts = worker.fragment_update == "predict" and worker.delay > 0
+        whole = worker.ranks.whole(list(names))
+        found = [(protocol.FlatModel(whole, k, count), False, predicts) for k in range(count)]
+        if buffers:
+            places = {name: self.trained.buffers[name] for name in buffers}
+            found.append((Buffers(places), True, False))
+        return found
+
+    def set_up(self, reply):
+        """The first join of this process: the slices in the layout of the server's manifest."""
+        self.kept = []
+        self.replica.set_up(self.flats(*self.orders_of(reply)), reply)
+
+    def orders_of(self, reply):
+        """[names of the parameters, names of the buffers] in the order in which the server has
+        them, which may not be this worker's."""
+        named, buffers = self.tensors()
+        orders = []
+        for name, own in (("manifest", named), ("buffers", buffers)):
+            specs = protocol.manifest_from_json(reply.field(name, list), trained=name == "manifest")
+            if {s.name: s.shape for s in specs} != {n: tuple(t.shape) for n, t in own.items()}:
+                raise ProtocolError("join: the server names other tensors than this worker has")
+            orders.append([spec.name for spec in specs])
+        return orders
+
+    def take(self, reply):
+        """Take from the log what this worker lacks, and note what the server knows of its pushes."""
+        worker, replica, outbox = self.worker, self.replica, self.replica.outbox
+        run, known = reply.field("run", str), reply.field("known", list)
+        if len(known) != len(outbox.places) or not all(type(seq) is int for seq in known):
+            raise ProtocolError("join: the sequence numbers are not one a slice")
+        is_first, is_finite = worker.joins == 0, True
+        if not is_first and run != worker.run:
+            forgotten = outbox.forget()
+            self.leader.drop("the server has the model of another run", *forgotten)
+            self.leader.refusals = 0
+        worker.run, resumes = run, self.resumable() if is_first else []
+        self.out = outbox.know(known)
+        with self.link.borrowed() as conn:
+            for k in range(len(replica.slices)):
+                if outbox.places[k].pending:
+                    continue  # a pull of that push takes what this slice lacks
+                if is_first:
+                    self.take_first(conn, k, resumes[k] if resumes else NONE)
+                else:
+                    is_finite = replica.catch_up(conn, k) and is_finite
+        if not is_finite:
+            self.leader.drop("local work is not finite")
+        self.fetch_frozen(reply.field("frozen", list, []))
+        self.leader.heard = {}
+        worker.index, worker.rank = reply.field("index", int), reply.field("rank", int)
+        worker.world = reply.field("world", int, low=1)
+        worker.num_shares = reply.field("num_shares", int, low=1)
+        if is_first:
+            self.resume(reply)
+
+    def take_first(self, conn, k, resumed):
+        """Take a slice in full at the first join. Local work of a checkpoint that started from the
+        very version stays; else the local values become the global ones."""
+        slice, places = self.replica.slices[k], self.replica.outbox.places
+        places[k].version = NONE
+        self.replica.pull(conn, k, 0)
+        if places[k].version == resumed and not slice.carries_values:
+            self.replica.outbox.resume(k, resumed, self.worker.saved["fragments"][k]["steps"])
+            self.kept.append(k)
+        else:
+            slice.show_anchor()
+
+    def resume(self, reply):
+        """The first join is through: go on where the checkpoint was, if the run is still there."""
+        worker = self.worker
+        worker.step = worker.run_step = reply.field("step", int)
+        if worker.saved:
+            self.load_residual()
+        worker.kept_local = bool(self.kept)
+        if self.kept:
+            worker.step = worker.saved["step"]
+        elif worker.saved:
+            log("the server has moved on since the checkpoint: took the global model")
+        if len(self.kept) == worker.num_fragments:  # the others wait for it just there
+            worker.schedule.resume(worker.saved["position"])
+        else:
+            worker.schedule.align(reply.field("next", int), reply.field("steps", int, None))
+
+    def load_residual(self):
+        """Take up what encoding had lost of the pushes before the checkpoint."""
+        saved, slices = self.worker.saved, self.replica.slices
+        lossy = {
+            f"residual.{k}": slice.residual
+            for k, slice in enumerate(slices)
+            if slice.residual is not None
+        }
+        if not lossy:
+            return
+        try:
+            if "residual" in saved:
+                fields, tensors = saved, saved["residual"]
+            else:
+                fields, tensors = protocol.load_file(self.worker.residual_path)
+            if protocol.specs_of(tensors.items()) != protocol.specs_of(lossy.items()):
+                raise ProtocolError("it is of another model, or of other fragments")
+            if fields.get("run") != saved.get("run"):
+                raise ProtocolError("it is of another run")
+        except (OSError, TypeError, ProtocolError) as error:
+            log(
+                f"{self.worker.worker_id}: no residual beside the checkpoint ({error}): what rounding "
+                "lost of the pushes before it is not made up for"
+            )
+            return
+        for name, residual in lossy.items():
+            residual.copy_(tensors[name])
+
+    def fetch_frozen(self, names):
+        """Take frozen parameters that differ from those of the server's -m."""
+        if not names:
+            return
+        frozen = self.trained.frozen
+        if not frozen.keys() >= set(map(str, names)):
+            raise ProtocolError("join: the server names frozen tensors that are not this worker's")
+        chosen = {name: frozen[name] for name in names}
+        whole = self.worker.ranks.whole(names)
+        with self.link.borrowed() as conn:
+            reply = conn.request("fetch", {"frozen": names})
+            reply.expect(protocol.specs_of(chosen.items()))
+            for spec, parameter in zip(reply.specs, whole, strict=True):
+                values = torch.empty(spec.shape, dtype=spec.dtype)
+                conn.read(values)
+                with torch.no_grad():
+                    parameter.copy_(values)
+                self.fingerprints[spec.name] = protocol.fingerprint(values)
+                self.worker.fetched.append(spec.name)
+        size = protocol.payload_bytes(reply.specs) / 1e6
+        log(
+            f"{self.worker.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not "
+            f"those of the server's -m: took {size:.3g} MB of them"
+        )
+
+
+# --- The worker ---------------------------------------------------------------------------------
+#
+# Everything below runs in the training thread, after an optimizer step. A step first adopts what is
+# due, then pushes what is due. Training waits in one place only: where it adopts a slice, until its
+# own push is listed. Of several ranks rank 0 does all this, and the others take over what it says.
+
+
+class Leader:
+    """What rank 0 does for a worker, which may have other ranks: it joins, adopts what is due, pushes
+    what is due, gives up what is not finite, and closes the run. Facts that concern all ranks are
+    attributes of the `worker`.
+    """
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.schedule, self.replica, self.link = worker.schedule, worker.replica, worker.link
+        self.admission = Admission(self)
+        self.refusals = 0  # drops in a row
+        self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
+
+    def join(self, seconds):
+        """Join, for the first time or again. Raises ConnectionError where there is no server for so
+        many seconds."""
+        worker = self.worker
+        reply = self.link.retry(self.admission.ask, seconds)
+        worker.joins += 1
+        self.link.reached()
+        if worker.joins > 1:
+            place = reply.field("next", int), reply.field("steps", int, None)
+            self.schedule.align(*place, self.admission.out)
+        labels = worker.versions
+        self.replica.audit("joined", labels=labels, index=worker.index, again=worker.joins > 1)
+        for k in range(len(self.replica.slices)):
+            self.replica.audit_anchor(k)
+        numbers = [number for _, number in labels]
+        log(
+            f"{worker.worker_id} {'has joined again as' if worker.joins > 1 else 'is'} worker "
+            f"{worker.index}, {worker.world} in all, at step {worker.step}, version "
+            f"{numbers[0] if len(numbers) == 1 else numbers}"
+        )
+        self.replica.resend()
+
+    def rejoin(self):
+        """Join again: the server was restarted, or had given this worker up. False where it cannot be
+        reached."""
+        self.link.interrupt()
+        self.link.interrupted.clear()
+        seconds = (
+            self.link.patience(self.worker.reconnect_timeout)
+            if self.worker.leave_by is None
+            else 0.0
+        )
+        try:
+            self.join(seconds)
+        except ConnectionError as error:
+            self.link.note_outage(error)
+            self.link.must_join = True
+            self.link.lost.clear()  # a heartbeat that gets through sets it again
+            return False
+        return True
+
+    def is_busy(self):
+        """Whether there is something to do after this step, on rank 0."""
+        if not self.worker.ranks.leads:
+            return False
+        due = any(self.is_due(k) for k in range(self.schedule.count))
+        return bool(self.is_stirred()) or due or self.schedule.left <= 1
+
+    def is_due(self, k):
+        """Whether slice k is to be adopted now. A push that training has gone on without is adopted
+        when an entry lists it."""
+        if k in self.replica.listed:
+            push, *_ = self.replica.listed[k]
+            return push.late or self.worker.local_step >= push.adopt_at
+        return self.replica.outbox.is_due(k, self.worker.local_step)
+
+    def work(self):
+        """Adopt what is due after a step, then push what is due. Only if `is_busy`, else `tick`."""
+        worker = self.worker
+        if self.link.lost.is_set():
+            self.rejoin()
+        self.heed_replica()
+        for k in range(self.schedule.count):
+            if self.is_due(k):
+                self.adopt(k)
+        due = self.schedule.tick()
+        for k in due:
+            with self.replica.changed:
+                push = self.replica.outbox.make(k, worker.local_step, worker.tokens, worker.delay)
+            if push:  # else the one before is still out, and these steps go with the next
+                self.replica.push(push, goes_on=worker.delay > 0, facts=self.facts())
+        for k in due if worker.delay == 0 else ():
+            if self.is_due(k):
+                self.adopt(k)
+
+    def facts(self):
+        """What a push says of this worker's progress."""
+        return {
+            "step": self.worker.step,
+            "position": self.schedule.position,
+            "loss": self.sane_loss(),
+        }
+
+    def adopt(self, k):
+        """Wait until an entry lists the pending push of slice k, then move the local values with the
+        anchor. False where training is to go on without it."""
+        worker = self.worker
+        replica, began = self.replica, time.monotonic()
+        try:
+            if not self.wait(lambda: self.is_decided(k)) and not self.go_on(k):
+                return False
+        finally:
+            worker.stall_time += time.monotonic() - began
+        self.heed_replica()
+        if k not in replica.listed:
+            return False  # given up: the server has the model of another run
+        with replica.changed:
+            push, refused, step = replica.listed.pop(k)
+        worker.run_step = max(worker.run_step, step)
+        alpha = worker.alpha if worker.fragment_update == "mix" and not push.late else None
+        with uninterrupted():
+            is_finite = replica.slices[k].adopt(alpha)
+        worker.fragment_syncs += k < worker.num_fragments
+        if refused:
+            self.count_refused(push, refused)
+        else:
+            replica.audit("settled", push)
+        if not is_finite:
+            self.drop("local work is not finite")
+        elif not replica.slices[k].is_empty and not refused:
+            self.refusals = 0
+        return True
+
+    def is_decided(self, k):
+        """Whether slice k has no push whose fate is open."""
+        return k in self.replica.listed or not self.replica.outbox.places[k].pending
+
+    def wait(self, condition):
+        """Wait until `condition()`, and join again meanwhile if that is needed. False where an outage
+        lasts longer than `reconnect_timeout`, or where a worker that leaves need not wait."""
+        worker = self.worker
+        replica, outbox = self.replica, self.replica.outbox
+        while not condition():
+            self.heed_replica()
+            if self.link.lost.is_set() and not self.rejoin():
+                return condition()
+            left = 0.5
+            if self.link.outage is not None:
+                left = min(left, self.link.patience(worker.reconnect_timeout))
+            if worker.leave_by is not None:
+                arrived = outbox.upload() is None
+                left = 0.0 if arrived else min(left, worker.leave_by - time.monotonic())
+            if left <= 0:
+                return condition()
+            with replica.changed:
+                replica.changed.wait_for(lambda: condition() or self.is_stirred(), left)
+        return True
+
+    def is_stirred(self):
+        """Whether the link's threads have met something that training must see to."""
+        return self.replica.broken or self.replica.error or self.link.lost.is_set()
+
+    def heed_replica(self):
+        """See to what the link's threads have met: an error, or numbers that are not finite."""
+        if self.replica.error:
+            raise self.replica.error
+        while self.replica.broken:
+            push = self.replica.broken.pop(0)
+            if self.replica.slices[push.k].is_broken:  # else its steps went with another slice's
+                self.drop("the pseudo-gradient is not finite", push)
+
+    def go_on(self, k):
+        """Let training go on from the values that the push of slice k was made from. True where the
+        push is listed after all."""
+        slice, replica = self.replica.slices[k], self.replica
+        with slice.lock:
+            if k in replica.listed:
+                return True
+            slice.keep_mark()
+            push = replica.outbox.places[k].pending
+            if not push.late and self.worker.leave_by is None:
+                log(
+                    f"WARNING: {self.worker.worker_id} trains on without the server; the push of "
+                    f"{push.steps} steps is kept until it is back"
+                )
+            push.late = True
+        return False
+
+    def count_refused(self, push, why):
+        """An entry lists a push without its numbers: its steps are in no version."""
+        self.worker.dropped_steps += push.steps
+        self.replica.audit("dropped", push, first=push.first, last=push.last, why=why)
+        log(f"WARNING: {self.worker.worker_id}: {why}; its {push.steps} steps are dropped")
+
+    def drop(self, why, *pushes):
+        """Give up all local work, in all slices, and the steps of `pushes`: what is not finite in one
+        slice would be in the others after the next step. Raises FloatingPointError where that happens
+        too often."""
+        worker, replica, pushes = self.worker, self.replica, [*pushes]
+        for k, slice in enumerate(replica.slices):
+            pending = replica.outbox.places[k].pending
+            if pending:
+                slice.finish_encoding()
+            if slice.is_broken:
+                pushes += [p for p in (pending, *replica.broken) if p and p.k == k]
+                slice.is_broken = False
+            slice.drop()
+        pushes = dict.fromkeys(pushes)  # each once
+        with replica.changed:
+            given_up = replica.outbox.drop(worker.local_step, worker.tokens)
+        given_up += [(push.k, push.first, push.last) for push in pushes]
+        steps = [0] * len(replica.slices)
+        for k, first, last in given_up:
+            replica.audit("dropped", fragment=k, first=first, last=last, why=why)
+            steps[k] += last - first
+        worker.dropped_steps += max(steps)
+        self.refusals += 1
+        worker.trained.clear_moments()
+        log(
+            f"WARNING: {why}: dropped {max(steps)} steps, took the global model, and cleared the "
+            "optimizer's state"
+        )
+        if self.refusals >= MAX_REFUSALS:
+            raise FloatingPointError(
+                f"{why}, {self.refusals} times running: training diverges on {worker.worker_id}; "
+                "lower the learning rate, clip gradients, or check its data and hardware"
+            )
+
+    def close_run(self):
+        """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
+        worker = self.worker
+        outbox, self.link.outage = self.replica.outbox, None
+        while not outbox.is_closed or self.replica.listed:
+            for k in list(self.replica.listed):
+                self.adopt(k)
+            with self.replica.changed:
+                made = outbox.close(self.schedule.order(), worker.local_step, worker.tokens)
+            for push in made:
+                self.replica.push(push, goes_on=False, facts=self.facts())
+            if self.replica.listed or outbox.is_closed:
+                continue
+            if worker.leave_by is not None and outbox.upload() is None and not made:
+                return  # all that is left has arrived, and counts
+            if not self.wait(lambda: bool(self.replica.listed) or not outbox.queue):
+                if worker.leave_by is not None:
+                    return
+                raise ConnectionError(
+                    f"server {worker.server} cannot be reached: {worker.steps} steps of "
+                    f"{worker.worker_id} have not been sent"
+                )
+
+    def beat(self, control):
+        """A heartbeat, from a thread of the link: say where this worker is, and hear of the others."""
+        worker = self.worker
+        with self.replica.changed:
+            blocked = list(self.replica.outbox.blocked(worker.local_step))
+        fields = {
+            "step": worker.step,
+            "position": self.schedule.position,
+            "steps_per_second": worker.steps_per_second,
+            "loss": self.sane_loss(),
+            "blocked": blocked,
+        }
+        reply = control.request("heartbeat", fields)
+        orders = reply.field("orders", list)
+        if "away" in orders and not worker.is_server_away:
+            log(f"server {worker.server} was stopped; it has saved, and is awaited back")
+        worker.is_server_away = "away" in orders
+        heard = {
+            "stop_ordered": worker.stop_ordered or "stop" in orders,
+            "rank": reply.field("rank", int),
+            "world": reply.field("world", int, low=1),
+        }
+        if worker.ranks.count == 1:
+            vars(worker).update(heard)
+        else:
+            self.heard = heard
+
+    def sane_loss(self):
+        """The loss as the wire takes it: a number within its limits, or nothing."""
+        loss = self.worker.loss
+        return loss if loss is not None and abs(loss) < protocol.MAX_ABS else None
 
 
 STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
@@ -711,10 +2096,10 @@ class DiLoCoWorker:
     state: what `state_dict` gave, to go on with local work that had not been sent.
     residual: path of what `save_residual` wrote with that; or `residual()` is in it as "residual".
 
-    Where torch.distributed is initialized, all its ranks are one worker: each makes one of these, rank 0
-    speaks to the server, and all have the same parameters to the bit after each step. Of a model that
-    `fully_shard` has been applied to, each keeps its shards; rank 0 holds the anchor, on the CPU.
-    Raises ValueError where a DTensor is placed in another way than that does by default.
+    Where torch.distributed is initialized, all its ranks are one worker: each makes one of these,
+    rank 0 speaks to the server, and all have the same parameters to the bit after each step. Of a
+    model that `fully_shard` has been applied to, each keeps its shards; rank 0 holds the anchor, and
+    a copy of the model, on the CPU. Raises ValueError where a DTensor is placed in another way.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
     when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
@@ -743,121 +2128,58 @@ class DiLoCoWorker:
         self.server = server or os.environ.get("DILOCO_SERVER")
         if not self.server:
             raise ValueError("no server: pass server='host:port' or set DILOCO_SERVER")
-        self.saved, self.residual_path = state or {}, residual
         self.sync_every = int(sync_every or os.environ.get("DILOCO_SYNC_EVERY") or SYNC_EVERY)
         self.num_fragments = int(num_fragments or os.environ.get("DILOCO_NUM_FRAGMENTS") or 1)
-        self.update = fragment_update
-        self.alpha = float(fragment_update_alpha) if fragment_update == "mix" else None
+        self.fragment_update, self.alpha = fragment_update, float(fragment_update_alpha)
         self.delay = fragment_sync_delay
         if self.delay is None:
             self.delay = 0 if self.num_fragments == 1 else self.sync_every // self.num_fragments
-        self._check_settings()
-        self.worker_id = (
-            worker_id
-            or os.environ.get("DILOCO_WORKER_ID")
-            or self.saved.get("worker_id")
-            or f"{socket.gethostname()}-{os.getpid()}"
-        )
-        self.session = secrets.token_hex(8)
+        check_settings(self)
+        self.saved, self.residual_path = state or {}, residual
+        self.worker_id = worker_id or default_id(self.saved)
         self.source, self.reconnect_timeout = source, reconnect_timeout
-        self.files = files if files is not None else _config_of(model)
-        several = isinstance(optimizer, list | tuple)
-        self.optimizers = [_unwrapped(each) for each in (optimizer if several else [optimizer])]
-        if not self.optimizers:
-            raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
-        self.optimizer = self.optimizers[-1]
-        self.fsdp_modules = _fsdp_modules(model)
-        self._reshard()
-        self.named, self.frozen, self.buffers = _trainable(model), _frozen(model), Buffers(model)
-        self.is_sharded = any(map(_is_sharded, [*self.named.values(), *self.frozen.values()]))
-        self.fingerprints = {}  # of frozen parameters, worked out once
-        self.fetched = 0  # frozen parameters that were taken from the server
-
-        self.control = None  # the Connection of join, heartbeat and leave
-        self.control_lock = threading.Lock()
-        self.data = []  # idle Connections for pushes
-        self.used = set()  # those in use
-        self.pool = Pool(self.num_fragments)
-        self.closed = threading.Event()
-        self.must_join = threading.Event()  # the server does not know this worker any more
-        self.interrupt = threading.Event()  # ends the flights: the run is joined again, or left
-        self.down_since = None  # when the outage of the server that lasts still was noticed
-        self.heart = None
-        self.hook = None
-        self.anchor_lock = threading.Lock()  # while a slice of the anchor moves
-        self.fragments, self.snapshots = [], []
-
-        self.run, self.ticket = self.saved.get("run", ""), ""  # the run, and the place in it
-        self.index, self.rank, self.world = 0, 0, 1
-        self.shares, self.num_shares = (0,), 1  # of the data: those that are this worker's
-        self.step = self.run_step = 0  # mine, and that of the worker that was furthest
+        self.trained = Trained(model, optimizer, files)
+        self.ranks = None  # the processes of this worker, from `start` on
+        self.link = Link(self.server, self.worker_id, threads=self.num_fragments + 2)
+        self.replica = Replica(self.worker_id, self.link)
+        count = self.num_fragments + bool(self.trained.buffers)
+        self.schedule = Schedule(self.sync_every, self.num_fragments, count)
+        self.run = self.saved.get("run", "")  # id of the run that local work belongs to
+        self.index, self.rank, self.world, self.num_shares = 0, 0, 1, 1
+        self.step = self.run_step = 0  # this worker's step of the run, and the furthest worker's
         self.local_step = 0  # optimizer steps of this process
-        self.next, self.wait = 0, self._due(0)  # fragment pushed next, and in how many steps
-        self.tokens = 0
-        self.loss = None
-        self.joins = 0
-        self.kept_local = self.kept_place = False  # local work of a checkpoint; also where it was
-        self.ending = self.flushed = self.stop_ordered = self.away = False
-        self.leave_by = None  # when a worker that was told to leave waits no longer
-        self.fragment_syncs = self.dropped_steps = self.mismatches = self.refusals = 0
-        self.ranks = None  # those of this worker, from `start` on
-        self.last_sync_time = self.total_sync_time = self.stall_time = 0.0
-        self.last_send = self.last_recv = 0
+        self.tokens, self.loss = 0, None
+        self.joins = self.fragment_syncs = self.dropped_steps = 0
+        self.fetched = []  # names of frozen parameters that were taken from the server
+        self.kept_local = self.flushed = self.stop_ordered = self.is_server_away = False
+        self.leave_by = None  # seconds when a worker that was told to leave waits no longer
+        self.stall_time = 0.0
+        self.hook, self.closed = None, threading.Event()
         self.started = time.monotonic()
+        self.leader = Leader(self)
 
-    def _check_settings(self):
-        if self.sync_every < 1:
-            raise ValueError(f"sync_every must be 1 or more, not {self.sync_every}")
-        if not 1 <= self.num_fragments <= self.sync_every:
-            raise ValueError(
-                f"num_fragments is {self.num_fragments} and sync_every {self.sync_every}: every "
-                "fragment needs a step of its own, so the number lies between 1 and sync_every"
-            )
-        if not 0 <= self.delay <= self.sync_every:
-            raise ValueError(
-                f"fragment_sync_delay must be within 0 and sync_every ({self.sync_every}), "
-                f"not {self.delay}"
-            )
-        if self.update not in ("predict", "rebase", "mix"):
-            raise ValueError(f"fragment_update is predict, rebase or mix, not {self.update!r}")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"fragment_update_alpha must be within 0 and 1, not {self.alpha}")
-
-    # --- Joining ---
+    # --- Beginning and ending ---
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
         STARTED.add(self)
         try:
-            self.ranks = Ranks()
-            if self.is_sharded:
-                count = self.ranks.count
-                every = {**self.named, **self.frozen}
-                self.ranks.shards = {n: Sharded(p, count) for n, p in every.items()}
-            with torch.no_grad(), self._telling():
+            self.ranks = Ranks({**self.trained.named, **self.trained.frozen})
+            found = self.ranks.tell(list(self.trained.buffers))  # those that are finite on rank 0
+            self.trained.buffers = {name: self.trained.places[name] for name in found}
+            with torch.no_grad(), self._together(frozen=self.trained.frozen):
                 if self.ranks.leads:
-                    self._enter_run()
+                    self.leader.join(self.reconnect_timeout)
         except BaseException as error:
-            if self.control and not self.joins:
-                self.control.close()  # to `leave` there, one would have to wait for the run to start
             self.close(reason_of(error))
             raise
+        atexit.register(self._close_at_exit)
         self.started = time.monotonic()
         hook = torch.compiler.disable(self._stepped)  # a compiled step ends where this begins
         self.hook = self.optimizer.register_step_post_hook(hook)
         return self
 
     __enter__ = start
-
-    def _enter_run(self):
-        while True:
-            due = retry(self._join, self.reconnect_timeout, f"server {self.server}", self.closed)
-            if self._await_shares():
-                break
-        self.heart = threading.Thread(target=self._heartbeat_loop, daemon=True)
-        self.heart.start()
-        atexit.register(self._close_at_exit)
-        self._align(due)
 
     def __exit__(self, kind, error, _):
         try:
@@ -868,878 +2190,22 @@ class DiLoCoWorker:
             raise
         self.close(reason_of(error) if kind else "done")
 
-    def _connect(self):
-        session = {"worker": self.worker_id, "session": self.session}
-        return protocol.connect(self.server, session)[0]
-
-    def _join(self):
-        """Join or join again, and lay what is not yet in the global model on top of it. Returns
-        what the server says of the next pushes, for `_align`."""
-        with self.control_lock:
-            if self.control:
-                self.control.close()
-            conn = self.control = self._connect()
-            self.must_join.clear()
-            reply = conn.request("join", self._introduction(), on_wait=self._say_awaited)
-            while reply.type == "init":
-                reply = self._upload(conn, reply)
-            names, params, buffers = self._read_model(conn, reply)
-        with torch.no_grad(), uninterrupted():
-            if not self.fragments:
-                self._enter(reply, params, names)
-            else:
-                self._reenter(reply, params)
-            self.buffers.enter(buffers, keep=self.kept_local or self.joins > 0)
-        self.run, self.ticket = reply.field("run", str), reply.field("ticket", str)
-        if differing := reply.field("frozen", list, []):
-            self._fetch_frozen(differing)
-        self.joins += 1
-        self.down_since = None
-        self.index = reply.field("index", int)
-        self.num_shares = reply.field("num_shares", int, low=1)
-        self.heartbeat_seconds = reply.field("heartbeat_seconds", float, low=0.01)
-        self._take_share(reply)
-        self._say_joined()
-        return reply.field("due", dict)
-
-    def _introduction(self):
-        """What a join says of this worker."""
-        return {
-            "manifest": protocol.manifest_to_json(protocol.specs_of(self.named.items())),
-            "buffers": protocol.manifest_to_json(self.buffers.specs),
-            "frozen": self._describe_frozen(),
-            "sync_every": self.sync_every,
-            "num_fragments": self.num_fragments,
-            "source": self.source,
-            "host": socket.gethostname(),
-            "ranks": self.ranks.count,
-            "step": self.step,
-            "position": self.position,
-            "run": self.run,
-            "versions": [fragment.version for fragment in self.fragments] or self._resumable(),
-            "folded": [fragment.folded for fragment in self.fragments],
-        }
-
-    def _read_model(self, conn, reply):
-        """The global model that a join is answered with: (names of the parameters in the server's
-        order, their float32 vector on the CPU, {name: buffer as it travels})."""
-        buffers, names = reply.split_buffers(), [spec.name for spec in reply.specs]
-        if sorted(names) != sorted(self.named):
-            raise ProtocolError("join: the server sent other tensors than it was told")
-        reply.expect(TensorSpec(n, torch.float32, tuple(self.named[n].shape)) for n in names)
-        params = torch.empty(sum(spec.numel for spec in reply.specs))
-        conn.read(params)
-        return names, params, self._read_buffers(conn, buffers)
-
-    def _say_joined(self):
-        labels = [fragment.version for fragment in self.fragments]
-        self._audit("joined", labels=labels, index=self.index, again=self.joins > 1)
-        for fragment in self.fragments:
-            self._audit_anchor(fragment)
-        numbers = [number for _, number in labels]
-        log(
-            f"{self.worker_id} {'has joined again as' if self.joins > 1 else 'is'} worker "
-            f"{self.index}, {self.world} in all, at step {self.step}, version "
-            f"{numbers[0] if len(numbers) == 1 else numbers}"
-        )
-
-    def _describe_frozen(self):
-        """[name, dtype, shape, fingerprint] of each frozen parameter."""
-        specs = protocol.specs_of(self.frozen.items())
-        if self.is_sharded and not self.fingerprints:
-            self.fingerprints = {
-                spec.name: protocol.fingerprint_of_pieces(self._gathered([spec])) for spec in specs
-            }
-        elif self.frozen and not self.fingerprints:
-            with concurrent.futures.ThreadPoolExecutor() as threads:
-                found = threads.map(protocol.fingerprint, self.frozen.values())
-                self.fingerprints = dict(zip(self.frozen, found, strict=True))
-        listed = protocol.manifest_to_json(specs)
-        return [[*entry, self.fingerprints[entry[0]]] for entry in listed]
-
-    def _fetch_frozen(self, names):
-        """Take frozen parameters that differ from the server's."""
-        if not self.frozen.keys() >= set(map(str, names)):
-            raise ProtocolError("join: the server names frozen tensors that are not this worker's")
-        chosen = {name: self.frozen[name] for name in names}
-        conn = self._connect()
-        self.data.append(conn)
-        try:
-            reply = conn.request("fetch", {"frozen": names})
-        except Refused as refusal:
-            if refusal.code != "rejoin":
-                raise
-            raise ConnectionError(str(refusal)) from None  # it was restarted: join once more
-        reply.expect(protocol.specs_of(chosen.items()))
-        for spec, parameter in zip(reply.specs, chosen.values(), strict=True):
-            values = torch.empty(spec.shape, dtype=spec.dtype)
-            conn.read(values)
-            with torch.no_grad():
-                if self.is_sharded:
-                    ShardedModel(self.ranks, [spec.name]).write(0, values.view(-1).float())
-                else:
-                    parameter.copy_(values)
-            self.fingerprints[spec.name] = protocol.fingerprint(values)
-        self.fetched += len(names)
-        log(f"{self.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not those of the "
-            f"server's -m: took {protocol.payload_bytes(reply.specs) / 1e6:.3g} MB of them")  # fmt: skip
-
-    def _read_buffers(self, conn, specs):
-        """The buffers that end a reply, by their own names. Raises ProtocolError where one is none
-        of this worker's."""
-        own = dict(zip(protocol.buffer_specs(self.buffers.specs), self.buffers.places, strict=True))
-        if not own.keys() >= set(specs):
-            raise ProtocolError("the server sent buffers that are none of this model's")
-        values = {own[spec]: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
-        for tensor in values.values():
-            conn.read(tensor)
-        return values
-
-    def _resumable(self):
-        """The versions that the local work of a checkpoint started from. A push that was under way
-        when it was written has lost the values that it was made from: what came after it cannot be
-        told from what it carries."""
-        saved = self.saved.get("fragments", [])
-        labels = [None if old["in_flight"] else old["version"] for old in saved]
-        return labels if len(labels) == self.num_fragments else []
-
-    def _upload(self, conn, reply):
-        """Bring the model that the run starts from, or what of it the server lacks; or the slices of
-        the anchor of which it lost the newest versions when it died."""
-        newer, wanted = (
-            reply.field("fragments", list, []),
-            set(map(str, reply.field("tensors", list))),
-        )
-        files = {n: t.encode() for n, t in self.files.items() if n in protocol.FILE_NAMES}
-        raw = {
-            f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            for name, text in files.items()
-        }
-        if newer:
-            chosen = {f"slice:{k}": self.fragments[k].anchor for k in newer}
-            specs = protocol.specs_of(chosen.items())
-            parameters = (anchor.cpu() for anchor in chosen.values())
-        else:
-            specs = protocol.specs_of((n, p) for n, p in self.named.items() if n in wanted)
-            parameters = (self.named[spec.name].detach().cpu().contiguous() for spec in specs)
-            if self.is_sharded:
-                parameters = self._gathered(specs)
-        buffers = {
-            n: t for n, t in (self.buffers.anchor or self.buffers.now()).items() if n in wanted
-        }
-        return conn.request(
-            "init",
-            {"files": {name: len(text) for name, text in files.items()}},
-            specs + protocol.specs_of_buffers(buffers) + protocol.specs_of(raw.items()),
-            itertools.chain(parameters, buffers.values(), raw.values()),
-            on_wait=self._say_awaited,
-        )
-
-    def _gathered(self, specs):
-        """Parameters of a sharded model, in pieces of up to CHUNK elements, on the CPU. Through
-        float32, which is what the server makes of them."""
-        flat = ShardedModel(self.ranks, [spec.name for spec in specs])
-        for spec, first, last in protocol.ranges(specs):
-            for start, stop in protocol.chunks(last - first):
-                piece = torch.empty(stop - start)
-                flat.read(first + start, piece)
-                yield piece.to(spec.dtype)
-
-    def _say_awaited(self, fields):
-        if self.leave_by is not None:
-            raise ConnectionError("this worker leaves")
-        log(f"{self.worker_id} waits for {fields.get('awaited')}")
-
-    def _enter(self, reply, params, names):
-        """The first join of this process: set up, and take the parameters or keep one's own."""
-        count = self.num_fragments
-        up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
-        wanted = (
-            up.lossy and reply.field("error_feedback", bool, True),  # a residual
-            self.update == "predict" and self.delay,  # a velocity
-        )
-        for k in range(count):
-            if self.is_sharded:
-                flat = ShardedModel(self.ranks, names, k, count)
-            else:
-                flat = protocol.FlatModel([self.named[name] for name in names], k, count)
-            anchor = protocol.fragment_of(params, k, count).to(flat.device).contiguous()
-            more = (torch.zeros_like(anchor) if wants else None for wants in wanted)
-            self.fragments.append(Fragment(flat, anchor, *more, up, down))
-        self.step = self.run_step = reply.field("step", int)
-        held, kept = self._resumable() or [None] * count, []
-        for k, fragment in enumerate(self.fragments):
-            fragment.version, fragment.outer = (
-                reply.field(n, list)[k] for n in ("versions", "outer")
-            )
-            fragment.seq, fragment.folded = (reply.field(n, list)[k] for n in ("seqs", "folded"))
-            kept.append(fragment.version == held[k])
-            if kept[k]:
-                # Not what the server says: a push that was made after the checkpoint and did not
-                # get through is made again under its name.
-                old = self.saved["fragments"][k]
-                fragment.seq, fragment.mark = old["seq"], (-old["steps"], 0)
-            else:
-                fragment.move(fragment.anchor)
-        if self.saved:
-            self._load_residual()
-        self.kept_local = any(kept)
-        if self.kept_local:
-            self.step = self.saved["step"]
-        elif self.saved:
-            log("the server has moved on since the checkpoint: took the global model")
-        if all(kept):  # the others wait for it just there
-            left = [self._due(k) - self.saved["position"] for k in range(count)]
-            self.next = next(k for k in range(count) if left[k] > 0)
-            self.wait, self.kept_place = left[self.next], True
-
-    def _load_residual(self):
-        """Take up what rounding had lost of the pushes before the checkpoint."""
-        lossy = {f"residual.{k}": f.residual for k, f in enumerate(self.fragments)
-                 if f.residual is not None}  # fmt: skip
-        if not lossy:
-            return
-        try:
-            if "residual" in self.saved:
-                fields, tensors = self.saved, self.saved["residual"]
-            else:
-                fields, tensors = protocol.load_file(self.residual_path)
-            if protocol.specs_of(tensors.items()) != protocol.specs_of(lossy.items()):
-                raise ProtocolError("it is of another model, or of other fragments")
-            if fields.get("run") != self.saved.get("run"):
-                raise ProtocolError("it is of another run")
-        except (OSError, TypeError, ProtocolError) as error:
-            return log(f"{self.worker_id}: no residual beside the checkpoint ({error}): what rounding "
-                       "lost of the pushes before it is not made up for")  # fmt: skip
-        for name, residual in lossy.items():
-            residual.copy_(tensors[name])
-
-    def _reenter(self, reply, params):
-        """A later join: the server was restarted, or had given this worker up. Local work stays, on
-        top of the new global parameters: all of it, or where a push was folded after all, what
-        came after the push. Work that is too old for the server goes."""
-        names = ("versions", "seqs", "outer", "folded", "staleness")
-        news = zip(*(reply.field(name, list) for name in names), strict=True)
-        limit, stale = reply.field("max_staleness", int), 0
-        for k, (fragment, news_of) in enumerate(zip(self.fragments, news, strict=True)):
-            label, seq, outer, folded, staleness = news_of
-            flight = fragment.flight
-            new = protocol.fragment_of(params, k, self.num_fragments).to(fragment.device)
-            if flight and seq >= flight.fields["seq"] and self._is_sound(fragment, flight):
-                fragment.keep_prediction(flight)
-                fragment.anchor.copy_(new)
-                fragment.moved(flight, self.alpha)
-                self.buffers.anchor |= flight.buffers  # no local changes any more
-                self._settle(fragment)
-            elif label != fragment.version:
-                if flight:
-                    self._release(fragment)
-                fragment.move(new, since=fragment.flat.rounded(0, fragment.anchor))
-                fragment.anchor.copy_(new)
-                if self.local_step > fragment.mark[0]:
-                    fragment.staleness += staleness
-                    stale = max(stale, fragment.staleness)
-            else:
-                fragment.anchor.copy_(new)  # where a bit of it was wrong, it no longer is
-            fragment.version, fragment.seq, fragment.outer = label, max(fragment.seq, seq), outer
-            fragment.folded = folded
-        if reply.field("run", str) != self.run:
-            self._drop("the server has the model of another run")
-        elif stale > limit:
-            self._drop(f"the global model is {stale} rounds ahead, over --max-staleness {limit}")
-
-    @staticmethod
-    def _is_sound(fragment, flight):
-        """Whether a push was fit to count: one that is not finite is named as folded, so that its
-        round need not wait for it, but nothing of it is in the global model."""
-        floats = [b.reshape(-1) for b in flight.buffers.values() if b.is_floating_point()]
-        return not flight.steps or (
-            protocol.all_finite(fragment.up, fragment.push.tensors, fragment.size)
-            and all(map(protocol.within, floats))
-        )
-
-    def _align(self, due):
-        """Begin where the others are: push at once what they have begun to push, and come to the
-        next fragment when they do. So no two workers wait for each other on different ones. Where
-        the server names no time, and the next one is the same as here, the place is kept."""
-        again = [fragment for fragment in self.fragments if fragment.flight]
-        place, steps, relaunched = due["next"], due["steps"], []
-        while self.fragments[place] in again:  # pushed before the connection was lost: once more
-            again.remove(self.fragments[place])
-            relaunched.append(self.fragments[place])
-            place, steps = (place + 1) % self.num_fragments, None
-        for fragment in again:  # not what the others wait for next: its time will come
-            self._release(fragment)
-        if not self.kept_place and (place != self.next or steps is not None):
-            whole = self._due(place) - (self._due(place - 1) if place else 0)
-            self.next, self.wait = place, whole if steps is None else min(steps, whole)
-        for fragment in relaunched:
-            flight = fragment.flight
-            if flight.dropped:
-                flight.steps = flight.fields["steps"] = 0
-            flight.error, flight.arrived = None, False
-            flight.done.clear()
-            self._launch(fragment)
-        opened = [] if self.kept_place else due["open"]  # it comes to them in its own time
-        self.kept_place = False
-        for k in opened:
-            if self.fragments[k].flight is None:
-                self._begin(self.fragments[k])
-                if self.delay == 0:
-                    self._adopt(self.fragments[k])
-
-    def _due(self, k):
-        """The step of the cycle after which fragment k is pushed."""
-        return (k + 1) * self.sync_every // self.num_fragments
-
-    @property
-    def position(self):
-        """Steps since the cycle began."""
-        return (self._due(self.next) - self.wait) % self.sync_every
-
-    def _take_share(self, reply):
-        """What the server says of who reads what. Returns whether that is news."""
-        before = self.shares
-        self.rank = reply.field("rank", int, self.rank)
-        self.world = reply.field("world", int, self.world, low=1)
-        self.shares = tuple(reply.field("shares", list, self.shares))
-        return self.shares != before
-
-    def _await_shares(self):
-        """Wait until the others have let go of what this worker is to read, a heartbeat or two.
-        False where the server is gone meanwhile."""
-        while self.source and not self.shares and not self.closed.wait(0.1):
-            with self.control_lock:
-                try:
-                    self._heartbeat()
-                except (OSError, ProtocolError, Refused):
-                    return False
-        return True
-
-    # --- The ranks of one worker ---
-
-    @contextlib.contextmanager
-    def _telling(self):
-        """At the end of the block rank 0 tells the others where the worker is, and hands them its
-        parameters where they have changed; if it failed there, they fail too. Within it rank 0 can
-        read and write their shards."""
-        self._reshard()
-        self.ranks.listening = True
-        try:
-            yield
-        except BaseException as error:
-            if self.ranks.leads:
-                self.ranks.share({"error": reason_of(error)})
-            raise
-        if self.ranks.count == 1:
-            return
-        before = self.ranks.last
-        writes = self.buffers.writes + sum(fragment.flat.writes for fragment in self.fragments)
-        facts = {name: getattr(self, name) for name in TOLD}
-        facts |= {"ahead": self.step - self.local_step, "shares": list(self.shares)}
-        told = self.ranks.share({**facts, "writes": writes, "error": ""})
-        if told["error"]:
-            raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
-        if before is None or told["writes"] != before["writes"]:
-            self.ranks.spread([*self.named.values(), *self.buffers.local.values()])
-        if told["fetched"] != (before["fetched"] if before else 0):
-            self.ranks.spread(self.frozen.values())
-        if not self.ranks.leads:
-            self._heed(told)
-
-    def _reshard(self):
-        """Let go of whole parameters that a forward pass without a backward pass has left in a
-        module: later ones would go on with them, whatever is written into the shards."""
-        for module in self.fsdp_modules:
-            module.reshard()
-
-    def _heed(self, told):
-        """What another rank than 0 learns from it."""
-        if told["dropped_steps"] != self.dropped_steps:
-            self._clear_moments()
-        for name in TOLD:
-            setattr(self, name, told[name])
-        self.step, self.shares = self.local_step + told["ahead"], tuple(told["shares"])
-
-    # --- Rounds ---
-
-    def _stepped(self, optimizer, args, kwargs):
-        """The optimizer's hook. A subclass's `step` that calls its parent's runs it twice."""
-        if not _is_nested_step(optimizer):
-            self._after_step()
-
-    def _after_step(self):
-        """A local step is through."""
-        with torch.no_grad(), self._telling():
-            self.local_step += 1
-            if self.ranks.leads:
-                self._step_on()
-
-    def _step_on(self):
-        """Count the step, adopt what is due, then push what is due."""
-        self.step += 1
-        self.wait -= 1
-        if self.must_join.is_set():
-            self._rejoin()
-        for fragment in self.fragments:
-            if fragment.flight and self._is_due(fragment.flight):
-                self._adopt(fragment)
-        if self.wait > 0:
-            return
-        fragment, before = self.fragments[self.next], self._due(self.next) % self.sync_every
-        self.next = (self.next + 1) % self.num_fragments
-        self.wait = self._due(self.next) - before
-        self._begin(fragment)
-        if self.delay == 0 and fragment.flight:
-            self._adopt(fragment)
-
-    def _is_due(self, flight):
-        """Whether the reply to a push is to be adopted now. One that training has gone on without
-        is adopted when it comes; what needs another join waits for a heartbeat to get through."""
-        if flight.late:
-            return flight.done.is_set() and not flight.error
-        return self.local_step >= flight.adopt_at
-
     @torch.no_grad()
     def flush(self):
-        """Adopt what is under way, send the steps since then as the closing round, and take the
-        final global model. Once; later calls do nothing. Raises ConnectionError where the server
-        cannot be reached for `reconnect_timeout`. After `part`, what has arrived is left to count."""
-        if self.flushed:
+        """Adopt what is under way, send the steps since then as closing pushes, and take the final
+        global model. Once; later calls do nothing. Raises ConnectionError where the server cannot be
+        reached for `reconnect_timeout`. After `part`, does not wait for other workers."""
+        if self.flushed or self.closed.is_set():
             return
-        with self._telling():
+        with self._together():
             if self.ranks.leads:
-                self._close_run()
-            self.flushed = True
-
-    def _close_run(self):
-        self.down_since, self.ending = None, True
-        for fragment in self.fragments:
-            if fragment.flight:
-                self._adopt(fragment)
+                self.leader.close_run()
         self.flushed = True
-        for fragment in self.fragments:  # all at once: others may still wait for any of them
-            if fragment.flight is None:
-                self._begin(fragment)
-        for fragment in self.fragments:
-            while not fragment.closed:
-                if fragment.flight is None:  # given up for joining again
-                    self._begin(fragment)
-                if not self._adopt(fragment):
-                    if self.leave_by is not None:
-                        return
-                    raise ConnectionError(
-                        f"server {self.server} cannot be reached: {self.steps} steps of "
-                        f"{self.worker_id} have not been sent"
-                    )
 
     def part(self, seconds=PARTING_SECONDS):
         """Leave soon: from now on a step, or `flush`, waits at most so long for its push to arrive,
         and for no other worker. A push that has arrived counts. Safe to call in a signal handler."""
         self.leave_by = time.monotonic() + seconds
-
-    def _begin(self, fragment):
-        """Send a fragment on its way: note the local values, and leave the rest to the pool. Where
-        the push before it is still pending, its steps go with a later one."""
-        if fragment.flight:
-            joins = self.joins
-            if not self._adopt(fragment) or self.joins != joins:
-                return
-        steps, tokens = self.local_step - fragment.mark[0], self.tokens - fragment.mark[1]
-        fragment.seq += 1
-        fields = {
-            "fragment": self.fragments.index(fragment),
-            "seq": fragment.seq,
-            "base": fragment.version,
-            "staleness": fragment.staleness,
-            "step": self.step,
-            "position": self.position,
-            "steps": steps,
-            "tokens": tokens,
-            "loss": self._sane_loss(),
-            "closing": self.flushed,
-        }
-        named = {name: fields[name] for name in ("fragment", "seq", "base")}
-        self._audit("push", **named, first=fragment.mark[0], last=self.local_step)
-        snapshot = None
-        if self.delay and not self.flushed:
-            snapshot = self._copy_out(fragment)
-        fragment.flight = Flight(
-            fields,
-            steps,
-            (self.local_step, self.tokens),
-            self.local_step + self.delay,
-            snapshot,
-            self.buffers.changed() if steps and self._carries_buffers(fragment) else {},
-        )
-        if snapshot is not None and fragment.velocity is not None:
-            fragment.predict(fragment.flight)
-        self._launch(fragment)
-
-    def _carries_buffers(self, fragment):
-        return fragment is self.fragments[-1]
-
-    def _copy_out(self, fragment):
-        """A copy of a slice of the local parameters, where they live."""
-        if self.snapshots:
-            snapshot = self.snapshots.pop()
-        else:
-            largest = max(fragment.size for fragment in self.fragments)
-            snapshot = torch.empty(largest, device=fragment.device)
-        fragment.flat.read(0, snapshot[: fragment.size])
-        return snapshot
-
-    def _launch(self, fragment):
-        flight = fragment.flight
-        # The pool's thread has another stream, perhaps.
-        flight.queued = [stream.record_event() for stream in fragment.flat.streams()]
-        self.pool.submit(lambda: self._fly(fragment, flight))
-
-    @torch.no_grad()
-    def _fly(self, fragment, flight):
-        """A push from encoding to the new anchor; everything but the local parameters, which belong
-        to the training thread. Never raises: see `flight.error`."""
-        began = time.monotonic()
-        try:
-            for event in flight.queued:
-                event.synchronize()
-            reply, whole = self._persist(lambda: self._exchange(fragment, flight))
-            with flight.lock:
-                fragment.keep_prediction(flight)
-                still = flight.snapshot is None and not reply.fields.get("refused")
-                with self.anchor_lock:
-                    equal = fragment.advance(reply, whole, move=still)
-                flight.moved = still and equal
-            if not equal:  # the anchor is not what the server holds
-                self.mismatches += 1
-                log(f"WARNING: checksum mismatch at {fragment.version}; fetching the parameters")
-                self._persist(lambda: self._fetch(fragment))
-            self._audit_anchor(fragment)
-            flight.reply = reply
-        except BaseException as error:
-            flight.error = error
-            if isinstance(error, Refused) and error.code == "rejoin":
-                self.must_join.set()
-        for stream in fragment.flat.streams():
-            stream.synchronize()
-        flight.seconds += time.monotonic() - began
-        flight.done.set()
-
-    def _persist(self, action):
-        """Call `action` until it works, with growing pauses. Raises Refused, and ConnectionError
-        where the flights are interrupted."""
-        pause = 0.2
-        while True:
-            try:
-                result = action()
-                self._reached()
-                return result
-            except (OSError, ProtocolError) as error:
-                self._note_outage(error)
-            if self.interrupt.wait(min(pause, LONGEST_PAUSE_SECONDS)):
-                raise ConnectionError("interrupted")
-            pause *= 1.5
-
-    def _note_outage(self, error):
-        while self.data:  # they have most likely died of the same
-            with contextlib.suppress(IndexError):
-                self.data.pop().close()
-        if self.down_since is None and not self.interrupt.is_set():
-            self.down_since = time.monotonic()
-            log(f"server {self.server}: {error}; trying again")
-
-    def _reached(self):
-        if self.down_since is not None:
-            log(f"server {self.server} is there, after {time.monotonic() - self.down_since:.1f} s")
-        self.down_since = None
-
-    def _exchange(self, fragment, flight):
-        """Send a push and read its reply: (message, the slice in full or None)."""
-        conn = self.data.pop() if self.data else self._connect()
-        self.used.add(conn)
-        if self.interrupt.is_set():
-            conn.close()
-        before = conn.bytes_out, conn.bytes_in
-        try:
-            push = fragment.push
-            specs, payload = [], []
-            if flight.steps:
-                specs = push.specs + protocol.specs_of_buffers(flight.buffers)
-                payload = itertools.chain(self._payload(fragment, flight), flight.buffers.values())
-            fields = {**flight.fields, "ticket": self.ticket}
-            reply = conn.request("push", fields, specs, payload, lambda _: self._arrived(flight))
-            whole = self._read_update(conn, fragment, reply)
-        except BaseException:
-            conn.close()
-            raise
-        finally:
-            self.used.discard(conn)
-        self.last_send, self.last_recv = conn.bytes_out - before[0], conn.bytes_in - before[1]
-        self.data.append(conn)
-        return reply, whole
-
-    @staticmethod
-    def _payload(fragment, flight):
-        """The bytes of a push, chunk by chunk: while one is on its way the next is made."""
-        scratch = fragment.scratch()
-        for start, stop, first, last in protocol.chunk_bytes(fragment.up, fragment.size):
-            if flight.encoded < stop:
-                with flight.lock:
-                    fragment.encode(flight, start, stop, scratch)
-            yield fragment.push.raw[first:last]
-
-    def _arrived(self, flight):
-        flight.arrived = True
-        self._reached()
-
-    def _read_update(self, conn, fragment, reply):
-        full = [TensorSpec("slice", torch.float32, (fragment.size,)), Checksum.SPEC]
-        whole, update, news = None, fragment.update, reply.split_buffers()
-        if reply.specs == full:
-            whole = torch.empty(fragment.size)
-            conn.read(whole)
-            conn.read(update.tensors["checksum"])
-        elif reply.specs == [Checksum.SPEC]:
-            conn.read(update.tensors["checksum"])
-        else:
-            reply.expect(update.specs)
-            conn.read(update.raw)
-        if self._carries_buffers(fragment):
-            self.buffers.news = self._read_buffers(conn, news)
-        return whole
-
-    def _fetch(self, fragment):
-        """Take a slice of the anchor in full."""
-        with contextlib.closing(self._connect()) as conn:
-            reply = conn.request("fetch", {"fragment": self.fragments.index(fragment)})
-            whole = self._read_update(conn, fragment, reply)
-        with self.anchor_lock:
-            fragment.advance(reply, whole)
-
-    def _adopt(self, fragment):
-        """Wait for the reply to a fragment's push, and move the local parameters with the anchor.
-        False where training is to go on without it: the push stays pending."""
-        flight, began = fragment.flight, time.monotonic()
-        try:
-            while fragment.flight is flight:
-                if not self._await(flight):
-                    return self._go_on(fragment)
-                if flight.error and not self._needs_join(flight.error):
-                    raise flight.error
-                if not (flight.error or self.must_join.is_set()):
-                    self._finish(fragment)
-                elif not self._rejoin():
-                    return fragment.flight is not flight or self._go_on(fragment)
-            return True
-        finally:
-            self.stall_time += time.monotonic() - began
-
-    def _await(self, flight):
-        """Wait until it is known what became of a push, or can be by joining again. False when an
-        outage has lasted too long for that, or a worker that leaves need not wait any longer."""
-        while not flight.done.is_set() and not self.must_join.is_set():
-            left = 0.5  # how long an order to join again, or to leave, may go unnoticed
-            if self.down_since is not None:
-                left = min(left, self.down_since + self.reconnect_timeout - time.monotonic())
-            if self.leave_by is not None:
-                left = 0 if flight.arrived else min(left, self.leave_by - time.monotonic())
-            if left <= 0:
-                return False
-            flight.done.wait(left)
-        return True
-
-    @staticmethod
-    def _needs_join(error):
-        interrupted = isinstance(error, ConnectionError)
-        return interrupted or (isinstance(error, Refused) and error.code == "rejoin")
-
-    def _go_on(self, fragment):
-        """Leave a push pending, and let training go on from the values that it was made from."""
-        flight = fragment.flight
-        with flight.lock:  # they may be being read
-            if flight.snapshot is None:
-                flight.snapshot = self._copy_out(fragment)
-                for stream in fragment.flat.streams():
-                    stream.synchronize()
-        if not flight.late and self.leave_by is None:
-            log(f"WARNING: {self.worker_id} trains on without the server; the push of "
-                f"{flight.steps} steps is kept until it is back")  # fmt: skip
-        flight.late = True
-        return False
-
-    def _finish(self, fragment):
-        """Adopt the reply to a push, which is there."""
-        flight, reply = fragment.flight, fragment.flight.reply
-        if refused := reply.field("refused", str, ""):
-            stale = reply.field("stale", bool, False)
-            self.refusals += not stale
-            self._drop(refused)
-            if self.refusals >= MAX_REFUSALS:
-                raise FloatingPointError(
-                    f"{refused}, {self.refusals} times running: training diverges on "
-                    f"{self.worker_id}; lower the learning rate, clip gradients, or check its data "
-                    "and hardware"
-                )
-        else:
-            self.refusals = 0
-            with uninterrupted():
-                fragment.moved(flight, self.alpha)
-                self._settle(fragment)
-        self.run_step = max(self.run_step, reply.field("step", int))
-        self.last_sync_time = flight.seconds
-        self.total_sync_time += flight.seconds
-
-    def _settle(self, fragment):
-        """The steps of a fragment's push are in the global model."""
-        flight = fragment.flight
-        if not (flight.reply and flight.reply.fields.get("refused")):
-            self._audit("settled", fragment=flight.fields["fragment"], seq=flight.fields["seq"])
-        if self._carries_buffers(fragment):
-            self.buffers.adopt(flight.buffers)
-        fragment.mark, fragment.staleness = flight.mark, 0
-        fragment.closed = flight.fields["closing"]
-        self.fragment_syncs += 1
-        self._forget_flight(fragment)
-
-    def _release(self, fragment):
-        """Take back a push that is not in the global model: its steps go with the next."""
-        fields = fragment.flight.fields
-        self._audit("released", fragment=fields["fragment"], seq=fields["seq"])
-        fragment.take_back(fragment.flight)
-        fragment.undo_prediction(fragment.flight)
-        self._forget_flight(fragment)
-
-    def _forget_flight(self, fragment):
-        if fragment.flight.snapshot is not None:
-            self.snapshots.append(fragment.flight.snapshot)
-        fragment.flight = None
-
-    def _rejoin(self):
-        """Join again: the server was restarted, or had given this worker up. What became of the
-        pushes under way is learnt from it. False where it cannot be reached."""
-        self.interrupt.set()
-        for conn in self.used.copy():
-            conn.close()
-        for fragment in self.fragments:
-            if fragment.flight:
-                fragment.flight.done.wait()
-        self.interrupt.clear()
-        for fragment in self.fragments:
-            if fragment.flight and not fragment.flight.error:
-                self._finish(fragment)
-        left = self.reconnect_timeout
-        if self.down_since is not None:
-            left = max(0.0, self.down_since + left - time.monotonic())
-        if self.leave_by is not None:
-            left = 0.0
-        try:
-            due = retry(self._join, left, f"server {self.server}", self.closed)
-        except ConnectionError as error:
-            self._note_outage(error)
-            self.must_join.clear()  # a heartbeat that gets through will say so again
-            return False
-        except BaseException:
-            self.control.close()  # within a message, perhaps: none can follow it
-            raise
-        self._await_shares()
-        self._align(due)
-        return True
-
-    def _drop(self, why):
-        """A push was refused. All that is local goes, in all fragments: what is not finite in one
-        would be in the others after the next step."""
-        dropped = self.steps
-        self.dropped_steps += dropped
-        for k, fragment in enumerate(self.fragments):
-            flight, first = fragment.flight, fragment.mark[0]
-            answered = flight and self._await(flight) and flight.done.is_set() and not flight.error
-            with flight.lock if flight else contextlib.nullcontext():
-                fragment.move(fragment.anchor)
-                if flight and not answered:  # it may count yet; what came after it does not
-                    if flight.snapshot is None:
-                        flight.snapshot = torch.empty(fragment.size, device=fragment.device)
-                    fragment.flat.read(0, flight.snapshot[: fragment.size])
-                    flight.predicted, flight.dropped = False, True
-                    if flight.encoded < fragment.size:  # the rest of it cannot be made any more
-                        flight.steps = flight.fields["steps"] = 0
-                    first, flight.mark = flight.mark[0], (self.local_step, self.tokens)
-            if answered:
-                refused = flight.reply.field("refused", str, "")
-                first = first if refused else flight.mark[0]
-                self._settle(fragment)
-            if first < self.local_step:
-                self._audit("dropped", fragment=k, first=first, last=self.local_step, why=why)
-            fragment.mark, fragment.staleness = (self.local_step, self.tokens), 0
-            if fragment.residual is not None:
-                fragment.residual.zero_()
-        self.buffers.put(self.buffers.anchor)
-        self._clear_moments()
-        log(f"WARNING: {why}: dropped {dropped} steps, took the global model, and cleared the "
-            "optimizer's state")  # fmt: skip
-
-    def _clear_moments(self):
-        """The inner optimizers' state belongs to parameters that are gone."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-
-    def _audit(self, event, **facts):
-        protocol.audit(event, worker=self.worker_id, session=self.session, **facts)
-
-    def _audit_anchor(self, fragment):
-        if protocol.is_audited():
-            checksum = bytes(protocol.checksum_of(fragment.anchor).tolist()).hex()
-            k, label = self.fragments.index(fragment), fragment.version
-            self._audit("adopt", fragment=k, label=label, checksum=checksum)
-
-    # --- Heartbeats, leaving ---
-
-    def _heartbeat_loop(self):
-        pause, failures = self.heartbeat_seconds, 0
-        while not self.closed.wait(pause):
-            with self.control_lock:
-                if self.closed.is_set():
-                    return
-                pause = self.heartbeat_seconds
-                try:
-                    if self._heartbeat():
-                        pause = 0.05  # others wait to hear that this worker knows
-                    failures = 0
-                except (OSError, ProtocolError):
-                    self.control.close()
-                    failures += 1
-                    pause = pause if failures > 1 else 0.05  # a line that was cut is made anew
-                except Refused as refusal:
-                    if refusal.code == "rejoin":
-                        self.must_join.set()  # the training thread does, after its step
-
-    def _heartbeat(self):
-        """Say that this worker lives; returns whether it is to read other shares from now on."""
-        if self.control.sock.fileno() < 0:
-            self.control = self._connect()
-        fields = {
-            "step": self.step,
-            "position": self.position,
-            "steps_per_second": self.steps_per_second,
-            "loss": self._sane_loss(),
-            "shares": list(self.shares),
-            "ending": self.ending,
-            "closed": [k for k, fragment in enumerate(self.fragments) if fragment.closed],
-        }
-        reply = self.control.request("heartbeat", fields)
-        orders = reply.field("orders", list)
-        self.stop_ordered |= "stop" in orders
-        if "away" in orders and not self.away:
-            log(f"server {self.server} was stopped; it has saved, and is awaited back")
-        self.away = "away" in orders
-        return self._take_share(reply)
-
-    def _sane_loss(self):
-        """The loss as the wire takes it: a number within its limits, or nothing."""
-        return self.loss if self.loss is not None and abs(self.loss) < protocol.MAX_ABS else None
-
-    @property
-    def steps_per_second(self):
-        return self.local_step / max(time.monotonic() - self.started, 1e-9)
 
     def close(self, reason="done"):
         """Leave the run without sending what is left; does nothing the second time."""
@@ -1749,54 +2215,131 @@ class DiLoCoWorker:
         atexit.unregister(self._close_at_exit)
         if self.hook:
             self.hook.remove()
-        with self.control_lock:
-            if self.control:
-                with contextlib.suppress(OSError, ProtocolError, Refused):
-                    self.control.stall = 5.0
-                    self.control.request("leave", {"reason": reason[:200]})
-                self.control.close()
-        self.interrupt.set()
-        for conn in [*self.data, *self.used.copy()]:
-            conn.close()
-        self.pool.close(seconds=5.0)
-        with torch.no_grad(), uninterrupted():  # leave the local values as training made them
-            # But for shards: after a failure, or where one rank leaves, the others do not listen.
-            for fragment in () if self.is_sharded else self.fragments:
-                if fragment.flight and fragment.flight.reply:
-                    fragment.moved(fragment.flight, self.alpha)
-                    self._settle(fragment)
-                elif fragment.flight:
-                    fragment.undo_prediction(fragment.flight)
-        if self.heart:
-            self.heart.join(5.0)
+        self.link.close(reason, was_member=self.joins > 0)
+        # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
+        if self.ranks and self.ranks.count == 1 and not self.ranks.is_sharded:
+            with torch.no_grad(), uninterrupted():
+                for k in self.replica.listed:
+                    self.replica.slices[k].adopt()
+                self.replica.listed.clear()
 
     def _close_at_exit(self):
         error = getattr(sys, "last_value", None)  # what nobody caught
         self.close(f"the process ended after {reason_of(error)}" if error else "the process ended")
 
     def _disown(self):
-        """In a process forked from the worker's: leave the worker alone. The copies of its sockets
-        go, so that the server hears when the worker dies; they are not shut down, as that would
-        reach the worker's own. Locks may be held by threads that are not in this process."""
-        for conn in filter(None, [self.control, *self.data, *self.used]):
-            conn.sock.close()
+        """In a process forked from the worker's: leave the worker alone."""
+        self.link.disown()
         self.closed, self.flushed = threading.Event(), True
         self.closed.set()
-        self.anchor_lock = threading.Lock()
+        for slice in self.replica.slices:
+            slice.lock = threading.RLock()
         if self.hook:
             self.hook.remove()
+
+    # --- The ranks of one worker ---
+
+    @contextlib.contextmanager
+    def _together(self, is_busy=True, frozen=()):
+        """A turn of the ranks: within the block rank 0 works as if it were alone, if it says that it
+        `is_busy`; yields that. At its end the others take over where the worker is, and its tensors
+        where they have changed; if rank 0 failed there, they fail too. frozen: names of parameters
+        that are to be compared with the server's."""
+        ranks = self.ranks
+        if ranks.count == 1 and not ranks.is_sharded:
+            yield is_busy
+            return
+        before, known = self._writes(), len(self.fetched)
+        try:
+            with uninterrupted():
+                is_busy = self._report(is_busy=is_busy)["is_busy"]
+                if is_busy:
+                    self.trained.reshard()
+                    ranks.gather(self.trained.named, frozen, self.leader.admission.note_frozen)
+            yield is_busy
+        except BaseException as error:
+            if is_busy and ranks.leads and not ranks.is_broken:
+                with uninterrupted(), contextlib.suppress(RuntimeError):
+                    ranks.tell({"error": reason_of(error)})
+            raise
+        if is_busy:
+            with uninterrupted():
+                wrote = [old != new for old, new in zip(before, self._writes(), strict=True)]
+                wrote = self._report(is_busy=False, wrote=wrote)["wrote"]
+                fetched = self.fetched[known:]
+                ranks.spread([*(self.trained.named if wrote[0] else ()), *fetched])
+                ranks.broadcast(self.trained.buffer_tensors.values() if wrote[1] else ())
+                ranks.release(fetched)
+
+    def _writes(self):
+        """How often each slice of (the parameters, the buffers) has been changed here."""
+        counts, n = [slice.flat.writes for slice in self.replica.slices], self.num_fragments
+        return counts[:n], counts[n:]
+
+    def _report(self, **more):
+        """Rank 0 tells the other ranks where the worker is, and they take it over."""
+        vars(self).update(self.leader.heard)
+        facts = {name: getattr(self, name) for name in TOLD}
+        facts |= {"ahead": self.step - self.local_step, "clearings": self.trained.clearings}
+        told = self.ranks.tell({**facts, "error": "", **more})
+        if told["error"]:
+            raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
+        if not self.ranks.leads:
+            if told["clearings"] != self.trained.clearings:
+                self.trained.clear_moments()
+            vars(self).update((name, told[name]) for name in TOLD)
+            self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
+        return told
+
+    # --- Steps ---
+
+    def _stepped(self, optimizer, args, kwargs):
+        """The optimizer's hook. A subclass's `step` that calls its parent's runs it twice."""
+        if not is_nested_step(optimizer):
+            self._after_step()
+
+    def _after_step(self):
+        """A step has been made: adopt what is due, then push what is due."""
+        self.local_step += 1
+        self.step += 1
+        self.replica.step = self.local_step
+        with torch.no_grad(), self._together(self.leader.is_busy()) as is_busy:
+            if self.ranks.leads:
+                self.leader.work() if is_busy else self.schedule.tick()
 
     # --- What others want to know ---
 
     @property
+    def optimizer(self):
+        """The optimizer whose steps count."""
+        return self.trained.optimizers[-1]
+
+    @property
+    def slices(self):
+        """The slices' numbers; the last one may be that of the buffers."""
+        return self.replica.slices
+
+    @property
+    def outbox(self):
+        """The pushes whose fate is not known yet."""
+        return self.replica.outbox
+
+    @property
+    def versions(self):
+        """By slice, the version of the anchor."""
+        return [place.version for place in self.replica.outbox.places]
+
+    @property
     def version(self):
-        """[origin, number] of the first slice of the anchor."""
-        return self.fragments[0].version
+        """(life, number) of the first slice of the anchor."""
+        return self.versions[0]
 
     @property
     def steps(self):
-        """Steps of this process, or of the one that it goes on from, that are in no push yet."""
-        return self.local_step - min(fragment.mark[0] for fragment in self.fragments)
+        """Steps of this process, or of the one that it goes on from, that no entry lists yet."""
+        places = self.replica.outbox.places[: self.num_fragments]
+        listed = [p.pending.first if p.pending else p.mark[0] for p in places]
+        return self.local_step - min(listed, default=self.local_step)
 
     @property
     def sync_count(self):
@@ -1804,16 +2347,21 @@ class DiLoCoWorker:
         return self.fragment_syncs // self.num_fragments
 
     @property
+    def steps_per_second(self):
+        """Optimizer steps of this process over the time since it joined."""
+        return self.local_step / max(time.monotonic() - self.started, 1e-9)
+
+    @property
     def overlap(self):
         """The share of the time of transfers, waiting for others included, in which this worker
         went on training."""
-        return max(0.0, 1 - self.stall_time / self.total_sync_time) if self.total_sync_time else 0.0
+        total = self.replica.total_sync_time
+        return max(0.0, 1 - self.stall_time / total) if total else 0.0
 
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length. All
         ranks of a worker say the same after the same step."""
-        told = self.ranks.last or vars(self)
-        return told["stop_ordered"] or 0 < max_steps <= told["run_step"]
+        return self.stop_ordered or 0 < max_steps <= self.run_step
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -1821,31 +2369,29 @@ class DiLoCoWorker:
         """Within the block the model's parameters and buffers are the global ones, as far as this
         worker has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded
         model all ranks have to enter it, and leave it, between the same steps."""
-        tensors = [*self.named.values(), *self.buffers.local.values()]
+        tensors = [*self.trained.named.values(), *self.trained.buffer_tensors.values()]
         local = [tensor.detach().clone() for tensor in tensors]
-        with self._telling() if self.is_sharded else contextlib.nullcontext(), self.anchor_lock:
-            self.buffers.put(self.buffers.anchor)
-            for fragment in self.fragments:
-                fragment.move(fragment.anchor)
+        together = self._together() if self.ranks.is_sharded else contextlib.nullcontext()
+        with together:
+            for slice in self.replica.slices:
+                slice.show_anchor()
         try:
             yield
         finally:
-            self._reshard()
+            self.trained.reshard()
             with torch.no_grad():
                 for tensor, values in zip(tensors, local, strict=True):
-                    # An expanded buffer, which has not changed either, cannot be written.
-                    if _is_sharded(tensor) or not torch.equal(tensor, values):
-                        tensor.copy_(values)
+                    tensor.copy_(values)
 
     def metrics(self):
         """The numbers for a log, under `diloco/`."""
         return {
             "diloco/sync_count": self.sync_count,
             "diloco/local_step": self.local_step,
-            "diloco/last_sync_time": self.last_sync_time,
-            "diloco/total_sync_time": self.total_sync_time,
-            "diloco/last_send_mb": self.last_send / 1e6,
-            "diloco/last_recv_mb": self.last_recv / 1e6,
+            "diloco/last_sync_time": self.replica.last_sync_time,
+            "diloco/total_sync_time": self.replica.total_sync_time,
+            "diloco/last_send_mb": self.replica.last_send / 1e6,
+            "diloco/last_recv_mb": self.replica.last_recv / 1e6,
             "diloco/steps_per_second": self.steps_per_second,
             "diloco/sync_every": self.sync_every,
             "diloco/num_fragments": self.num_fragments,
@@ -1853,20 +2399,14 @@ class DiLoCoWorker:
             "diloco/overlap": self.overlap,
             "diloco/stall_time": self.stall_time,
             "diloco/dropped_steps": self.dropped_steps,
-            "diloco/mismatches": self.mismatches,
+            "diloco/mismatches": self.replica.mismatches,
         }
 
     def residual(self):
         """What rounding has lost so far, which the next pushes make up for, as {name: tensor}; empty
         where the upload codec loses nothing. Belongs to a checkpoint: as "residual" in `state_dict`
         where tensors can be saved with that, or in a file of its own."""
-        residuals = {}
-        for k, fragment in enumerate(self.fragments):
-            if fragment.residual is not None:
-                flight = fragment.flight
-                with flight.lock if flight else contextlib.nullcontext():
-                    residuals[f"residual.{k}"] = fragment.residual.cpu().clone()
-        return residuals
+        return self.replica.residuals()
 
     def save_residual(self, path):
         """Write `residual` into a safetensors file, if it is not empty."""
@@ -1880,144 +2420,12 @@ class DiLoCoWorker:
             "worker_id": self.worker_id,
             "run": self.run,
             "step": self.step,
-            "position": self.position,
-            "fragments": [
-                {
-                    "version": fragment.version,
-                    "seq": fragment.seq,
-                    "steps": self.local_step - fragment.mark[0],
-                    "in_flight": fragment.flight is not None,
-                }
-                for fragment in self.fragments
-            ],
+            "position": self.schedule.position,
+            "fragments": self.replica.progress(),
         }
 
 
-def _plain_names(model):
-    """A function from a name within `model` to the one that it has before the model is compiled or
-    wrapped for data parallelism."""
-    plain = [name.replace("_orig_mod.", "") for name, _ in model.named_parameters()]
-    wrapper = "module." if all(name.startswith("module.") for name in plain) else ""
-    return lambda name: name.replace("_orig_mod.", "").removeprefix(wrapper)
-
-
-def _frozen(model):
-    """{name: parameter} of what is not trained and can be compared with others': floating-point
-    numbers that are there and whole. Quantized weights are none, nor is what an adapter trains a copy
-    of (peft's `modules_to_save`): no forward pass uses it, and a new head is another in each worker."""
-    plain = _plain_names(model)
-    copied = tuple(
-        f"{name}.original_module."
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict)
-    )
-    return {
-        plain(name): parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-        and not name.startswith(copied)
-        and (_is_plain(parameter) or (_is_sharded(parameter) and not _misplaced(parameter)))
-        and parameter.is_floating_point()
-        and parameter.dtype in protocol.DTYPE_NAMES
-        and not parameter.is_meta
-    }
-
-
-def _trainable(model):
-    """{name: parameter} of what is trained, under plain names."""
-    plain = _plain_names(model)
-    named = {
-        plain(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    if not named:
-        raise ValueError("the model has no parameter that requires grad: nothing to train")
-    for name, parameter in named.items():
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"parameter {name!r} has no shape yet: run one batch, then begin")
-        if parameter.is_meta:
-            raise ValueError(f"parameter {name!r} is on the meta device, so it has no numbers yet: "
-                             "load or initialize the model, then begin")  # fmt: skip
-        if "_fsdp_wrapped_module" in name:
-            raise ValueError(f"parameter {name!r} is flattened by FullyShardedDataParallel, which hides "
-                             "what it was: use fully_shard (FSDP2)")  # fmt: skip
-        if _is_sharded(parameter) and (fault := _misplaced(parameter)):
-            raise ValueError(f"parameter {name!r} {fault}")
-        if not parameter.is_floating_point():
-            raise ValueError(f"parameter {name!r} is {parameter.dtype}: only floating-point numbers "
-                             "can be synchronized; freeze it with requires_grad_(False)")  # fmt: skip
-    return named
-
-
-def _is_sharded(parameter):
-    """Whether it is a DTensor. Told without importing those: most programs have none."""
-    return hasattr(parameter, "full_tensor")
-
-
-def _is_plain(parameter):
-    """Whether it is no tensor of a special kind, as some quantized weights are."""
-    return type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
-
-
-def _misplaced(parameter):
-    """In what way a DTensor lies on the ranks otherwise than fully_shard puts it, or ""."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    placements, mesh = parameter.placements, parameter.device_mesh
-    cuts = [place for place in placements if type(place) is not Replicate]
-    if len(cuts) > 1 or any(type(place) is not Shard or place.dim != 0 for place in cuts):
-        return (
-            f"is placed as {placements}: a DTensor can be synchronized if it is "
-            "replicated, and cut into rows (Shard(0)) over one dimension of its mesh"
-        )
-    if mesh.size() != dist.get_world_size():
-        return (
-            f"is on a mesh of {mesh.size()} ranks, and the worker has "
-            f"{dist.get_world_size()}: give fully_shard a mesh of all, as (Replicate, Shard(0))"
-        )
-    return ""
-
-
-def _fsdp_modules(model):
-    """Those that fully_shard has been applied to."""
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    return [module for module in model.modules() if isinstance(module, fsdp)]
-
-
-def _unwrapped(optimizer):
-    """The innermost optimizer of wrappers such as accelerate's. What else may be in an attribute
-    of that name is the business of its owner."""
-    inner, found, seen = optimizer, None, []
-    while inner is not None and not any(inner is known for known in seen):
-        if hasattr(inner, "register_step_post_hook"):
-            found = inner
-        seen.append(inner)
-        inner = getattr(inner, "optimizer", None)
-    if found is None:
-        raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
-    return found
-
-
-def _is_nested_step(optimizer):
-    """Whether a step of `optimizer` is under way within another one of its own. Told by the stack,
-    as no count of hooks survives a step that raises."""
-    code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
-    frame, depth = sys._getframe(1), 0
-    while frame is not None:
-        if frame.f_code is code:
-            depth += any(value is optimizer for value in frame.f_locals.values())
-        frame = frame.f_back
-    return depth > 1
-
-
-def _config_of(model):
-    """config.json of a Hugging Face model, also a wrapped one, as {name: text}."""
-    for inner in (model, getattr(model, "module", None)):
-        if config := getattr(inner, "config", None):
-            break
-    to_json = getattr(config, "to_json_string", None)
-    return {"config.json": to_json()} if to_json else {}
+# --- Trainers with callbacks ---
 
 
 class DiLoCoCallback:

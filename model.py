@@ -7,14 +7,14 @@
 Notable:
 - The model is a Llama: RMSNorm, rotary positions, SwiGLU, no biases. Tensor names and `config.json`
   are those of the Hugging Face family, so `AutoModelForCausalLM.from_pretrained("model")` loads
-  what a run wrote, and `load` here reads a Llama that others wrote.
-- Text is bytes: 256 tokens and `<|endoftext|>`, which ends a story. `AutoTokenizer` gives the same
-  ids from the `tokenizer.json` that is written beside the weights.
-- A config that asks for what is not implemented here is refused by the name of the field; `load`
-  then hands the folder to transformers, if that is installed.
-- Rotary tables are computed in each forward, in float32: it takes microseconds, and no long context
-  or cast of the model can make them large or coarse.
-- The folder of a run that still trains works too: its newest whole checkpoint is read.
+  a model that a run wrote, and `load` here reads a Llama that others wrote.
+- A token is a byte, or `<|endoftext|>`, which ends a story: 257 in all. `AutoTokenizer` gives the
+  same ids, from the `tokenizer.json` that is written beside the weights.
+- If a config asks for something that is not implemented here, `Config.from_json` refuses it and
+  names the field; `load` then hands the folder to transformers, if that is installed.
+- Rotary tables are computed anew in each forward pass, in float32: this takes microseconds, a long
+  context keeps no memory, and a cast of the model to bfloat16 cannot make the tables coarse.
+- The folder of a run that still trains can be read too: its newest whole checkpoint counts.
 """
 
 import argparse
@@ -36,8 +36,10 @@ import protocol
 END_OF_STORY = "<|endoftext|>"
 WEIGHTS = "model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_SIZE = 1 << 24  # a config may come from the network: above any real model, below overflows
-MAX_LAYERS = 1 << 12  # each layer is a handful of Python objects before any weight exists
+# Upper bounds for a config, which may come from the network: above every real model, and below the
+# sizes whose products overflow. A layer takes memory even before its weights exist, hence the second.
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1 << 12
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -53,18 +55,18 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a Llama's `config.json` that matter here. Raises ValueError on bad values."""
+    """The fields of a Llama's `config.json` that matter here. Raises ValueError for a bad value."""
 
     vocab_size: int = 257
     hidden_size: int = 128
-    intermediate_size: int = 344  # of the SwiGLU; 8/3 of hidden_size costs what a plain MLP does
+    intermediate_size: int = 344  # width of the SwiGLU, best about 8/3 of hidden_size
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None  # fewer than num_attention_heads: grouped queries
-    max_position_embeddings: int = 256  # the longest sequence, in tokens
+    max_position_embeddings: int = 256  # longest sequence, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True  # one matrix is both the embedding and the output layer
+    tie_word_embeddings: bool = True  # one matrix for both the embedding and the output layer
     initializer_range: float = 0.02
     bos_token_id: int | None = 256
     eos_token_id: int | list | None = 256
@@ -74,7 +76,8 @@ class Config:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in SIZES:
-            value, most = getattr(self, name), MAX_LAYERS if "layers" in name else MAX_SIZE
+            value = getattr(self, name)
+            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} is {value!r}: give a whole number from 1 to {most}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
@@ -85,14 +88,15 @@ class Config:
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, not a boolean")
         if self.dtype not in tuple(DTYPES):
             raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        hidden, heads, shared = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if hidden % (2 * heads):  # rotary positions turn pairs within a head
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):  # rotary positions turn pairs within a head
             raise ValueError(
-                f"hidden_size {hidden} is no even multiple of num_attention_heads {heads}"
+                f"hidden_size {self.hidden_size} is no even multiple of num_attention_heads {heads}"
             )
-        if heads % shared:
+        if heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads {shared} does not divide num_attention_heads {heads}"
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {heads}"
             )
 
     @property
@@ -101,8 +105,8 @@ class Config:
 
     @classmethod
     def from_json(cls, text):
-        """The Config in the text of a `config.json`. Raises ValueError, naming the field, where it
-        is malformed or asks for what is not implemented here."""
+        """The Config in the text of a `config.json`. Raises ValueError, which names the field, if the
+        text is malformed or asks for something that is not implemented here."""
         raw = parse_json(text, "config.json")
         reason = unsupported(raw)
         if reason:
@@ -110,7 +114,7 @@ class Config:
         missing = [name for name in SIZES if name not in raw and name != "num_key_value_heads"]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        # What an absent field means is the family's rule, not the defaults of our own small model.
+        # An absent field has the family's default, not the one of our own small model.
         known = {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
         names = {field.name for field in dataclasses.fields(cls)}
         known.update({name: value for name, value in raw.items() if name in names})
@@ -124,7 +128,7 @@ class Config:
         fields = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            **dataclasses.asdict(self),  # rope_theta here is where transformers 4 looks
+            **dataclasses.asdict(self),  # with rope_theta where transformers 4 looks for it
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "head_dim": self.head_dim,
             "hidden_act": "silu",
@@ -137,6 +141,7 @@ class Config:
 
 
 def parse_json(text, name):
+    """The value of a JSON text. Raises ValueError, which names the file."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -144,7 +149,8 @@ def parse_json(text, name):
 
 
 def unsupported(config):
-    """What a parsed `config.json` asks for that `Llama` does not do, or None."""
+    """The first thing that a parsed `config.json` asks for and `Llama` cannot do, in words; else
+    None."""
     if not isinstance(config, dict):
         return "no object at its top level"
     ours = {
@@ -161,7 +167,7 @@ def unsupported(config):
     for name, value in ours.items():
         if config.get(name) != value and (config.get(name) is not None or name == "model_type"):
             return f"{name} {config.get(name)!r}, not {value!r}"
-    for name in ("rope_scaling", "rope_parameters"):  # as transformers 4 and 5 call it
+    for name in ("rope_scaling", "rope_parameters"):  # the names in transformers 4 and 5
         rope = config.get(name) or {}
         plain = isinstance(rope, dict) and rope.get("partial_rotary_factor", 1.0) == 1.0
         if not plain or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -170,8 +176,8 @@ def unsupported(config):
 
 
 def supports(config):
-    """Whether `Llama` implements what a parsed `config.json` (a dict) describes. If not, the model
-    is one for transformers. Sizes are not judged here: `Config.from_json` says what is wrong."""
+    """Whether `Llama` implements the model of a parsed `config.json` (a dict); otherwise transformers
+    may. Sizes are not judged here: `Config.from_json` names a bad one."""
     return unsupported(config) is None
 
 
@@ -179,8 +185,9 @@ def supports(config):
 
 
 def rotary_tables(length, head_dim, theta, device):
-    """(cos, sin), both float32 [length, 1, head_dim]. The first half of `sin` is negated, so that
-    rotating a head's two halves is `x * cos + roll(x) * sin`: fewer passes over memory."""
+    """(cos, sin) of the angles of all positions: both float32 [length, 1, head_dim]. The first half
+    of `sin` is negated, so that a head is rotated by `x * cos + roll(x) * sin`, in few passes over
+    memory."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     positions = torch.arange(length, device=device, dtype=torch.float32)
     angles = torch.outer(positions, 1.0 / theta**exponents)[:, None]
@@ -189,7 +196,7 @@ def rotary_tables(length, head_dim, theta, device):
 
 
 def rotate(x, cos, sin):
-    """Turn the heads x [B, T, heads, head_dim] by their positions."""
+    """The heads x [B, T, heads, head_dim], turned by their positions."""
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, -1) * sin.to(x.dtype)
 
 
@@ -238,9 +245,10 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only transformer; the same bits for the same `torch.manual_seed` and config.
+    """A decoder-only transformer. The same `torch.manual_seed` and config give the same first weights,
+    to the bit.
 
-    Its state_dict has the names of the Hugging Face family. With tied embeddings there is no
+    The state_dict has the names of the Hugging Face family. With tied embeddings there is no
     `lm_head` at all, so the shared matrix is one parameter under one name."""
 
     def __init__(self, config):
@@ -260,16 +268,18 @@ class Llama(nn.Module):
             if parameter.dim() == 2:
                 std = config.initializer_range
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    # Each layer adds two of these to the residual stream; so its size stays put.
+                    # Each layer adds two of these outputs to the residual stream. With smaller
+                    # weights the size of the stream does not grow with the number of layers.
                     std /= math.sqrt(2 * config.num_hidden_layers)
                 nn.init.normal_(parameter, std=std)
         self.to(DTYPES[config.dtype])
 
     def forward(self, ids, targets=None):
-        """Logits [B, T, vocab_size] for ids (int64 [B, T]), in the model's dtype; or, given targets
-        (int64 [B, T], the token that follows each; -100 is left out), the mean cross-entropy, a
+        """Logits [B, T, vocab_size] for ids (int64 [B, T]), in the model's dtype. Given targets (int64
+        [B, T], the next token at each place; -100 is left out), the mean cross-entropy instead, a
         float32 scalar. Raises ValueError if T is over max_position_embeddings."""
-        config, length = self.config, ids.size(1)
+        config = self.config
+        length = ids.size(1)
         if length > config.max_position_embeddings:
             most = config.max_position_embeddings
             raise ValueError(f"{length} tokens in a sequence; max_position_embeddings is {most}")
@@ -289,32 +299,34 @@ class Llama(nn.Module):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as the ids 0 to 255, and `<|endoftext|>` as 256, in text as well."""
+    """UTF-8 bytes as the ids 0 to 255, and `<|endoftext|>` as 256, wherever it occurs in a text."""
 
     vocab_size = 257
-    eos_id = bos_id = 256  # what ends a story also stands before the next one
+    eos_id = bos_id = 256  # the token after a story also stands before the next one
 
     def encode(self, text):
-        """Ids (list of int) of any text; a lone surrogate, which no UTF-8 has, becomes `?`."""
+        """Ids (list of int) of any text. A lone surrogate, which UTF-8 cannot express, becomes `?`."""
         ids = []
         for story in text.split(END_OF_STORY):
             ids += [*story.encode(errors="replace"), self.eos_id]
         return ids[:-1]
 
     def decode(self, ids):
-        """Text of ids 0 to 256; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids from 0 to 256. Bytes that are not UTF-8 become U+FFFD."""
         end = END_OF_STORY.encode()
         return b"".join(end if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
 
 class PretrainedTokenizer:
-    """The tokenizer of a folder in the Hugging Face layout, behind the same few names."""
+    """The tokenizer of a folder in the Hugging Face layout, with the interface of ByteTokenizer.
+    Raises ImportError, OSError, ValueError."""
 
     def __init__(self, folder):
         auto = transformers_for("the tokenizer").AutoTokenizer
         self.tokenizer = auto.from_pretrained(folder, local_files_only=True)
         self.vocab_size = len(self.tokenizer)
-        self.eos_id, self.bos_id = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        self.eos_id = self.tokenizer.eos_token_id
+        self.bos_id = self.tokenizer.bos_token_id
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -324,8 +336,8 @@ class PretrainedTokenizer:
 
 
 def tokenizer_files():
-    """{file name: text} from which `AutoTokenizer.from_pretrained` makes the byte tokenizer: a
-    byte-level BPE without merges. That one spells each byte as a printable character."""
+    """{file name: text} of files that make `AutoTokenizer.from_pretrained` give the byte tokenizer: a
+    byte-level BPE without merges. Such a BPE spells each byte as one printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable}
@@ -352,8 +364,8 @@ def tokenizer_files():
 
 
 def descriptive_files(config):
-    """{file name: text} of all that stands beside the weights of a Llama of this config; the byte
-    tokenizer's files are among them if the vocabulary is that tokenizer's."""
+    """{file name: text} of all files beside the weights of a Llama with this config. The byte
+    tokenizer's files are among them if the vocabulary has its size."""
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 40}
     generation |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     files = {
@@ -364,9 +376,9 @@ def descriptive_files(config):
 
 
 def save(model, folder, files=None):
-    """Write a Llama's `model.safetensors` and descriptive files (by default those of its config)
-    into a folder, each file whole or not at all, the weights last. Raises OSError, and ValueError
-    for a file name that does not describe a model."""
+    """Write a Llama's `model.safetensors` and descriptive files into a folder, by default the files
+    of its config. Each file appears whole or not at all, the weights last. Raises OSError, and
+    ValueError for a file name that does not describe a model."""
     files = descriptive_files(model.config) if files is None else files
     strange = sorted(set(files) - set(protocol.FILE_NAMES))
     if strange:
@@ -378,8 +390,8 @@ def save(model, folder, files=None):
 
 
 def find_model(folder):
-    """The folder itself if it holds weights, else its newest whole checkpoint, announced on
-    stderr. Raises FileNotFoundError."""
+    """The folder itself if it holds weights, else its newest whole checkpoint, which is then named
+    on stderr. Raises FileNotFoundError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -396,8 +408,8 @@ def find_model(folder):
 
 
 def load(folder):
-    """(model, tokenizer) of a folder that a run or `save_pretrained` wrote, on the CPU. A model
-    that `Llama` does not cover is a transformers one. Raises OSError, ValueError, ImportError and
+    """(model, tokenizer) of a folder that a run or `save_pretrained` wrote, on the CPU. A model that
+    `Llama` does not implement comes from transformers. Raises OSError, ValueError, ImportError and
     protocol.ProtocolError, with the reason in one line."""
     folder = find_model(folder)
     path = folder / "config.json"
@@ -411,7 +423,7 @@ def load(folder):
         model = auto.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return model, PretrainedTokenizer(folder)
     config = Config.from_json(text)
-    with torch.device("meta"):  # no memory is taken before the shapes agree
+    with torch.device("meta"):  # a model without memory, until the shapes agree
         model = Llama(config)
     tensors = protocol.load_file(folder / WEIGHTS)[1]
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -431,17 +443,19 @@ def load(folder):
 
 
 def find_tokenizer(folder):
-    """The ByteTokenizer if the folder's `tokenizer.json` is its own, else the folder's."""
-    path, own = Path(folder, "tokenizer.json"), tokenizer_files()["tokenizer.json"]
+    """The ByteTokenizer if the folder's `tokenizer.json` describes that one, else the folder's
+    tokenizer. Raises ImportError, OSError, ValueError."""
+    path = Path(folder, "tokenizer.json")
+    own = tokenizer_files()["tokenizer.json"]
     if path.is_file() and parse_json(path.read_text(encoding="utf-8"), path) == json.loads(own):
         return ByteTokenizer()
     return PretrainedTokenizer(folder)
 
 
 def transformers_for(what):
-    """The transformers module. Raises ImportError that says what it is needed for."""
+    """The transformers module. Raises ImportError, which says that `what` needs it."""
     try:
-        import transformers  # optional, slow to import, and not needed for our own models
+        import transformers  # optional, slow to import, not needed for our own models
     except ImportError:
         raise ImportError(f"{what} needs transformers: pip install transformers") from None
     return transformers
@@ -452,9 +466,9 @@ def transformers_for(what):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt, max_tokens=400, temperature=0.8, top_k=40, seed=0):
-    """Yield the text that the model puts after a prompt, in pieces of whole characters, until the
-    end of the story or `max_tokens`. Temperature 0 takes the likeliest token, top_k 0 considers
-    all; the same seed gives the same text. Raises ValueError."""
+    """Yield the text with which the model continues a prompt, in pieces of whole characters, up to
+    the end of the story or `max_tokens`. Temperature 0 takes the likeliest token, top_k 0 considers
+    all tokens; the same seed gives the same text. Raises ValueError."""
     if not 0 <= temperature < math.inf or top_k < 0 or max_tokens < 0:
         raise ValueError("temperature, top_k and max_tokens must be finite and not negative")
     generator = torch.Generator().manual_seed(seed)
@@ -463,7 +477,8 @@ def sample(model, tokenizer, prompt, max_tokens=400, temperature=0.8, top_k=40, 
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]
-    start, sent = len(ids), 0
+    start = len(ids)  # place of the first new token
+    sent = 0  # characters of the new text that have been yielded
     for _ in range(max_tokens):
         logits = model(torch.tensor([ids[-context:]], device=device))
         logits = getattr(logits, "logits", logits)[0, -1].float().cpu()  # transformers wraps them
@@ -476,7 +491,7 @@ def sample(model, tokenizer, prompt, max_tokens=400, temperature=0.8, top_k=40, 
             break
         ids.append(token)
         text = tokenizer.decode(ids[start:])
-        if not text.endswith("\ufffd"):  # else a character may lack its last bytes
+        if not text.endswith("\ufffd"):  # the last character may still lack bytes
             yield text[sent:]
             sent = len(text)
     rest = tokenizer.decode(ids[start:])[sent:]
@@ -485,17 +500,18 @@ def sample(model, tokenizer, prompt, max_tokens=400, temperature=0.8, top_k=40, 
 
 
 def main():
+    """Print stories from a trained model, as the command line asks."""
     parser = argparse.ArgumentParser(description="Print a story from a trained model.")
     parser.add_argument("folder", help="model folder, finished or still in training")
     parser.add_argument("prompt", nargs="?", default="Once upon a time")
     parser.add_argument("--max-tokens", type=int, default=400, help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="default %(default)s")
     parser.add_argument("--top-k", type=int, default=40, help="default %(default)s; 0: all tokens")
-    parser.add_argument("--seed", type=int, default=0, help="default 0; another: another story")
+    parser.add_argument("--seed", type=int, default=0, help="default 0; each gives another story")
     parser.add_argument("--num", type=int, default=1, help="stories, from seed, seed + 1, ...")
     args = parser.parse_args()
     options = (args.max_tokens, args.temperature, args.top_k)
-    sys.stdout.reconfigure(errors="replace")  # a story may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # not every terminal shows every character
     try:
         model, tokenizer = load(args.folder)
         for seed in range(args.seed, args.seed + args.num):

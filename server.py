@@ -1,4 +1,4 @@
-"""The DiLoCo server: holds the global model, averages what workers send, steps the outer optimizer.
+r"""The DiLoCo server: holds the global model, averages what workers send, steps the outer optimizer.
 
     python server.py -m model -n 2                          # on any machine, no GPU needed
     python server.py -m model -n 2 --spawn default.yaml     # and both workers on this machine
@@ -6,28 +6,33 @@
     python server.py -m model -n 2 --until-done             # ends when the last worker has left
 
 Notable:
-- It knows no architecture: a model is names, shapes and numbers, one flat float32 vector.
-- One thread a connection. The one lock is held for bookkeeping only; arithmetic, disk and network
-  happen outside it, on slices that are marked busy.
-- `round_closes` is the only place that says when a round is over.
-- A push is checked while it arrives. The outer step goes through the slice once, in threads of its
-  own, and what it has done is sent while it goes on.
-- Workers come and go: one that is silent is given up, one that comes back learns what became of its
-  pushes, one that is late counts in the round that is open then.
+- The global model is a log: entry v of a slice's log is the update from version v - 1 to version v.
+  The server appends entries, every worker adds them, so all replicas at one version are equal.
+- `Run` has the rules and nothing else: who takes part, who is awaited, when a round closes, what
+  becomes of a push. It knows no socket, thread, file or tensor.
+- `GlobalModel` has the numbers, as one flat float32 vector; it knows no architecture. A fold goes
+  through a slice once, and its entry is sent while it is still being made.
+- `Store` has the disk. `Server`, `Gate` and `Rounds` are the shell: threads, connections, one lock.
+- Workers come and go: a silent one is given up, one that comes back sends its pushes again.
 - The same command after a crash goes on from the newest whole checkpoint, and from whatever newer
   slices the workers still hold.
+
+The life of a push:
+
+    worker   steps --make--> OUTBOX --an entry lists it--> FOLDED    later steps stay on top
+                                    \--an entry lists it as refused--> DROPPED  counted, logged
+    server   read whole, checked --push()--> in the open round --fold--> listed in an entry of the log
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
-import glob
+import functools
 import itertools
 import json
 import os
-import pickle
-import re
 import secrets
 import shutil
 import signal
@@ -38,432 +43,1025 @@ import threading
 import time
 import traceback
 import weakref
-import zipfile
 from dataclasses import dataclass, field
 
 import torch
 
 import protocol
-from protocol import CHUNK, CODECS, Buffer, Checksum, ProtocolError, Refused, TensorSpec
+from protocol import NONE, WEIGHTS, Fate, ProtocolError, Refused, TensorSpec, Version, recent
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
-LEAST_SHARES = 8  # of the text: so many workers can join before there is none left to read
-FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more would wait for memory
-MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and room for mishaps
-LEAVE_SECONDS = 15.0  # how long spawned workers get to end by themselves
-FAREWELL_SECONDS = (
-    3.0  # how long a server that ends waits for its workers' heartbeats, to tell them
-)
-KNOWN_WORKERS = 1000  # ids whose index and last push are remembered after they have gone
+TICK_SECONDS = 0.25  # how often the server looks for rounds and workers whose time has come
+LEAST_SHARES = 8  # shares of the text: so many workers can join before none is left to read
+FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more threads would only wait for memory
+MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and a reserve for mishaps
+LEAVE_SECONDS = 15.0  # time that spawned workers get to end by themselves
+FAREWELL_SECONDS = 3.0  # time that a server which ends waits to tell its workers so
+KNOWN_WORKERS = 1000  # ids whose index is remembered after they have gone
+MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
+# Errors that a damaged file may lead to.
+DAMAGED = OSError, ProtocolError, LookupError, TypeError, ValueError, AttributeError, RuntimeError
+NAMES = "members.json"  # file in the output folder with the names of who takes part
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
+now = time.monotonic
 
 
 def log(text):
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} server: {text}\n")  # one write: no mixed lines
-    sys.stdout.flush()
+    """Write a line of the log, in one write, so that threads never mix their lines. A full disk, or
+    nobody who reads, ends no thread."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} server: {text}\n")
+        sys.stdout.flush()
 
 
-# --- State: all of it is guarded by Server.lock, but for the numbers of a busy fragment ------
+# --- The rules of a run -----------------------------------------------------------------------
+#
+# Everything that decides who takes part, who is awaited, when a round closes and what becomes of a
+# push stands in `Run`. It knows no socket, thread, file or tensor: events come in as method calls,
+# decisions go out as return values, and the time is an argument. Calls are serialized by the
+# caller's one lock. tests/simulator.py runs whole clusters of it under faults.
+#
+# A slice's log has entries; its head is the version that the newest entry led to. Contributions to
+# the next entry gather in the *open round*. All pushes have one order, the *turn* of the round in
+# which they land: version number * slices + slice. A member is awaited in a round if it belonged to
+# the run before the round's first contribution, has not contributed to the round, has not closed
+# the slice, and has not contributed to a later turn. The last condition makes circles impossible:
+# of the members that are missing anywhere, the one that is missing at the lowest open turn waits,
+# if it waits at all, for a round at a lower turn still, and there is none. The other conditions
+# keep rounds from waiting needlessly.
 
 
-@dataclass(eq=False)
-class Member:
-    """A worker that has joined, or waits to."""
+@dataclass(kw_only=True)
+class Rules:
+    """The settings of a run that the rules need, as the command line gives them."""
 
-    id: str
-    session: str
-    host: str
-    conn: protocol.Connection  # its control connection
-    manifest: list  # its tensors, in its own order
-    sync_every: int
-    num_fragments: int
-    source: str
-    step: int = 0
-    run: str = ""  # that its local work belongs to
-    labels: list = field(default_factory=list)  # versions that its local work started from, or None
-    folded: list = field(default_factory=list)  # as Fragment.folded, of slices that it can upload
-    asked: list = field(default_factory=list)  # fragments that it is to upload
-    index: int = -1
-    position: int = 0  # steps since its cycle began
-    ranks: int = 1  # processes that it consists of
-    buffers: list = field(default_factory=list)  # its persistent buffers, as the manifest
-    frozen: dict = field(default_factory=dict)  # name -> (spec, fingerprint) of what is not trained
-    differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
-    wanted: list = field(default_factory=list)  # tensors of the model that it is to upload
-    steps_per_second: float = 0.0
-    loss: float | None = None
-    heard: float = field(default_factory=time.monotonic)
-    room: dict = field(default_factory=dict)  # fragment -> Buffer kept for its next push
-    shares: set = field(default_factory=set)  # of the text, that it may be reading
-    told: bool = False  # that the server ends
-    reading: bool = False  # what it cannot send a heartbeat beside: the reply to a join or fetch
-    ending: bool = False  # it has made its last step
-    closed: set = field(default_factory=set)  # fragments that its last push is in
-    # Names this membership. A push that was made before its worker joined again carries another
-    # ticket, and is refused however late it comes: the join has settled what became of it.
-    ticket: str = field(default_factory=lambda: secrets.token_hex(8))
+    workers: int = 1  # workers that a new run starts with
+    quorum: int = 0  # contributions that close a round after `grace`; 0: those of all awaited
+    grace: float = 0.0  # seconds that a quorum waits for the others
+    min_workers: int = 1  # workers below which no round closes
+    max_staleness: int = 10  # versions that a counted push may be behind
+    worker_timeout: float = 30.0  # seconds of silence after which a worker is given up
+
+    @property
+    def heartbeat_seconds(self):
+        """How often workers are asked to say that they live."""
+        return min(HEARTBEAT_SECONDS, self.worker_timeout / 4)
+
+    @property
+    def cut_seconds(self):
+        """How long a worker whose connection was cut may take to connect again before another
+        process gets its id."""
+        return 1.5 * self.heartbeat_seconds + 0.5
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Push:
-    """One push of the open round. An empty one has no buffer; a refused one counts as empty."""
+    """A contribution of a worker. Immutable once made; sent again as it is."""
 
     worker: str
-    session: str
-    index: int
-    ticket: str  # of the membership that it was made in
-    seq: int
-    base: list  # the version, as [origin, number], that it started from
-    staleness: int  # rounds of the fragment that closed after that
-    step: int
-    position: int
-    steps: int
-    tokens: int
-    loss: float | None
-    closing: bool
-    nbytes: int
-    buffer: Buffer | None
-    buffers: dict = field(default_factory=dict)  # of the model, changed: name -> tensor
-    refused: str = ""
-    stale: bool = False  # refused for its age
-    arrived: float = 0.0  # when it was there whole
-    waiting: bool = True  # a connection waits for the reply
-    update: object = None  # the Update that came of its round
+    session: str  # names the worker's process
+    k: int  # slice
+    seq: int  # counts the worker's pushes of the slice
+    base: Version  # version that its oldest step started from
+    steps: int = 0  # optimizer steps that it carries
+    closing: bool = False  # whether it is the worker's last push of the slice
+    refused: str = ""  # why it counts as an empty contribution
+    arrived: float = 0.0  # seconds, when it was here whole for the first time
+    step: int = 0  # step of the run that its worker had reached
+    tokens: int = 0
+    loss: float | None = None
+    payload: object = None  # its numbers, which the rules do not look at
+    nbytes: int = 0  # size of the payload
+
+
+@dataclass(eq=False, kw_only=True)
+class Round:
+    """A closed round: what the next entry of a slice's log is made of."""
+
+    k: int
+    base: Version  # version that it leads on from
+    version: Version  # version that it leads to
+    pushes: list  # contributions in the order of (worker index, sequence number)
+    lateness: dict  # worker -> versions that its push is behind; late ones only
+    members: list  # ids of those that push the slice
+    plain: bool  # whether it has closing contributions only: a plain mean, no momentum
+    share: float  # contributors over the members that push the slice
+    opened: float  # seconds, when its first contribution came
+    closed: float  # seconds
+
+    @property
+    def fates(self):
+        """worker -> Fate, as the entry lists the pushes."""
+        ordered = sorted(self.pushes, key=lambda push: push.seq)
+        return {p.worker: Fate(p.seq, p.refused, self.version.number) for p in ordered}
 
 
 @dataclass(eq=False)
-class Update:
-    """The latest update of a fragment, as it is sent, which begins while it is still being made."""
+class Slice:
+    """The head of a slice's log, and the open round."""
 
-    base: list  # the version, as [origin, number], that it leads on from
-    buffer: Buffer | None  # None: no numbers, the slice did not change
-    fields: dict
-    unanswered: list  # pushes whose connections wait for this
-    buffers: dict  # of the model, changed: name -> tensor
-    checksum: torch.Tensor | None = None  # of the slice after adding, when that is done
-    line: dict | None = None  # of rounds.jsonl, written when the last reply has gone out
-    made: float = 0.0  # when it was done
-    bytes_down: int = 0
-    readers: int = 0  # replies being sent from `buffer`
-    ready: int = 0  # elements that `buffer` holds so far; guarded by `progress`
+    version: Version = NONE
+    folded: dict = field(default_factory=dict)  # worker -> Fate of its newest listed push
+    pushes: dict = field(default_factory=dict)  # (worker, seq) -> Push of the open round
+    folding: Round | None = None  # closed round whose entry is being made
+    closed_at: float = 0.0  # seconds, when the last round was closed
+    took: float = 0.0  # seconds that the last round was open
+
+    @property
+    def pushers(self):
+        """Ids of the workers that have contributed to the open round."""
+        return {worker for worker, _ in self.pushes}
+
+    @property
+    def present(self):
+        """The pushes in the open round and those that are being folded."""
+        return [*self.pushes.values(), *(self.folding.pushes if self.folding else ())]
+
+    def known(self, id):
+        """The highest sequence number of a worker's pushes that are listed or present."""
+        listed = [self.folded[id].seq] if id in self.folded else []
+        return max([0, *listed, *(push.seq for push in self.present if push.worker == id)])
+
+    def lateness(self, push):
+        """Versions that a push is behind the head."""
+        return max(0, self.version.number - push.base.number)
+
+    def close(self, version, indices, pushing, now):
+        """Make a Round that leads to `version` of what has been contributed. `pushing`: the ids of
+        the workers that push the slice."""
+        pushes = sorted(self.pushes.values(), key=lambda p: (indices.get(p.worker, 0), p.seq))
+        self.folding = Round(
+            k=pushes[0].k,
+            base=self.version,
+            version=version,
+            pushes=pushes,
+            lateness={p.worker: late for p in pushes if (late := self.lateness(p))},
+            members=sorted(pushing),
+            plain=all(push.closing for push in pushes),
+            share=len(self.pushers) / len(pushing),
+            opened=min(push.arrived for push in pushes),
+            closed=now,
+        )
+        self.pushes, self.took, self.closed_at = {}, now - self.closed_at, now
+        return self.folding
+
+
+@dataclass(eq=False, kw_only=True)
+class Member:
+    """A worker that takes part, or waits to."""
+
+    id: str
+    session: str  # names the worker's process
+    versions: list  # versions that it can bring, by slice; FRESH for a model of its own
+    resumes: list = field(default_factory=list)  # by slice: version that a checkpoint goes on from
+    folded: list = field(default_factory=list)  # by slice held: as Slice.folded
+    asked: list = field(default_factory=list)  # slices that it was asked to bring
+    closed: set = field(default_factory=set)  # slices that it will push no more
+    facts: object = None  # what the server's shell knows of it
+    sync_every: int = 1
+    fragments: int = 1  # slices that have a step of their own in its cycle
+    heard: float = 0.0  # seconds, when the worker last spoke
+    cut: float | None = None  # seconds, when its connection ended; None while there is one
+    index: int = -1
+    since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
+    passed: int = -1  # highest turn that it has contributed to
+    blocked: tuple = ()  # (slice, sequence number) of its own push that its training waits for
+    step: int = 0  # step of the run that it has reached
+    position: int = 0  # steps since its cycle began
+    speed: float = 0.0  # steps per second
+    loss: float | None = None
+
+    def holds_id(self, rules, now):
+        """Whether no other process gets the worker's id: it has been heard of, and its connection
+        has not been cut for long."""
+        is_silent = now - self.heard > rules.worker_timeout
+        return not is_silent and (self.cut is None or now - self.cut < rules.cut_seconds)
+
+    def to_go(self, k, now):
+        """Steps until the worker pushes slice k, as a part of its cycle."""
+        due = min(k + 1, self.fragments) * self.sync_every // self.fragments
+        steps = (due - self.position - 1) % self.sync_every + 1
+        return max(0.0, steps - self.speed * (now - self.heard)) / self.sync_every
+
+
+class Run:
+    """The rules of a run. Each public method is an event or a question; see the theory above.
+
+    slices: [Slice]; members: {id: Member} of those that take part; waiting: {id: Member} of those
+    that have asked to; expected: {id: seconds when heard of} of members from before a crash that
+    the run waits for; indices: {id: index} that ids have had, in the order of last use; sessions:
+    {id: session} of the process that had the id last; away: ids that were given up and may come
+    back; stopping: ids that are to finish and have not left yet.
+    """
+
+    def __init__(self, rules, now, count=0):
+        self.rules, self.began = rules, now
+        self.life = ""  # named when the run opens
+        self.slices = [Slice() for _ in range(count)]
+        self.members, self.waiting, self.expected = {}, {}, {}
+        self.indices, self.sessions = {}, {}
+        self.away, self.stopping = set(), set()
+        self.is_open = False
+        self.step = 0  # step of the worker that is furthest
+        self.forced = 0  # rounds that were closed because nothing else could move
+
+    # --- Who takes part ---
+
+    @property
+    def is_stopping(self):
+        """Whether members have been told to finish."""
+        return not self.stopping.isdisjoint(self.members)
+
+    @property
+    def is_whole(self):
+        """Whether every slice has a version."""
+        return bool(self.slices) and all(slice.version > NONE for slice in self.slices)
+
+    def holder(self, id, session, now):
+        """The other process that holds a worker id, or None."""
+        for other in (self.members.get(id), self.waiting.get(id)):
+            if other and other.session != session and other.holds_id(self.rules, now):
+                return other
+        return None
+
+    def ask(self, member, now):
+        """A worker asks to take part. Raises Refused where it cannot."""
+        if other := self.holder(member.id, member.session, now):
+            raise Refused("id", f"worker id {other.id!r} is held by a live process")
+        was_in = any(version > WEIGHTS for version in member.versions)
+        if was_in and self.sessions.get(member.id, member.session) != member.session:
+            raise Refused("id", f"another process has taken over worker id {member.id!r}")
+        known = member.id in self.indices or member.id in self.stopping
+        if self.is_stopping and not known:
+            raise Refused("stopping", "this run is being stopped")
+        self.slices = self.slices or [Slice() for _ in member.versions]
+        member.heard = now
+        self.waiting[member.id] = member
+
+    def here(self, id, session, now):
+        """A worker that waits to enter shows that it is alive. False where it is waited for no
+        more."""
+        member = self.waiting.get(id)
+        if member is None or member.session != session:
+            return False
+        member.heard = now
+        return True
+
+    def may_enter(self, id, now):
+        """Whether a waiting worker can become a member now."""
+        if id not in self.waiting or any(slice.folding for slice in self.slices):
+            return False
+        if self.is_open:
+            return not self.is_stopping or id in self.stopping or id in self.indices
+        ready = id in self.stopping or self.is_ready(now)
+        return ready and self.is_whole and not any(self.lacking(w, now) for w in self.waiting)
+
+    def is_ready(self, now):
+        """Whether all are there that the run starts with: after a crash its members of before, as
+        far as they have been heard of within the worker timeout; else as many as a new run needs.
+        A crash before the first checkpoint leaves no names, but workers that hold a version."""
+        limit = self.rules.worker_timeout
+        if self.expected:
+            left = self.expected.keys() - self.waiting.keys()
+            return bool(self.waiting) and all(now - self.expected[w] > limit for w in left)
+        holds = any(v > WEIGHTS for m in self.waiting.values() for v in m.versions)
+        return len(self.waiting) >= self.rules.workers or (holds and now - self.began > limit)
+
+    def lacking(self, id, now):
+        """The slices that a waiting worker is to bring: it is the first, by id, of those that hold
+        the newest version, and the server holds an older one."""
+        if self.is_open or not (id in self.stopping or self.is_ready(now)):
+            return []
+        holders = [self.waiting[w] for w in sorted(self.waiting)]
+        found = []
+        for k, slice in enumerate(self.slices):
+            newest = max(holders, key=lambda m, k=k: (m.versions[k], k in m.asked))
+            if newest.id == id and newest.versions[k] > slice.version:
+                found.append(k)
+        return found
+
+    def bring(self, id, k):
+        """A waiting worker has brought its version of slice k."""
+        member, slice = self.waiting[id], self.slices[k]
+        slice.version = member.versions[k]
+        slice.folded = dict(member.folded[k]) if member.folded else {}
+
+    def enter(self, id, now, life):
+        """Make a waiting worker a member. The run opens with the first one: all that wait become
+        members in one event, before any of them is answered. `life(after)` names a life that
+        sorts after `after`. Returns the ids of the new members."""
+        if self.is_open or id in self.stopping:
+            entering = [id]
+        else:
+            entering = sorted(self.waiting, key=lambda w: (self.indices.get(w, 1 << 53), w))
+        if not self.is_open:
+            self._open(now, life)
+        for worker in entering:
+            self._enter(self.waiting.pop(worker), now)
+        return entering
+
+    def _open(self, now, life):
+        brought = [v.life for m in self.waiting.values() for v in m.versions]
+        self.life = life(max([self.life, *(s.version.life for s in self.slices), *brought]))
+        for slice in self.slices:
+            slice.closed_at = now
+            if not slice.version.life:  # a worker's own start, or the weights of -m
+                slice.version = Version(self.life, 0)
+        if self.stopping.isdisjoint(self.waiting) and not self.expected:
+            self.stopping.clear()
+        self.step = max([self.step, *(m.step for m in self.waiting.values())])
+        self.expected, self.is_open = {}, True
+
+    def _enter(self, member, now):
+        old = self.members.get(member.id)
+        for k, slice in enumerate(self.slices):
+            is_resumed = bool(member.resumes) and member.resumes[k] == slice.version
+            for name, push in list(slice.pushes.items()):
+                if push.worker == member.id and push.session != member.session and is_resumed:
+                    del slice.pushes[name]  # the resumed process makes those steps again
+            stays = old is not None and (is_resumed or old.session == member.session)
+            first = slice.version.number + bool(slice.pushes)
+            member.since.append(old.since[k] if stays else first)
+        if old is not None and old.session == member.session:
+            member.closed |= old.closed
+            member.passed = old.passed
+        if not any(version > WEIGHTS for version in member.versions):
+            member.step = max([self.step, *(other.step for other in self.members.values())])
+        member.index = self._free_index(member.id)
+        member.heard, member.cut = now, None
+        self.indices.pop(member.id, None)
+        self.indices[member.id], self.sessions[member.id] = member.index, member.session
+        self.members[member.id] = member
+        self.away.discard(member.id)
+        gone = [w for w in self.indices if w not in self.members and w not in self.stopping]
+        for worker in gone[: max(0, len(self.indices) - KNOWN_WORKERS)]:
+            del self.indices[worker]
+            self.sessions.pop(worker, None)
+
+    def _free_index(self, id):
+        """An id's own index where that is free, else the lowest free one."""
+        taken = {member.index for member in self.members.values() if member.id != id}
+        own = self.indices.get(id, -1)
+        free = min(set(range(len(taken) + 1)) - taken)
+        return own if own >= 0 and own not in taken else free
+
+    def known(self, id):
+        """By slice, the highest sequence number of a worker's pushes that are listed, in the open
+        round or being folded. A process without a push in its outbox counts on from there."""
+        return [slice.known(id) for slice in self.slices]
+
+    def place(self, id, now):
+        """Where a worker that has entered begins: (slice that it pushes first, in how many steps;
+        None for a whole interval). The slice is the first one, in the order of turns, that waits
+        for the worker or that nobody has pushed yet; the steps are those of the member that comes
+        to it next."""
+        count = len(self.slices)
+        begun = [bool(s.pushes) and id not in self.missing(k) for k, s in enumerate(self.slices)]
+        k = min(range(count), key=lambda k: self.turn(k) + count * begun[k])
+        me = self.members[id]
+        left = [m.to_go(k, now) for m in self.members.values() if m is not me and m.speed]
+        return k, max(1, round(min(left) * me.sync_every)) if left else None
+
+    def hear(self, id, session, now):
+        """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
+        member = self.members.get(id)
+        if member is None or member.session != session:
+            if id in self.expected:
+                self.expected[id] = now  # alive, and about to join again
+            raise Refused("rejoin", f"worker {id!r} is not a member of the run; join again")
+        member.heard, member.cut = now, None
+        return member
+
+    def lose(self, id, session, now):
+        """A worker's control connection has ended, which is not yet the end of the worker."""
+        for other in (self.members.get(id), self.waiting.get(id)):
+            if other and other.session == session:
+                other.cut = now
+
+    def forget(self, id, session):
+        """A worker that waits to enter has gone, or does not bring what it was asked for."""
+        if id in self.waiting and self.waiting[id].session == session:
+            del self.waiting[id]
+
+    def remove(self, id, ends):
+        """Drop a member; rounds go on without it. The run ends when the last member leaves on
+        purpose (`ends`). One that is only lost may come back, also to hear that it is to stop."""
+        was_stopping = self.is_stopping
+        session = self.members.pop(id).session
+        if ends:
+            self.stopping.discard(id)
+            self.forget(id, session)  # a join that was sent twice
+        else:
+            self.away.add(id)
+        if not self.members and (ends or was_stopping):
+            self.is_open = False
+            self.away &= self.stopping
+
+    def stop(self):
+        """Everybody is to finish: members, and whoever is away and comes back."""
+        self.stopping = self.members.keys() | self.away | self.expected.keys()
+
+    def silent(self, now):
+        """The ids of members that have not been heard of for the worker timeout."""
+        return [m.id for m in self.members.values() if now - m.heard > self.rules.worker_timeout]
+
+    def silent_waiting(self, now):
+        """The ids of workers that wait to enter and have not been heard of for the worker timeout."""
+        return [m.id for m in self.waiting.values() if now - m.heard > self.rules.worker_timeout]
+
+    # --- Rounds ---
+
+    def push(self, push, now):
+        """Take a contribution into the open round of its slice. False where an entry lists it
+        already. One that is too old counts as an empty contribution, so that nobody waits for it
+        in vain. Raises Refused where its worker must join again. The caller has waited for the end
+        of a fold of the slice."""
+        member, slice = self.hear(push.worker, push.session, now), self.slices[push.k]
+        if slice.folding:
+            raise RuntimeError("a push came into a slice that is being folded")
+        if push.closing:
+            member.closed.add(push.k)
+        if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
+            return False
+        late = self.lateness(push)
+        if not push.refused and push.steps and late > self.rules.max_staleness:
+            push.refused = f"a push {late} rounds old is over --max-staleness"
+        first = slice.pushes.get((push.worker, push.seq))
+        push.arrived = first.arrived if first else now
+        slice.pushes[push.worker, push.seq] = push
+        member.passed = max(member.passed, self.turn(push.k))
+        return True
+
+    def lateness(self, push):
+        """Versions that a push is behind the head of its slice."""
+        return self.slices[push.k].lateness(push)
+
+    def is_there(self, k, id, seq):
+        """Whether a push is in the open round of slice k, or being folded."""
+        return any((push.worker, push.seq) == (id, seq) for push in self.slices[k].present)
+
+    def turn(self, k):
+        """The place of slice k's open round in the one order of all pushes."""
+        return self.slices[k].version.number * len(self.slices) + k
+
+    def pushing(self, k):
+        """The ids of the members that push slice k: those that have not closed it."""
+        return {member.id for member in self.members.values() if k not in member.closed}
+
+    def missing(self, k):
+        """The ids of the members that the open round of slice k waits for."""
+        slice, turn = self.slices[k], self.turn(k)
+        return {
+            id
+            for id in self.pushing(k) - slice.pushers
+            if self.members[id].since[k] <= slice.version.number and self.members[id].passed < turn
+        }
+
+    def is_over(self, k, now):
+        """Whether the open round of slice k is over. Full sync, stragglers, quorum and asynchronous
+        training differ in `quorum` and `grace` and in nothing else."""
+        slice, quorum, grace = self.slices[k], self.rules.quorum, self.rules.grace
+        if not slice.pushes or slice.folding or not self.has_enough(k):
+            return False
+        if not self.missing(k):
+            return True
+        on_time = sorted(p.arrived for p in slice.pushes.values() if not self.lateness(p))
+        if 0 < quorum <= len(on_time):
+            return now - on_time[quorum - 1] >= grace
+        # A round that has late contributions only waits for the others' next round, but not for ever.
+        return quorum > 0 and not on_time and now - slice.closed_at >= grace + slice.took
+
+    def has_enough(self, k):
+        """Whether --min-workers is met, which does not bind workers that end their part."""
+        is_ending = self.is_stopping or all(member.closed for member in self.members.values())
+        there = len(self.slices[k].pushers | self.members.keys())
+        return there >= (1 if is_ending else self.rules.min_workers)
+
+    def over(self, now):
+        """The slices whose round is over. Where none is, none is being folded, and the training of
+        every member waits for a push of its own in an open round, nobody can come: then the oldest
+        of these rounds is."""
+        found = [k for k in range(len(self.slices)) if self.is_over(k, now)]
+        if found or not self.members or any(slice.folding for slice in self.slices):
+            return found
+        if all(self._is_stuck(member) for member in self.members.values()):
+            k = min((member.blocked[0] for member in self.members.values()), key=self.turn)
+            if self.has_enough(k):
+                self.forced += 1
+                return [k]
+        return []
+
+    def _is_stuck(self, member):
+        if not member.blocked:
+            return False
+        k, seq = member.blocked
+        return k < len(self.slices) and (member.id, seq) in self.slices[k].pushes
+
+    def take(self, k, now):
+        """Close the open round of slice k; returns the Round, which `publish` ends."""
+        slice = self.slices[k]
+        version = Version(self.life, slice.version.number + 1)
+        return slice.close(version, self.indices, self.pushing(k) | slice.pushers, now)
+
+    def publish(self, k):
+        """The log of slice k has its new entry. Ids that are gone and whose last push is too far
+        back to be sent again are forgotten."""
+        slice = self.slices[k]
+        closed, slice.folding = slice.folding, None
+        slice.version = closed.version
+        for worker, fate in closed.fates.items():
+            if worker not in slice.folded or slice.folded[worker].seq < fate.seq:
+                slice.folded[worker] = fate
+        self.step = max([self.step, *(push.step for push in closed.pushes)])
+        here = self.members.keys() | self.waiting.keys() | self.expected.keys()
+        slice.folded = recent(slice.folded, closed.version, self.rules.max_staleness, here)
+
+    # --- Crashes ---
+
+    def names(self):
+        """The names to be on disk at every join and leave, as JSON has them."""
+        return {
+            "members": sorted(self.members.keys() | self.expected.keys()),
+            "stopping": sorted(self.stopping),
+            "indices": dict(self.indices),
+            "sessions": dict(self.sessions),
+        }
+
+    def reopen(self, names, heads, now):
+        """Go on after a crash: with the names that were on disk, and [(version, folded)] of the
+        slices in the checkpoint, if there is one."""
+        self.expected = dict.fromkeys(names["members"], now)
+        self.stopping, self.indices = set(names["stopping"]), dict(names["indices"])
+        self.sessions = dict(names.get("sessions", {}))
+        self.slices = [Slice(version, dict(folded)) for version, folded in heads]
+
+
+# --- The global model -------------------------------------------------------------------------
+#
+# The numbers of a run: the parameters as one float32 vector, the outer optimizer's momentum beside
+# it, and the residual that a lossy download codec has left. A fold goes through a slice once, chunk
+# by chunk in a few threads: decode the pushes, take their mean, take the outer step, encode the
+# update, keep what its rounding lost, and add the decoded update, the very bytes that are sent, to
+# the parameters. So every replica that adds the same bytes has the same bits.
+#
+# Two kinds of readers follow a fold. The replies that carry its entry send each part of it as soon
+# as it is made. A snapshot shows a slice as it was when the snapshot was taken: a fold that comes
+# to a chunk before the reader leaves a copy of the chunk for it.
+#
+# Methods that say "with the lock" are called with the server's lock, the others without. A slice is
+# folded by one caller at a time. The model's own lock is held for a few list operations only.
+
+
+@dataclass(kw_only=True)
+class Outer:
+    """The settings of the outer step: SGD with Nesterov momentum, as torch.optim.SGD has it."""
+
+    lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool = True
+    warmup: bool = True  # whether the momentum rises over the first rounds
+
+    def step(self, mean, velocity, number):
+        """Turn the mean of the pseudo-gradients, a chunk, into the update after version `number`,
+        in place, with the pseudo-gradient g in the gradient's place:
+
+        v = mu * v + g;  d = g + mu * v if nesterov else v;  update = -lr * d
+        """
+        mu = protocol.momentum_at(number, self.momentum, self.warmup)
+        velocity.mul_(mu).add_(mean)
+        delta = mean.add_(velocity, alpha=mu) if self.nesterov else mean.copy_(velocity)
+        delta.mul_(-self.lr)
+
+
+@dataclass(eq=False, kw_only=True)
+class Entry:
+    """An entry of a slice's log: the update from one version to the next, as it is sent. Sending
+    begins while the fold still makes it."""
+
+    k: int  # slice
+    base: Version  # version that the update applies to
+    version: Version  # version that it leads to
+    fates: dict  # worker -> Fate of the push that the entry lists
+    plain: bool  # whether the outer step was a plain mean
+    step: int  # step of the run
+    codec: protocol.Codec  # codec of the update
+    count: int  # elements of the update; 0 where no numbers changed
+    payload: protocol.Payload | None = None  # the encoded update, once its memory is there
+    readers: int = 0  # replies that are being sent from `payload`; changed with the lock
+    ready: int = 0  # elements that can be sent
+    checksum: torch.Tensor | None = None  # checksum of the slice after adding
+    is_done: bool = False  # whether the checksum can be sent
     progress: threading.Condition = field(default_factory=threading.Condition)
 
+    @property
+    def specs(self):
+        """The tensors that a message with this entry carries."""
+        return [*(self.codec.layout(self.count) if self.count else ()), protocol.Checksum.SPEC]
+
+    @property
+    def nbytes(self):
+        """Size of the tensors that a message with this entry carries."""
+        return protocol.payload_bytes(self.specs)
+
     def advance(self, stop):
-        """Elements up to `stop` can be sent."""
+        """Let elements up to `stop` be sent."""
         with self.progress:
             self.ready = stop
             self.progress.notify_all()
 
-    def pieces(self, codec, count):
-        """The payload in pieces, each as soon as it is there; the checksum comes last."""
-        first = 0
-        while first < count:
-            with self.progress:
-                self.progress.wait_for(lambda first=first: self.ready > first)
-                stop = self.ready
-            span = (protocol.payload_bytes(codec.layout(n)) for n in (first, stop))
-            yield self.buffer.raw[slice(*span)]
-            first = stop
+    def finish(self):
+        """Let the checksum be sent, and with it the end of the entry. Called once the new version
+        is known to all who ask for it."""
         with self.progress:
-            self.progress.wait_for(lambda: self.checksum is not None)
+            self.is_done = True
+            self.progress.notify_all()
+
+    def pieces(self):
+        """The bytes of the tensors in pieces, each as soon as it is there; the checksum is last."""
+        start = 0
+        while start < self.count:
+            with self.progress:
+                self.progress.wait_for(lambda start=start: self.ready > start)
+                stop = self.ready
+            first, last = (protocol.payload_bytes(self.codec.layout(n)) for n in (start, stop))
+            yield self.payload.raw[first:last]
+            start = stop
+        with self.progress:
+            self.progress.wait_for(lambda: self.is_done)
         yield self.checksum
 
 
-@dataclass(eq=False)
-class Fragment:
-    """A slice of the flat vector (protocol.fragment_of) with a version and a round of its own."""
+class Snapshot:
+    """Vectors of one slice as they were when the snapshot was taken, for one reader, while folds of
+    the slice go on. A fold that comes to a chunk before the reader leaves a copy of it."""
 
-    index: int
-    version: int = 0
-    origin: str = ""  # the incarnation that made this version
-    folded: dict = field(default_factory=dict)  # worker id -> highest sequence number folded
-    pushes: dict = field(default_factory=dict)  # worker id -> Push of the open round
-    update: Update | None = None
-    spare: Buffer | None = None  # for the first update
-    busy: bool = False  # being stepped: nobody else may touch its numbers
-    readers: int = 0  # those that copy its numbers: nobody may step it
+    def __init__(self, vectors):
+        self.vectors = vectors  # views of one length
+        self.count = vectors[0].numel()
+        self.taken = 0  # elements that the reader has taken
+        self.kept = {}  # start -> copies of that chunk of each vector
+        self.sums = protocol.Checksum()  # checksum of the chunks taken from the first vector
+        self.lock = threading.Lock()  # guards `taken` and `kept`
 
-    @property
-    def label(self):
-        """The version as it is named on the wire: a number means nothing without its origin."""
-        return [self.origin, self.version]
+    def _copy(self, start, stop):
+        return [v[start:stop].clone(memory_format=torch.contiguous_format) for v in self.vectors]
 
-
-class Picture:
-    """Flat vectors as they were when a checkpoint began, while steps on them go on. The writer takes
-    them piece by piece; a step that comes to a chunk before the writer leaves it a copy.
-
-    A piece is the same chunk of every fragment, which is a run of the flat vectors.
-    """
-
-    def __init__(self, vectors, num_fragments):
-        self.vectors, self.count = vectors, num_fragments
-        self.lock = threading.Lock()  # of the two below
-        self.taken = 0  # elements of each fragment that the writer has, or does not want any more
-        self.kept = {}  # (fragment, start) -> copies of that chunk of each vector
-
-    def keep(self, k, start, stop):
-        """Elements start to stop of fragment k, a chunk, are about to change."""
+    def keep(self, start, stop):
+        """Elements start to stop, a chunk, are about to change."""
         with self.lock:
-            if start >= self.taken and (k, start) not in self.kept:
-                parts = (protocol.fragment_of(v, k, self.count)[start:stop] for v in self.vectors)
-                self.kept[k, start] = [part.clone() for part in parts]
+            if start >= self.taken and start not in self.kept:
+                self.kept[start] = self._copy(start, stop)
+
+    def chunks(self):
+        """Yields [chunk of each vector], chunk after chunk."""
+        for start, stop in protocol.chunks(self.count):
+            with self.lock:
+                if self.taken > start:
+                    raise RuntimeError("a snapshot was read twice, or after it was closed")
+                parts = self.kept.pop(start, None) or self._copy(start, stop)
+                self.taken = stop
+            self.sums.add(parts[0])
+            yield parts
 
     def pieces(self):
-        """(start in the flat vectors, [piece of each vector]), in their order."""
-        for first in range(0, self.vectors[0].numel(), CHUNK * self.count):
-            start = first // self.count
-            with self.lock:
-                pieces = [v[first : first + CHUNK * self.count].clone() for v in self.vectors]
-                for k in range(self.count):
-                    for n, part in enumerate(self.kept.pop((k, start), ())):
-                        protocol.fragment_of(pieces[n], k, self.count).copy_(part)
-                self.taken = start + CHUNK
-            yield first, pieces
+        """Yields the chunks of the first vector."""
+        return (parts[0] for parts in self.chunks())
+
+    def checksum(self):
+        """The protocol.Checksum of the first vector, once all of it has been read."""
+        return self.sums.digest()
 
     def close(self):
-        """Nothing more is wanted."""
+        """Stop keeping copies."""
         with self.lock:
-            self.taken, self.kept = self.vectors[0].numel(), {}
+            self.taken, self.kept = self.count + 1, {}
 
 
-@dataclass
-class Snapshot:
-    """A copy of the parameters at some versions, shared by all who join at those."""
-
-    params: torch.Tensor
-    versions: list
-
-
-def round_closes(members, pushes, min_workers=1, overdue=False):
-    """Whether the open round of a fragment is over: every member has pushed, or enough have and
-    the others are overdue. Workers that end their run do not wait for more workers to come."""
-    ending = all(push.closing for push in pushes.values())
-    enough = len(pushes) >= (1 if ending else min_workers)
-    return bool(pushes) and enough and (overdue or all(worker in pushes for worker in members))
+def interleaved(snapshots):
+    """Yields [run of each flat vector], run after run, from the snapshots of all fragments: the
+    same chunk of every fragment makes a run of the flat vectors."""
+    for chunks in itertools.zip_longest(*(snapshot.chunks() for snapshot in snapshots)):
+        runs = []
+        for parts in zip(*(chunk for chunk in chunks if chunk), strict=True):
+            run = torch.empty(sum(part.numel() for part in parts))
+            for k, part in enumerate(parts):
+                protocol.fragment_of(run, k, len(snapshots)).copy_(part)
+            runs.append(run)
+        yield runs
 
 
-def mean_of_buffers(now, pushes):
-    """The buffers that some workers have changed, {name: CPU tensor as it travels}. `now`: the
-    global ones; `pushes`: dicts of those that differ from them, in the order of worker index.
-
-    Floating-point ones become the mean of all, in float64; others are as the first worker has them.
-    """
-    changed = {}
-    for name, old in now.items():
-        if any(name in push for push in pushes):
-            values = [push.get(name, old) for push in pushes]
-            if old.is_floating_point():
-                total = sum(value.double() for value in values)
-                changed[name] = (total / len(values)).to(old.dtype)
-            else:
-                changed[name] = values[0]
-    return changed
+def mean_of(pushes, codec, start, out):
+    """The mean of encoded pushes, in their order, from element `start` on, into the chunk `out`."""
+    codec.decode(pushes[0], start, out)
+    for push in pushes[1:]:
+        codec.add(push, start, out)
+    out.div_(len(pushes))
 
 
-def new_life(after=""):
-    """An id for one life of the server. Ids sort by the time that they begin with, past `after`,
-    so that of two versions the one from the later life is the newer."""
-    begun = max(time.time_ns() // 1_000_000, int(after[:12] or "0", 16) + 1)
-    return f"{begun:012x}{secrets.token_hex(4)}"
+def exact_mean_of(pushes, codec, start, out):
+    """The mean of pushed values, taken in float64 and then rounded, into the chunk `out`."""
+    total = torch.zeros(out.numel(), dtype=torch.float64)
+    for push in pushes:
+        total += codec.decoded(push, start, out)
+    out.copy_(total.div_(len(pushes)))
 
 
-def label_of(value):
-    """A version from outside, [origin, number]. Raises ProtocolError if it is not one."""
-    match value:
-        case [str(origin), int(number)] if re.fullmatch("[0-9a-f]{20}", origin):
-            if 0 <= number < 1 << 53 and type(number) is int:
-                return [origin, number]
-    raise ProtocolError(f"{str(value)[:80]} is not a version")
+class GlobalModel:
+    """The numbers of a run, its slices' logs, and the memory of what is sent and received.
 
-
-def frozen_of(value):
-    """What a worker says of its frozen tensors, as {name: (spec, fingerprint)}."""
-    for entry in value:
-        mark = str(entry[3]) if type(entry) is list and len(entry) == 4 else ""
-        if not re.fullmatch("[0-9a-f]{32}", mark):
-            raise ProtocolError("a frozen tensor is not [name, dtype, shape, fingerprint]")
-    specs = protocol.manifest_from_json([entry[:3] for entry in value], trained=False)
-    return {spec.name: (spec, entry[3]) for spec, entry in zip(specs, value, strict=True)}
-
-
-def folded_of(value):
-    """A list of folded pushes from outside, {worker id: highest sequence number}."""
-    if type(value) is not dict or len(value) > 2 * KNOWN_WORKERS:
-        raise ProtocolError("a list of folded pushes is not one")
-    if not all(len(w) <= 256 and type(n) is int and 0 <= n < 1 << 53 for w, n in value.items()):
-        raise ProtocolError("a list of folded pushes has an entry that is not worker: number")
-    return value
-
-
-# --- The outer optimizer ----------------------------------------------------------------------
-
-
-def momentum_at(round, momentum, warmup):
-    """The momentum of round r = 0, 1, ...: min(momentum, r / (r + 3)) while it warms up."""
-    return min(momentum, round / (round + 3)) if warmup else momentum
-
-
-def outer_step(
-    params, momentum, residual, pushes, up, down, update, lr, mu, nesterov, plain,
-    before=lambda start, stop: None, progress=lambda stop: None, run=map,
-):  # fmt: skip
-    """Fold encoded pushes in their order, step `params` in place and encode the update.
-
-    `params`, `momentum`, `residual`: float32 slices of one length (`residual` is None without error
-    feedback). `pushes`: lists of tensors encoded with `up`. `update`: tensors of `down`, which are
-    filled. SGD with Nesterov momentum as torch.optim.SGD defines it, the pseudo-gradient in the
-    gradient's place:
-
-        v = mu * v + g;  d = g + mu * v if nesterov else v;  update = -lr * d
-
-    `plain` takes the mean as it is (lr 1, momentum untouched). What the codec rounds off is kept
-    in `residual` and added next time. `run` is `map`, or that of a pool of threads: parts of the
-    slice are independent of each other. `before(start, stop)` is called before a chunk changes, and
-    `progress(stop)`, in order, when the elements up to there are done. Returns (checksum tensor, norm of the mean).
+    manifest: specs of the parameters; buffers: specs of the floating-point buffers, which are the
+    last slice where there are any; count: number of slices; sizes: elements by slice; logs: by
+    slice, the kept entries, oldest first. `params` becomes the flat vector where it is given.
     """
 
-    def fold(chunk):
-        start, stop = chunk
-        before(start, stop)
-        part = params[start:stop]
-        mean = protocol.room("mean", params, stop - start)
-        up.decode(pushes[0], start, mean)
-        for push in pushes[1:]:
-            up.add(push, start, mean)
-        mean.div_(len(pushes))
-        square = mean.dot(mean).item()
-        if plain:
-            delta = mean.neg_()
+    def __init__(self, manifest, buffers, num_fragments, up, down, error_feedback, params=None):
+        self.manifest, self.buffers = list(manifest), list(buffers)
+        self.num_fragments = num_fragments
+        self.up, self.down = protocol.CODECS[up], protocol.CODECS[down]
+        if params is None:
+            params = torch.zeros(sum(spec.numel for spec in self.manifest))
+        self.params, self.momentum = params, torch.zeros_like(params)
+        keeps = self.down.lossy and error_feedback
+        self.residual = torch.zeros_like(params) if keeps else None
+        self.values = torch.zeros(sum(spec.numel for spec in self.buffers))  # of the buffers
+        self.count = num_fragments + bool(self.buffers)
+        self.sizes = [self.vectors(k)[0].numel() for k in range(self.count)]
+        self.logs = [collections.deque() for _ in range(self.count)]
+        self.idle = [[] for _ in range(self.count)]  # by slice, payloads for the next pushes
+        self.payloads = [weakref.WeakSet() for _ in range(self.count)]  # those, and the ones in use
+        self.spares = [None] * self.count  # by slice, a payload for the next entry
+        self.snapshots = [weakref.WeakSet() for _ in range(self.count)]
+        self.lock = threading.Lock()  # guards `idle`, `payloads`, `spares` and `snapshots`
+        self.warming = threading.Lock()  # held while memory is got for the first rounds
+        # Several chunks are worked on at a time: more threads for one chunk would only wait.
+        torch.set_num_threads(1)
+        self.threads = concurrent.futures.ThreadPoolExecutor(
+            FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
+        )
+
+    # --- Slices ---
+
+    def codec(self, k):
+        """(codec of pushes, codec of updates) of slice k."""
+        is_buffers = k == self.num_fragments
+        return (protocol.CODECS["fp32"],) * 2 if is_buffers else (self.up, self.down)
+
+    def vectors(self, k):
+        """[parameters, momentum, residual] of slice k, as views, without the residual where there
+        is none. The slice of the buffers has its values only."""
+        if k == self.num_fragments:
+            return [self.values]
+        return [
+            protocol.fragment_of(vector, k, self.num_fragments)
+            for vector in (self.params, self.momentum, self.residual)
+            if vector is not None
+        ]
+
+    def check(self, manifest, buffers):
+        """Raise Refused where a worker's parameters and buffers are not those of the model."""
+        ours, theirs = self.manifest + self.buffers, [*manifest, *buffers]
+        if fault := protocol.explain_mismatch(ours, theirs):
+            raise Refused("model", f"this worker's model is not the one of the run: {fault}")
+
+    # --- Memory ---
+
+    def payload(self, k):
+        """A protocol.Payload for a push of slice k: one that was given back, or a new one."""
+        with self.lock:
+            if self.idle[k]:
+                return self.idle[k].pop()
+        payload = protocol.Payload(self.codec(k)[0].layout(self.sizes[k]))
+        with self.lock:
+            self.payloads[k].add(payload)
+        return payload
+
+    def give_back(self, k, payload):
+        """Keep the protocol.Payload of a push of slice k, which nobody reads any more, for another push."""
+        with self.lock:
+            if payload not in self.idle[k]:
+                self.idle[k].append(payload)
+
+    def warm(self, k, count=1):
+        """Get the memory for `count` pushes of slice k, and for its first entry, before it is
+        needed: touching fresh memory takes longer than filling it."""
+        up, down = (codec.layout(self.sizes[k]) for codec in self.codec(k))
+        with self.warming:  # joins come together, and each asks for the memory of all
+            fresh = [protocol.Payload(up) for _ in range(count - len(self.payloads[k]))]
+            is_first = not self.logs[k] and self.spares[k] is None
+            spare = protocol.Payload(down) if is_first else None
+            with self.lock:
+                self.idle[k] += fresh
+                self.payloads[k].update(fresh)
+                self.spares[k] = self.spares[k] or spare
+
+    # --- Rounds ---
+
+    def counted(self, round):
+        """The pushes of a round whose numbers count. Late values of buffers do not."""
+        pushes = [push for push in round.pushes if push.payload is not None and not push.refused]
+        if round.k == self.num_fragments:
+            pushes = [push for push in pushes if push.worker not in round.lateness]
+        return pushes
+
+    def announce(self, round, step):
+        """Append the entry of a closed round to its slice's log, still without numbers, and drop
+        old entries: together the kept ones are smaller than the slice, unless only one is left.
+        Called with the lock."""
+        k = round.k
+        entry = Entry(
+            k=k,
+            base=round.base,
+            version=round.version,
+            fates=round.fates,
+            plain=round.plain,
+            step=step,
+            codec=self.codec(k)[1],
+            count=self.sizes[k] if self.counted(round) else 0,
+        )
+        log = self.logs[k]
+        log.append(entry)
+        total = sum(kept.nbytes for kept in log)
+        while len(log) > 1 and (total >= 4 * self.sizes[k] or len(log) > MAX_ENTRIES):
+            old = log.popleft()
+            total -= old.nbytes
+            with self.lock:
+                if old.payload is not None and not old.readers:
+                    self.spares[k] = old.payload
+        with self.lock:
+            del self.idle[k][len(round.pushes) :]  # workers that have gone need no memory
+        return entry
+
+    def entries(self, k, held, upto=None):
+        """The entries of slice k that lead from version `held` on, to version `upto` or as far as
+        there are any, also one that is being made. None where the log does not lead there. Called
+        with the lock."""
+        log = list(self.logs[k])
+        versions = [log[0].base, *(entry.version for entry in log)] if log else []
+        if held == upto or held not in versions or upto not in (None, *versions):
+            return [] if held == upto else None
+        first = versions.index(held)
+        last = len(log) if upto is None else versions.index(upto)
+        return log[first:last] if first <= last else None
+
+    def fold(self, round, entry, outer):
+        """Fold a closed round into its slice: fill its entry, whose numbers are sent on the way,
+        and add them to the slice. Returns (norm of the mean, pushes that count). `entry.finish()`
+        then lets the end of the entry be sent, once the new version is known."""
+        counted, k = self.counted(round), round.k
+        if not counted:
+            entry.checksum = protocol.checksum_of(self.vectors(k)[0])
+            return 0.0, []
+        with self.lock:
+            entry.payload, self.spares[k] = self.spares[k], None
+            snapshots = list(self.snapshots[k])
+        entry.payload = entry.payload or protocol.Payload(entry.codec.layout(entry.count))
+        work = self._fold_values if k == self.num_fragments else self._fold_chunk
+        work = functools.partial(work, round, entry, outer, [p.payload.tensors for p in counted])
+
+        def fold(chunk):
+            for snapshot in snapshots:
+                snapshot.keep(*chunk)
+            part, norm = work(*chunk)
+            return protocol.Checksum.sum_of(part.contiguous()), norm, chunk[1]
+
+        checksum, squares = protocol.Checksum(), 0.0
+        for total, square, stop in self.threads.map(fold, protocol.chunks(entry.count)):
+            checksum.sums.append(total)
+            squares += square
+            entry.advance(stop)
+        entry.checksum = checksum.digest()
+        return squares**0.5, counted
+
+    def _fold_chunk(self, round, entry, outer, pushes, start, stop):
+        """Fold a chunk of the parameters; returns (the new chunk, the square of the mean's
+        norm)."""
+        part, velocity, *residual = (v[start:stop] for v in self.vectors(round.k))
+        delta = protocol.scratch("mean", part, stop - start)
+        mean_of(pushes, self.up, start, delta)
+        square = delta.dot(delta).item()
+        if round.plain:
+            delta.mul_(-round.share)
         else:
-            velocity = momentum[start:stop].mul_(mu).add_(mean)
-            delta = mean.add_(velocity, alpha=mu) if nesterov else mean.copy_(velocity)
-            delta.mul_(-lr)
-        if residual is not None:
-            delta.add_(residual[start:stop])
-        down.encode(delta, update, start)
-        if residual is not None:
-            down.subtract(delta, update, start, residual[start:stop])
-        down.add(update, start, part)
-        return Checksum.sum_of(part.contiguous()), square, stop
+            outer.step(delta, velocity, round.base.number)
+        if residual:
+            delta.add_(residual[0])
+        update = entry.payload.tensors
+        self.down.encode(delta, update, start)
+        if residual:
+            self.down.subtract(delta, update, start, residual[0])
+        self.down.add(update, start, part)
+        return part, square
 
-    checksum, squares = Checksum(), 0.0
-    for total, square, stop in run(fold, protocol.chunks(params.numel())):
-        checksum.sums.append(total)
-        squares += square
-        progress(stop)
-    return checksum.digest(), squares**0.5
+    def _fold_values(self, round, entry, outer, pushes, start, stop):
+        """Move a chunk of the buffers to the mean of what was pushed; returns (the new chunk, the
+        square of the move's norm)."""
+        part = self.values[start:stop]
+        delta = protocol.scratch("mean", part, stop - start)
+        exact_mean_of(pushes, entry.codec, start, delta)
+        delta.sub_(part)
+        entry.codec.encode(delta, entry.payload.tensors, start)
+        part.add_(delta)
+        return part, delta.dot(delta).item()
 
+    # --- Reading and writing whole slices ---
 
-# --- Where the model comes from, and where it goes --------------------------------------------
+    def snapshot(self, k):
+        """A Snapshot of slice k's parameters. Called with the lock while slice k is not being
+        folded; close it after use."""
+        return self._taken(k, self.vectors(k)[:1])
 
+    def freeze(self):
+        """Snapshots of everything by slice, for a checkpoint: [parameters, momentum, residual] of
+        each fragment, and the buffers. Called with the lock while nothing is being folded."""
+        return [self._taken(k, self.vectors(k)) for k in range(self.count)]
 
-def is_ours(path):
-    """Whether this program wrote the safetensors file at `path`, all of which may not be there."""
-    try:
-        with open(path, "rb") as file:
-            return protocol.read_file_header(file, whole=False)[0].get("program") == "diloco"
-    except (OSError, ProtocolError):
-        return False
+    def _taken(self, k, vectors):
+        snapshot = Snapshot(vectors)
+        with self.lock:
+            self.snapshots[k].add(snapshot)
+        return snapshot
 
+    def _keep(self, k, start, stop):
+        with self.lock:
+            snapshots = list(self.snapshots[k])
+        for snapshot in snapshots:
+            snapshot.keep(start, stop)
 
-def checkpoints(folder):
-    """[(round, path)] of this program's checkpoints in a folder, newest first."""
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
-        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(path))
-        if number and is_ours(os.path.join(path, "outer.safetensors")):
-            found.append((int(number[1]), path))
-    return sorted(found, reverse=True)
+    def bring(self, k, start, values):
+        """Write a chunk of slice k, at element `start`, as a worker has brought it, where the slice
+        has no version yet. The brought values contain the residual, and the log does not lead to
+        them. Raises Refused where they are not finite."""
+        if not protocol.within(values):
+            raise Refused("model", "the parameters to start from are not all finite")
+        stop = start + values.numel()
+        self._keep(k, start, stop)
+        self.logs[k].clear()
+        part, *others = self.vectors(k)
+        part[start:stop].copy_(values)
+        for residual in others[1:]:
+            residual[start:stop].zero_()
 
+    def take(self, k, values):
+        """Write all of slice k, or nothing where the values are not all finite: raises Refused."""
+        if not all(protocol.within(part) for part in values.split(protocol.CHUNK)):
+            raise Refused("model", "the parameters to start from are not all finite")
+        for start, stop in protocol.chunks(values.numel()):
+            self.bring(k, start, values[start:stop])
 
-def discard(checkpoint):
-    """Remove a checkpoint. It loses its name first: one that a kill leaves half removed is none."""
-    old = os.path.join(os.path.dirname(checkpoint), ".tmp-checkpoint-old")
-    os.rename(checkpoint, old)
-    shutil.rmtree(old, ignore_errors=True)
+    def put(self, found):
+        """Set the parameters and buffers among {name: tensor}, as the weights of -m have them.
+        Raises Refused where they are not finite."""
+        for k, size in enumerate(self.sizes):
+            for chunk in protocol.chunks(size):
+                self._keep(k, *chunk)
+        for vector, specs in ((self.params, self.manifest), (self.values, self.buffers)):
+            for spec, first, _ in protocol.ranges(specs):
+                flat = found[spec.name].detach().reshape(-1) if spec.name in found else ()
+                for start, stop in protocol.chunks(len(flat)):
+                    part = flat[start:stop].float()
+                    if not protocol.within(part):
+                        raise Refused("model", "the parameters to start from are not all finite")
+                    vector[first + start : first + stop].copy_(part)
 
-
-def foreign_weights(folder):
-    """Weight files in a folder, or in its checkpoint folders, that this program did not write."""
-    patterns = ("*.safetensors", "*.bin", "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
-    paths = [p for g in patterns for p in glob.glob(os.path.join(glob.escape(folder), g))]
-    return [path for path in paths if not is_ours(path)]
-
-
-def read_descriptive_files(folder):
-    """{name: bytes} of the descriptive files (protocol.FILE_NAMES) in a folder."""
-    files = {}
-    for name in protocol.FILE_NAMES:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                files[name] = file.read(protocol.MAX_FILES_BYTES + 1)
-    if sum(map(len, files.values())) > protocol.MAX_FILES_BYTES:
-        raise SystemExit(f"{folder}: its descriptive files are over {protocol.MAX_FILES_BYTES:,} B")
-    return files
-
-
-def load_weights(path):
-    """{name: tensor} of a file, or of a folder in the Hugging Face layout: one safetensors file,
-    shards with an index, or `pytorch_model.bin` (plain tensors only). Files are mapped, not read.
-
-    Raises SystemExit with one line where they cannot be used.
-    """
-    paths = [path] if os.path.isfile(path) else []
-    for name in () if paths else ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
-        if os.path.isfile(file + ".index.json"):
-            try:
-                with open(file + ".index.json", encoding="utf-8") as index:
-                    shards = sorted(set(json.load(index)["weight_map"].values()))
-                if any(os.path.basename(s) != s or s in ("", "..") for s in shards):
-                    raise ValueError("it names files outside its folder")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise SystemExit(f"cannot use {file}.index.json: {error!r}") from None
-            paths = [os.path.join(path, shard) for shard in shards]
-        elif os.path.isfile(file):
-            paths = [file]
-        if paths:
-            break
-    paths = paths or sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
-    if not paths:
-        raise SystemExit(f"{path} has no weights of its own; name one of {foreign_weights(path)}")
-    weights = {}
-    for file in paths:
-        try:
-            if file.endswith(".bin"):
-                mapped = zipfile.is_zipfile(file)  # files by a torch before 1.6 are not
-                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            else:
-                weights |= protocol.load_file(file)[1]
-        except (OSError, ProtocolError, RuntimeError, pickle.UnpicklingError) as error:
-            raise SystemExit(f"cannot use the weights in {file}: {error}") from None
-    return {name: t for name, t in weights.items() if isinstance(t, torch.Tensor)}
+    def tensors(self, snapshots):
+        """Yields (spec, tensor of the spec's dtype) of all parameters and buffers, from snapshots
+        of every slice."""
+        runs = (run[0] for run in interleaved(snapshots[: self.num_fragments]))
+        values = itertools.chain(
+            *(snapshot.pieces() for snapshot in snapshots[self.num_fragments :])
+        )
+        for specs, pieces in ((self.manifest, runs), (self.buffers, values)):
+            piece = torch.empty(0)  # what is left of the run that was read last
+            for spec in specs:
+                flat = torch.empty(spec.numel, dtype=spec.dtype)
+                done = 0
+                while done < spec.numel:
+                    piece = piece if piece.numel() else next(pieces)
+                    count = min(piece.numel(), spec.numel - done)
+                    flat[done : done + count].copy_(piece[:count])
+                    piece, done = piece[count:], done + count
+                yield spec, flat.view(spec.shape)
 
 
-def matched(weights, names):
-    """{name: tensor} of those of a worker's tensors that are among some weights: under the same
-    name; under that which an adapter's wrappers leave it (peft puts `base_model.model.` before it
-    and `.base_layer` into it); or without its first part, as in the file of a bare Hugging Face
-    model, where that part is one and the same."""
-    found, bare = {}, {}
-    for name in names:
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        first, _, rest = plain.partition(".")
-        if name in weights or plain in weights:
-            found[name] = weights[name if name in weights else plain]
-        elif rest in weights:
-            bare.setdefault(first, {})[name] = weights[rest]
-    return found | (next(iter(bare.values())) if len(bare) == 1 else {})
+# --- The store: weights, checkpoints, the final model -----------------------------------------
+#
+# A checkpoint is a folder `checkpoint-ROUND` with two safetensors files: the parameters and buffers
+# in float32 under their names, and the outer optimizer's vectors, whose header has the state of the
+# run as JSON. It is written beside, synced and renamed, so that a folder with the name is whole;
+# one that cannot be read all the same is passed over for the one before it. `members.json` has the
+# names of who takes part since the newest checkpoint.
+#
+# The header's field `program` tells this program's files from others', which it never replaces. A
+# disk that is full stops no training: the error is logged and shown in the status, and the next
+# save tries again.
 
 
 def choose_output(model, output_dir):
     """(output folder, folder or file with weights or None) for `-m` and `--output-dir`."""
-    foreign = os.path.isfile(model) or foreign_weights(model)
+    foreign = os.path.isfile(model) or protocol.foreign_weights(model)
     beside = os.path.splitext(model)[0] if os.path.isfile(model) else os.path.abspath(model)
     output = output_dir or (beside + "-diloco" if foreign else model)
-    if foreign_weights(output):
+    if protocol.foreign_weights(output):
         raise SystemExit(
             f"{output} holds weights that this program did not write, and it will not write there; "
             "name another folder with --output-dir"
@@ -472,861 +1070,270 @@ def choose_output(model, output_dir):
     return output, model if foreign or own else None
 
 
-# --- The server -------------------------------------------------------------------------------
+def load_checkpoint(path, up, down, error_feedback):
+    """(state, GlobalModel) of a checkpoint folder, also of one by protocol version 2: that has
+    plain sequence numbers, no slice of buffers, and buffers of any dtype."""
+    _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
+    state, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
+    specs = [
+        TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    count = len(specs) - state.get("buffers", 0)  # the buffers come last
+    buffers = [spec for spec in specs[count:] if spec.dtype.is_floating_point]
+    heads = []
+    for saved in state["fragments"]:
+        life, number = saved["label"]
+        fates = {
+            worker: Fate(fate, "", number) if type(fate) is int else Fate(*fate)
+            for worker, fate in saved["folded"].items()
+        }
+        heads.append((Version(life, number), fates))
+    num_fragments = state.get("num_fragments", len(heads))
+    if len(heads) < num_fragments + bool(buffers):
+        heads.append((heads[-1][0], {}))
+    params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
+    model = GlobalModel(specs[:count], buffers, num_fragments, up, down, error_feedback, params)
+    model.momentum.copy_(outer["momentum"])
+    if model.residual is not None and "residual" in outer:
+        model.residual.copy_(outer["residual"])
+    for spec, start, stop in protocol.ranges(buffers):
+        model.values[start:stop].copy_(tensors[spec.name].reshape(-1))
+    if len(heads) != model.count:
+        raise ValueError(f"{len(heads)} heads for {model.count} slices")
+    return {**state, "heads": heads, "path": path}, model
 
 
-class Server:
-    """The global model of one run, its members and its rounds.
+def write_vectors(folder, state, model, snapshots):
+    """Write both safetensors files of a checkpoint, synced: parameters and buffers in one,
+    momentum, residual and state in the other, all of them side by side."""
+    total = model.params.numel()
+    vectors = ("momentum", "residual") if model.residual is not None else ("momentum",)
+    specs = [TensorSpec(name, torch.float32, (total,)) for name in vectors]
+    with (
+        open(os.path.join(folder, "model.safetensors"), "wb") as params,
+        open(os.path.join(folder, "outer.safetensors"), "wb") as outer,
+    ):
+        program = {"program": "diloco"}
+        flat = [s._replace(dtype=torch.float32) for s in model.manifest + model.buffers]
+        params.write(protocol.encode_header(program, flat, format="pt"))
+        outer.write(protocol.encode_header(state | program, specs, format="pt"))
+        begin, done = outer.tell(), 0
+        for run, *others in interleaved(snapshots[: model.num_fragments]):
+            params.write(protocol.memory(run))
+            for place, other in enumerate(others):
+                outer.seek(begin + 4 * (place * total + done))
+                outer.write(protocol.memory(other))
+            done += run.numel()
+        for snapshot in snapshots[model.num_fragments :]:
+            for piece in snapshot.pieces():
+                params.write(protocol.memory(piece))
+        for file in (params, outer):
+            file.flush()
+            os.fsync(file.fileno())
 
-    `args`: the parsed command line. `run` serves until the run or the process is told to end.
+
+class Store:
+    """The disk of a run: the folder that it writes to, and the weights of -m.
+
+    output: folder of checkpoints and the final model; weights: {name: tensor} of -m, mapped; files:
+    {name: bytes} of the descriptive files; frozen: {name: [dtype, fingerprint, whose]} of the
+    frozen tensors that -m lacks; names: as `Run.names`, from before a crash, or None.
     """
 
-    def __init__(self, args):
-        self.args = args
-        self.incarnation = new_life()
-        self.run_id = ""  # the life that the run began in
-        self.lock = threading.Condition()
-        self.members = {}  # worker id -> Member whose pushes are awaited
-        self.joining = {}  # worker id -> Member that waits for the run to start
-        self.indices = {}  # worker id -> the index it last had, in the order of last use
-        self.expected = {}  # worker id -> when it was heard of: members of the life before
-        self.reopening = False  # a run of a life before goes on: its workers bring what they hold
-        self.uploader = None  # id of the joining worker that was asked for the model
-        self.running = False  # from the start of the run until the last member has left
-        self.stopping = False  # workers are told to finish
-        self.ended = threading.Event()  # the process is to end
-        self.closed = False  # no round closes any more: the last checkpoint is the last word
-        self.save_wanted = set()  # of "checkpoint", "final"
-        self.saved = self.final = None  # versions in the newest checkpoint and the final model
-        self.save_error = ""
-        self.started = time.monotonic()
-        self.last_round = None
-        self.step = 0  # of the run: that of the worker which is furthest
-        self.connections = 0
-        self.manifest = None  # specs, with the dtypes of the final model
-        self.params = self.momentum = self.residual = None
-        self.fragments = []
-        self.files = {}  # descriptive files: name -> bytes
-        self.weights = {}  # of -m, mapped: name -> tensor. What is trained begins with them
-        self.buffers, self.buffer_specs = {}, []  # global, as they travel; of the final model
-        self.frozen = {}  # name -> [dtype, fingerprint, who says so], where -m does not have it
+    def __init__(self, model, output_dir=None, save_total_limit=3):
+        self.model, self.limit = model, save_total_limit
+        self.output, self.source = choose_output(model, output_dir)
+        self.weights, self.files, self.frozen = {}, {}, {}
+        self.untrained = []  # names of frozen tensors of -m that the final model has too
+        self.names = None
+        self.saved = self.final = None  # state of the run in the newest checkpoint and final model
+        self.faults = {}  # what could not be saved -> why
         self.marks = {}  # (id of a tensor of -m, dtype) -> future of its fingerprint
-        self.untrained = []  # names in -m of what the workers have frozen
-        self.snapshot = lambda: None  # weak: joiners at one version share a copy
-        # Several chunks at a time; more threads at one would spend their time waiting.
-        torch.set_num_threads(1)
-        self.folders = concurrent.futures.ThreadPoolExecutor(
-            FOLDING_THREADS, initializer=torch.set_num_threads, initargs=[1]
-        )
-        # Threads apart from those that fold, which must not wait for gigabytes of frozen weights.
+        self.lock = threading.Lock()  # guards `marks`
+        # Hashing has threads of its own: a fold must not wait for gigabytes of frozen weights.
         self.hashers = concurrent.futures.ThreadPoolExecutor(FOLDING_THREADS)
-        self.copying = threading.Lock()  # so that they do not make two at the same time
-        self.picture = None  # of the checkpoint being written, or of the last one
-        self.settings = {key: getattr(args, key) for key in DEFAULTS}
-        self.shares = args.shares
-        self.output, source = choose_output(args.model, args.output_dir)
-        self._open(source)
-        for key, value in DEFAULTS.items():
-            if self.settings[key] is None:
-                self.settings[key] = value
-        self.shares = self.shares or max(args.n, LEAST_SHARES)
-        if self.shares < args.n:
-            raise SystemExit(
-                f"{self.shares} --shares for {args.n} workers: some would have no text"
-            )
 
-    # --- Opening and saving ---
+    @property
+    def save_error(self):
+        """A text that says what could not be saved and why, or ""."""
+        return next(iter(self.faults.values()), "")
 
-    def _open(self, source):
-        where = os.path.abspath(self.output)
-        for _, path in checkpoints(self.output) or checkpoints(self.args.model):
+    # --- Opening ---
+
+    def open(self, up, down, error_feedback):
+        """(state, GlobalModel) of the newest checkpoint that can be read, or (None, None). The
+        state is what `save` was given, with the `path`. Reads weights, files and names too."""
+        if self.source:
+            is_folder = os.path.isdir(self.source)
+            folder = self.source if is_folder else os.path.dirname(self.source)
             try:
-                self._load(path)
-            except (OSError, ProtocolError, KeyError, TypeError, ValueError) as error:
+                self.weights = protocol.load_folder(self.source)
+                self.files = protocol.read_descriptive_files(folder)
+            except (OSError, ProtocolError) as error:
+                raise SystemExit(str(error)) from None
+        self.names = self._read_names(self.output)
+        for _, path in protocol.checkpoints(self.output) or protocol.checkpoints(self.model):
+            try:
+                state, model = load_checkpoint(path, up, down, error_feedback)
+                versions = [version for version, _ in state["heads"]]
+                names = {name: state.get(name, []) for name in ("members", "stopping")}
+                names |= {name: state.get(name, {}) for name in ("indices", "sessions")}
+                files = protocol.read_descriptive_files(path)
+                text = f"round {min(v.number for v in versions)}, step {state['step']}"
+            except DAMAGED as error:
                 log(f"WARNING: {path} is not usable, trying the one before: {error!r}")
                 continue
-            log(f"continuing from {os.path.abspath(path)} (round {self.round}, step {self.step})")
-            protocol.audit("load", life=self.incarnation, path=path, labels=self._labels())
-            if source:  # for what is frozen, also where -m is where the run has ended before
-                self.weights = load_weights(source)
-            return
-        if source:
-            self.weights = load_weights(source)
-            self.files = read_descriptive_files(
-                source if os.path.isdir(source) else os.path.dirname(source)
-            )
-            log(f"starting from the weights in {source}; output goes to {where}")
-            return
-        log(f"*** NO WEIGHTS in {where}: the first worker will upload a new model. ***")
-        log("*** If you meant to continue or to fine-tune one, check the path of -m. ***")
+            self.names = self.names or self._read_names(os.path.dirname(path)) or names
+            self.files, self.frozen = files, state.get("frozen", {})
+            self.saved = versions, bool(state["members"])
+            log(f"continuing from {os.path.abspath(path)} ({text})")
+            return state, model
+        where = os.path.abspath(self.output)
+        if self.source:
+            log(f"starting from the weights in {self.source}; output goes to {where}")
+        else:
+            log(f"*** NO WEIGHTS in {where}: the first worker will upload a new model. ***")
+            log("*** If you meant to continue or to fine-tune one, check the path of -m. ***")
+        return None, None
 
-    def _load(self, path):
-        """Take model, outer optimizer and rounds from a checkpoint folder."""
-        _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
-        state, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
-        specs = [
-            TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
-            for name, tensor in tensors.items()
-        ]
-        count = len(specs) - state.get("buffers", 0)  # these come last
-        params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
-        self._allocate(specs[:count], len(state["fragments"]), params)
-        self.buffer_specs, self.frozen = specs[count:], state.get("frozen", {})
-        self.buffers = {spec.name: tensors[spec.name].clone() for spec in self.buffer_specs}
-        self.momentum.copy_(outer["momentum"])
-        if self.residual is not None and "residual" in outer:
-            self.residual.copy_(outer["residual"])
-        for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
-            fragment.origin, fragment.version = saved["label"]
-            fragment.folded = saved["folded"]
-        self.step, self.indices = state["step"], state["indices"]
-        self.expected = dict.fromkeys(state["members"], time.monotonic())
-        self.reopening, self.run_id = bool(self.expected), state["run"]
-        self.incarnation = new_life(max(state["life"], *(f.origin for f in self.fragments)))
-        self.shares = self.shares or state["shares"]
-        self.files, self.saved = read_descriptive_files(path), (self._labels(), self.reopening)
-        for key, saved in state["settings"].items():
-            if self.settings[key] is None:
-                self.settings[key] = saved
-            elif self.settings[key] != saved:
-                log(f"{key} {self.settings[key]} from the command line replaces {saved} of the run")
-
-    def _allocate(self, manifest, num_fragments, params=None):
-        """Set up the flat vectors, 12 bytes a parameter, around `params`, which are one of them.
-        Without those the fragments have no version yet."""
-        version, origin = (0, self.incarnation) if params is not None else (-1, "")
-        if params is None:
-            params = torch.empty(sum(spec.numel for spec in manifest))
-        self.params, self.momentum = params, torch.zeros_like(params)
-        feedback = CODECS[self.args.download_codec].lossy and self.args.error_feedback
-        self.residual = torch.zeros_like(params) if feedback else None
-        self.fragments = [Fragment(k, version, origin) for k in range(num_fragments)]
-        self.manifest = manifest
-
-    @property
-    def is_whole(self):
-        """Whether every fragment has a version."""
-        return bool(self.fragments) and all(f.version >= 0 for f in self.fragments)
-
-    def _slice(self, fragment, vector):
-        """A fragment's view of a flat vector (or of None)."""
-        if vector is None:
+    def _read_names(self, folder):
+        path = os.path.join(folder, NAMES)
+        if not os.path.exists(path):
             return None
-        return protocol.fragment_of(vector, fragment.index, len(self.fragments))
+        try:
+            with open(path, "rb") as file:
+                names = protocol.parse_json(file.read(), path)
+            return {
+                "members": [str(name) for name in names["members"]],
+                "stopping": [str(name) for name in names["stopping"]],
+                "indices": {name: int(index) for name, index in names["indices"].items()},
+                "sessions": {name: str(text) for name, text in names["sessions"].items()},
+            }
+        except DAMAGED as error:
+            log(f"WARNING: {path} is not usable: {error!r}")
+            return None
 
-    def _labels(self):
-        return [fragment.label for fragment in self.fragments]
+    # --- Saving ---
 
-    @property
-    def round(self):
-        """Rounds that every fragment has closed."""
-        return min((fragment.version for fragment in self.fragments), default=0)
+    @contextlib.contextmanager
+    def _surviving(self, what, snapshots=()):
+        """Log an error within and survive it: training goes on, and so does saving. The snapshots
+        are closed."""
+        try:
+            yield
+            self.faults.pop(what, None)
+        except Exception as error:
+            self.faults[what] = f"saving to {os.path.abspath(self.output)} failed: {error!r}"
+            log(f"WARNING: {self.faults[what]}; the last good checkpoint is kept")
+        finally:
+            for snapshot in snapshots:
+                snapshot.close()
 
-    def _save_loop(self):
-        while not self.ended.is_set():
-            with self.lock:
-                self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set())
-                wanted, self.save_wanted = self.save_wanted, set()
-            self.save("final" in wanted)
-            if "final" in wanted and self.args.until_done and not self.running:
-                self.ended.set()
-
-    def save(self, final):
-        """Write a checkpoint where there is something new, and the final model too if `final`.
-        A full disk is said, and survived."""
-        if not self.is_whole:
-            return
-        self.save_error = ""
-        for write in [self._write_checkpoint] + [self._write_final] * final:
-            try:
+    def save_names(self, names):
+        """Write the names of who takes part (Run.names), or remove the file where `names` is None.
+        Calls come one at a time."""
+        path = os.path.join(self.output, NAMES)
+        with self._surviving("names"):
+            if names is not None:
                 os.makedirs(self.output, exist_ok=True)
-                write()
-            except Exception as error:  # whatever it is, training goes on, and saving too
-                self.save_error = f"saving to {os.path.abspath(self.output)} failed: {error!r}"
-                log(f"WARNING: {self.save_error}; the last good checkpoint is kept")
+                raw = json.dumps(names).encode()
+                protocol.write_beside(path, lambda file: file.write(raw))
+            elif os.path.exists(path):
+                os.unlink(path)
+                protocol.sync_folder(self.output)
 
-    def _write_checkpoint(self):
-        """Write `checkpoint-ROUND/` beside, sync it, rename it, and remove the oldest ones."""
-        if self.saved == (self._labels(), self.running):
-            return
-        beside = os.path.join(self.output, ".tmp-checkpoint")
+    def append_round(self, line):
+        """Append a line about a round, a dict, to rounds.jsonl."""
+        try:
+            os.makedirs(self.output, exist_ok=True)
+            with open(os.path.join(self.output, "rounds.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log(f"WARNING: cannot write rounds.jsonl: {error}")
+
+    def save(self, state, model, snapshots):
+        """Write a checkpoint, unless the newest one has the same versions. `state`: `heads`, which
+        is [(Version, {worker: Fate})] by slice, `members`, `indices`, `step`, and whatever else
+        JSON can have; `snapshots`: model.freeze(), of the same moment, closed here."""
+        state = {**state}
+        heads = state.pop("heads")
+        versions = [version for version, _ in heads]
+        specs = model.manifest + model.buffers
+        state["dtypes"] = {spec.name: protocol.DTYPE_NAMES[spec.dtype] for spec in specs}
+        state["buffers"], state["num_fragments"] = len(model.buffers), model.num_fragments
+        state["fragments"] = [{"label": version, "folded": fates} for version, fates in heads]
+        state["frozen"] = self.frozen
+        with self._surviving("checkpoint", snapshots):
+            if self.saved != (versions, bool(state["members"])):
+                os.makedirs(self.output, exist_ok=True)
+                number = min(version.number for version in versions)
+                self._write_checkpoint(f"checkpoint-{number}", state, model, snapshots)
+                self.saved = versions, bool(state["members"])
+
+    def _write_checkpoint(self, name, state, model, snapshots):
+        path, beside = (os.path.join(self.output, n) for n in (name, ".tmp-checkpoint"))
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(beside + "-old", ignore_errors=True)
         os.mkdir(beside)
         try:
-            with contextlib.ExitStack() as files:
-                model, outer = (
-                    files.enter_context(open(os.path.join(beside, name), "wb"))
-                    for name in ("model.safetensors", "outer.safetensors")
-                )
-                with self.lock:
-                    self.lock.wait_for(lambda: not any(f.busy for f in self.fragments))
-                    path = os.path.join(self.output, f"checkpoint-{self.round}")
-                    saved, state = (self._labels(), self.running), self._state_to_save()
-                    vectors = [self.params, self.momentum, self.residual]
-                    vectors = [vector for vector in vectors if vector is not None]
-                    picture = self.picture = Picture(vectors, len(self.fragments))
-                    buffers = dict(self.buffers)
-                try:
-                    self._write_vectors(model, outer, state, picture, buffers)
-                finally:
-                    picture.close()
-                for file in (model, outer):
-                    file.flush()
-                    os.fsync(file.fileno())
+            write_vectors(beside, state, model, snapshots)
             self._write_files(beside)
-            if os.path.exists(path):  # of the same round, but not of the same versions
-                if not is_ours(os.path.join(path, "outer.safetensors")):
+            if os.path.exists(path):  # a checkpoint of the same round, but of other versions
+                if not protocol.is_ours(os.path.join(path, "outer.safetensors")):
                     raise FileExistsError(f"{path} is not this program's")
-                discard(path)
+                protocol.discard(path)
             os.rename(beside, path)
             protocol.sync_folder(self.output)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-        self.saved = saved
         log(f"saved {os.path.abspath(path)}")
-        for _, old in checkpoints(self.output)[self.args.save_total_limit :]:
-            discard(old)
-
-    def _state_to_save(self):
-        """What a checkpoint says of the run. Needs the lock."""
-        return {
-            "program": "diloco",
-            "run": self.run_id,
-            "life": self.incarnation,
-            "step": self.step,
-            "shares": self.shares,
-            "settings": self.settings,
-            "indices": dict(self.indices),
-            "members": sorted(self.members.keys() | self.expected.keys()),
-            "dtypes": {
-                s.name: protocol.DTYPE_NAMES[s.dtype] for s in self.manifest + self.buffer_specs
-            },
-            "buffers": len(self.buffer_specs),
-            "frozen": self.frozen,
-            "fragments": [{"label": f.label, "folded": dict(f.folded)} for f in self.fragments],
-        }
-
-    def _write_vectors(self, model, outer, state, picture, buffers):
-        """Write both safetensors files of a checkpoint: parameters and buffers in one, the rest in
-        the other, all of them side by side."""
-        names = ("momentum", "residual")[: len(picture.vectors) - 1]
-        specs = protocol.specs_of(zip(names, picture.vectors[1:], strict=True))
-        program = {"program": "diloco"}
-        kept = protocol.specs_of(buffers.items())
-        model.write(protocol.encode_header(program, self._flat_specs() + kept, format="pt"))
-        outer.write(protocol.encode_header(state, specs, format="pt"))
-        begin = outer.tell()
-        for start, (params, *others) in picture.pieces():
-            model.write(protocol.memory(params))
-            for place, piece in enumerate(others):
-                outer.seek(begin + place * picture.vectors[0].nbytes + 4 * start)
-                outer.write(protocol.memory(piece))
-        for buffer in buffers.values():
-            model.write(protocol.memory(buffer))
-
-    def _flat_specs(self):
-        """The manifest as the flat vector holds it, in float32."""
-        return [TensorSpec(spec.name, torch.float32, spec.shape) for spec in self.manifest]
+        for _, old in protocol.checkpoints(self.output)[self.limit :]:
+            protocol.discard(old)
 
     def _write_files(self, folder):
         for name, text in self.files.items():
             protocol.write_beside(os.path.join(folder, name), lambda file, t=text: file.write(t))
 
-    def _write_final(self):
-        """Write the model in its first worker's dtypes, with what -m has of it that is frozen, and
-        its files into the output folder."""
-        if self.final == self._labels():
-            return
+    def save_final(self, versions, model, snapshots):
+        """Write the model of some versions in its first worker's dtypes, with the frozen tensors of
+        -m and the descriptive files. `snapshots`: one of every slice, closed here."""
         frozen = {name: self.weights[name] for name in self.untrained}
-        specs = self.manifest + self.buffer_specs + protocol.specs_of(frozen.items())
+        specs = model.manifest + model.buffers + protocol.specs_of(frozen.items())
+        parts = itertools.chain(
+            (tensor for _, tensor in model.tensors(snapshots)),
+            (tensor.contiguous() for tensor in frozen.values()),
+        )
 
         def write(file):
-            parts = itertools.chain(
-                (self.params[a:b].to(spec.dtype) for spec, a, b in protocol.ranges(self.manifest)),
-                (self.buffers[spec.name].to(spec.dtype) for spec in self.buffer_specs),
-                (tensor.contiguous() for tensor in frozen.values()),
-            )
             protocol.write_frame(file, {"program": "diloco"}, specs, parts, format="pt")
 
-        self._write_files(self.output)
-        with self.hold(*self.fragments):
-            labels = self._labels()
-            protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
-        self.final = labels
-        log(f"the model of round {self.round} is in {os.path.abspath(self.output)}")
+        with self._surviving("final", snapshots):
+            if self.final != versions:
+                os.makedirs(self.output, exist_ok=True)
+                self._write_files(self.output)
+                protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
+                self.final = versions
+                number = min(version.number for version in versions)
+                log(f"the model of round {number} is in {os.path.abspath(self.output)}")
 
-    def _keeper(self, fragment):
-        """What is to be called before a chunk of a fragment's vectors changes; the fragment is
-        busy, so no checkpoint begins meanwhile."""
-        picture = self.picture
-        return lambda start, stop: picture and picture.keep(fragment.index, start, stop)
+    # --- Weights of -m, and frozen tensors ---
+    #
+    # A worker's frozen tensors come as `frozen`: {name: (spec, fingerprint)}.
 
-    @contextlib.contextmanager
-    def hold(self, *fragments, alone=False):
-        """Keep the numbers of some fragments from being stepped, while they are copied; `alone`:
-        from being copied too, while they are replaced."""
-        with self.lock:
-            self.lock.wait_for(lambda: not any(f.busy or (alone and f.readers) for f in fragments))
-            for fragment in fragments:
-                fragment.readers += 1
-                fragment.busy = alone
-        try:
-            yield
-        finally:
-            with self.lock:
-                for fragment in fragments:
-                    fragment.readers -= 1
-                    fragment.busy = False
-                self.lock.notify_all()
-
-    # --- Connections ---
-
-    def run(self):
-        """Serve until `--until-done` is met, the spawned workers are done, or a signal comes.
-        Returns the exit code."""
-        host, signals = self.args.host, []
-        six = ":" in host or (not host and socket.has_dualstack_ipv6())
-        family = socket.AF_INET6 if six else socket.AF_INET
-        try:
-            listener = socket.create_server(
-                (host, self.args.port), family=family, backlog=256, dualstack_ipv6=six and not host
-            )
-        except OSError as error:
-            raise SystemExit(
-                f"cannot listen on {host or 'port'} {self.args.port}: {error.strerror or error}; "
-                "is another server running? Try another --port"
-            ) from None
-        self.port = listener.getsockname()[1]
-
-        def on_signal(number, _):
-            if signals:
-                os._exit(128 + number)
-            signals.append(number)
-            self.ended.set()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        for target, argument in ((self._accept_loop, [listener]), (self._reap_loop, [])):
-            threading.Thread(target=target, args=argument, daemon=True).start()
-        saver = threading.Thread(target=self._save_loop, daemon=True)
-        saver.start()
-        who = f"{self.args.n} worker(s)"
-        if self.reopening:
-            who = f"{', '.join(sorted(self.expected))}, or after {self.args.worker_timeout:g} s"
-        log(f"listening on port {self.port}; the run starts with {who}")
-        code = Spawn(self).wait() if self.args.spawn else 0
-        self.ended.wait()
-        with self.lock:
-            self.closed = True
-            self.lock.notify_all()
-        if signals:
-            log("stopping: saving, and telling the workers; once more leaves at once")
-        saver.join()
-        self.save(final=not self.members)
-        with self.lock:
-            left = self.members.values()
-            self.lock.wait_for(lambda: all(member.told for member in left), FAREWELL_SECONDS)
-        listener.close()
-        for _, newest in checkpoints(self.output)[:1]:
-            log(f"ends; the newest checkpoint is {os.path.abspath(newest)}")
-        return 128 + signals[0] if signals and self.args.spawn else code
-
-    def _accept_loop(self, listener):
-        while not self.ended.is_set():
-            try:
-                sock, address = listener.accept()
-            except OSError as error:  # too many open files, for one, which passes
-                if not self.ended.wait(0.1):
-                    log(f"WARNING: accept failed: {error}")
-                continue
-            threading.Thread(target=self._serve, args=[sock, address[0]], daemon=True).start()
-
-    def _serve(self, sock, address):
-        """One connection, from hello to its end."""
-        conn = protocol.Connection(sock, address)
-        with self.lock:
-            self.connections += 1
-        try:
-            if self.connections > MAX_CONNECTIONS:
-                raise Refused("busy", f"the server has {MAX_CONNECTIONS} connections, its limit")
-            conn.greet({"incarnation": self.incarnation})
-            while True:
-                message = conn.receive(idle=None)
-                handler = getattr(self, f"on_{message.type}", None)
-                if handler is None:
-                    raise ProtocolError(f"no request is called {message.type!r}")
-                handler(conn, message)
-        except (Refused, ProtocolError) as error:
-            if getattr(error, "code", "") != "rejoin":  # heard at each heartbeat until a step ends
-                log(f"{conn.worker[0] or conn.peer} is refused: {error}")
-            conn.refuse(error)
-        except OSError as error:
-            if conn.worker[0] in self.members:
-                log(f"a connection to {conn.worker[0]} ended: {error}")
-        finally:
-            with self.lock:
-                self.connections -= 1
-                for worker, member in list(self.joining.items()):
-                    if member.conn is conn:
-                        self._forget_joining(worker)
-            conn.close()
-
-    def _member(self, conn):
-        """The member that speaks on this connection. Raises Refused if it is none."""
-        worker, session = conn.worker
-        member = self.members.get(worker)
-        if member is None or member.session != session:
-            if worker in self.expected:
-                self.expected[worker] = time.monotonic()  # it lives, and will come
-            raise Refused("rejoin", f"worker {worker!r} is not a member of the run; join again")
-        member.heard = time.monotonic()
-        return member
-
-    def _fragment(self, message):
-        return self.fragments[message.field("fragment", int, high=len(self.fragments) - 1)]
-
-    def _wait(self, conn, condition, awaited):
-        """Wait for `condition()`, called with the lock held. Every WAIT_SECONDS the peer gets a
-        `wait` message with `awaited()`, the first one soon: it says that the request is here whole.
-        Raises ConnectionError when the peer hangs up, or the server ends."""
-        said = -protocol.WAIT_SECONDS
-        while True:
-            with self.lock:
-                if self.lock.wait_for(lambda: condition() or self.closed, timeout=0.5):
-                    if condition():
-                        return
-                    break
-                text = awaited()
-            if conn.closed_by_peer():
-                raise ConnectionError(f"{conn.peer} closed the connection")
-            if time.monotonic() - said >= protocol.WAIT_SECONDS:
-                conn.send("wait", {"awaited": text})
-                said = time.monotonic()
-        conn.send("wait", {"awaited": "the server, which was stopped"})
-        raise ConnectionError("the server ends")
-
-    # --- Joining and leaving ---
-
-    def on_join(self, conn, message):
-        """Admit a worker: at once to a running run, else when all are there that it starts with."""
-        message.expect([])
-        if not conn.worker[0]:
-            raise ProtocolError("join: hello named no worker")
-        if self.ended.is_set():
-            raise ConnectionError("the server ends")
-        member = Member(
-            *conn.worker,
-            message.field("host", str),
-            conn,
-            protocol.manifest_from_json(message.field("manifest", list)),
-            message.field("sync_every", int, low=1),
-            message.field("num_fragments", int, low=1, high=1000),
-            message.field("source", str, ""),
-            message.field("step", int, 0),
-            message.field("run", str, ""),
-            [label and label_of(label) for label in message.field("versions", list, [])],
-            [folded_of(folded) for folded in message.field("folded", list, [])],
-            position=message.field("position", int, 0),
-            ranks=message.field("ranks", int, 1, low=1),
-            buffers=protocol.manifest_from_json(message.field("buffers", list, []), trained=False),
-            frozen=frozen_of(message.field("frozen", list, [])),
-        )
-        for held in (member.labels, member.folded):
-            if len(held) not in (0, member.num_fragments):
-                raise ProtocolError("join: versions and folded lists are not one a fragment")
-        if member.folded and None in member.labels:
-            raise ProtocolError("join: a folded list without its version")
-        names = [spec.name for spec in member.manifest + member.buffers] + [*member.frozen]
-        if len(set(names)) != len(names):  # they may share a file
-            raise ProtocolError("join: a name stands for two tensors of the model")
-        if self.run_id and member.run != self.run_id:
-            member.labels, member.folded = [], []
-        if self.stopping and not member.folded:
-            raise Refused("stopping", "this run is being stopped")
-        size = protocol.payload_bytes(protocol.buffer_specs(member.manifest + member.buffers))
-        if size > self.args.max_model_gb * 1e9:
-            raise Refused(
-                "size",
-                f"the model takes {size / 1e9:.2f} GB as float32, over --max-model-gb "
-                f"{self.args.max_model_gb:g}; raise it if the server has three times that in memory",
-            )
-        self._wait(conn, lambda: not self._is_doubtful(member), lambda: f"the old {member.id}")
-        self._compare_frozen(conn, member)
-        with self.lock:
-            self._check_id(member)
-            self._check_settings(member)
-            self._check_model(member)
-            self.joining[member.id] = member
-            self.lock.notify_all()
-        log(f"{member.id} on {member.host} ({conn.peer}) asks to join")
-        self._admit(conn, member)
-
-    @property
-    def heartbeat_seconds(self):
-        """How often workers are asked to say that they live."""
-        return min(HEARTBEAT_SECONDS, self.args.worker_timeout / 4)
-
-    def _is_doubtful(self, member):
-        """Whether another process that has this id has lost its connection so lately that it may
-        be about to connect again: a cut line is not the end of a worker."""
-        other, grace = self.members.get(member.id), 1.5 * self.heartbeat_seconds + 0.5
-        cut = other and other.session != member.session and other.conn.closed_by_peer()
-        return cut and time.monotonic() - other.heard < grace
-
-    def _check_id(self, member):
-        for other in (self.members.get(member.id), self.joining.get(member.id)):
-            if other and other.session != member.session and not other.conn.closed_by_peer():
-                silent = time.monotonic() - other.heard
-                raise Refused(
-                    "id",
-                    f"worker id {member.id!r} is held by a live process on {other.host} "
-                    f"({other.conn.peer}); give this one another --worker-id, or if that machine is "
-                    f"dead, try again in {max(0.0, self.args.worker_timeout - silent):.0f} s",
-                )
-
-    def _check_settings(self, member):
-        """What all workers of a run must have alike."""
-        names = ["num_fragments", "source"] + ["sync_every"] * (member.num_fragments > 1)
-        others = [*self.members.values(), *self.joining.values()]
-        run = [(name, getattr(o, name), f"{o.id!r} on {o.host}") for o in others for name in names
-               if o.id != member.id]  # fmt: skip
-        if self.fragments:
-            run.append(("num_fragments", len(self.fragments), "the run so far"))
-        if member.source and len({o.id for o in others} - {member.id}) >= self.shares:
-            raise Refused(
-                "setting",
-                f"the run's text is cut into {self.shares} shares, and as many workers read them; "
-                "start the server with more --shares",
-            )
-        for name, value, whose in run:
-            if value != getattr(member, name):
-                raise Refused(
-                    "setting",
-                    f"{name} is {getattr(member, name)!r} here and {value!r} in {whose}; all "
-                    "workers of a run need the same",
-                )
-
-    def _misfit(self, member):
-        """What keeps a worker's model from being the one of the run, in words, or ""."""
-        if not self.manifest:
-            return ""
-        ours, theirs = self.manifest + self.buffer_specs, member.manifest + member.buffers
-        fault = protocol.explain_mismatch(ours, theirs)
-        known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
-        for spec in [] if fault else protocol.buffer_specs(member.buffers):
-            if spec != known.get(spec.name):
-                fault = f"{protocol.describe(spec)} has another dtype on the server"
-        for name, (spec, mark) in {} if fault else member.frozen.items():
-            dtype, other, whose = self.frozen.get(name, ("", "", ""))
-            if not fault and dtype == protocol.DTYPE_NAMES[spec.dtype] and mark != other:
-                fault = (
-                    f"its frozen tensor {name!r} has other numbers than that of {whose}; load the "
-                    "same weights on all workers, or start the server with a -m that holds them"
-                )
-        return fault
-
-    def _check_model(self, member):
-        if fault := self._misfit(member):
-            raise Refused("model", f"this worker's model is not the one of the run: {fault}")
-
-    def _compare_frozen(self, conn, member):
-        """Note which frozen tensors of a worker are not those of -m. Takes a second a gigabyte, the
-        first time. Raises Refused where one has another shape."""
-        found = matched(self.weights, member.frozen)
-        jobs = {}
-        for name, tensor in found.items():
-            shape, dtype = member.frozen[name][0].shape, member.frozen[name][0].dtype
-            if tuple(tensor.shape) != shape:
-                fault = (
-                    f"frozen tensor {name!r} is {list(tensor.shape)} in -m and {list(shape)} here"
-                )
-                raise Refused("model", fault)
-            with self.lock:
-                if (id(tensor), dtype) not in self.marks:
-                    work = self.hashers.submit(
-                        lambda t, d: protocol.fingerprint(t.to(d)), tensor, dtype
-                    )
-                    self.marks[id(tensor), dtype] = work
-                jobs[name] = self.marks[id(tensor), dtype]
-        self._wait(
-            conn,
-            lambda: all(job.done() for job in jobs.values()),
-            lambda: "the server, which compares the frozen weights with those of -m",
-        )
-        member.differs = [n for n, job in jobs.items() if job.result() != member.frozen[n][1]]
-
-    def _admit(self, conn, member):
-        """Wait until the run starts, then answer a join with the parameters, or with `init` where
-        this worker is to bring them, or newer slices of them than the server has."""
-        while True:
-            self._wait(conn, lambda: self._task(member), self._awaited_to_start)
-            with self.lock:
-                self._check_model(member)
-                if member not in (self.joining.get(member.id), self.members.get(member.id)):
-                    raise Refused("id", "another connection of this worker has taken its place")
-                task = self._task(member)
-                member.asked = []
-                if task in ("slices", "model"):
-                    self.uploader = member.id
-                elif task == "enter" and not self.running and not self._start():
-                    continue
-            if task == "enter":
-                with self._reading(member):
-                    return self._send_model(conn, member)
-            if task == "slices":
-                with self.lock:
-                    if not self.fragments:  # it died before its first checkpoint
-                        self._allocate(member.manifest, member.num_fragments)
-                        self.buffer_specs = member.buffers
-                    member.asked = self._newest_of(member)
-                last = len(self.fragments) - 1 in member.asked
-                member.wanted = [spec.name for spec in member.buffers if last]
-                fields = {"fragments": member.asked, "tensors": member.wanted}
-                return conn.send("init", fields)
-            if task == "model":
-                found = self._fit_weights(member)
-                every = member.manifest + member.buffers
-                member.wanted = [spec.name for spec in every if spec.name not in found]
-                if member.wanted or not self.files:
-                    return conn.send("init", {"tensors": member.wanted})
-                params, buffers = self._lay_out(member, found), self._collect_buffers(member, found)
-                self._check_finite(params)
-                self._take_model(member, params, buffers, self.files)
-
-    def _task(self, member):
-        """What a worker that joins has to do now: "enter" the run (or hear that another connection
-        has taken its place), upload the "model", or newer "slices" of it; None: wait."""
-        if self.running or self.joining.get(member.id) is not member:
-            return "enter"
-        if self.uploader or not self._is_ready():
-            return None
-        if self._newest_of(member):
-            return "slices"
-        if any(self._newest_of(other) for other in self.joining.values()):
-            return None
-        if not self.is_whole:
-            return "model" if member.id == min(self.joining) else None
-        return "enter"
-
-    def _is_ready(self):
-        """Whether all are there that the run starts with: `-n` workers, or after a crash its
-        members of then, as far as they have been heard of within --worker-timeout."""
-        now = time.monotonic()
-        if self.reopening:
-            left = self.expected.keys() - self.joining.keys()
-            return all(self._is_late(self.expected[worker], now) for worker in left)
-        # A crash before the first checkpoint leaves no names.
-        again = any(member.folded for member in self.joining.values())
-        return len(self.joining) >= self.args.n or (again and self._is_late(self.started, now))
-
-    def _is_late(self, heard, now):
-        return now - heard > self.args.worker_timeout
-
-    def _newest_of(self, member):
-        """The fragments of which, of all that wait, this worker holds the newest version, which is
-        newer than the server's."""
-        offers = [other for other in self.joining.values() if other.folded]
-        current = self._labels() or [["", -1]] * member.num_fragments  # less than any version
-        return [
-            k
-            for k, label in enumerate(current)
-            if member in offers
-            and member.labels[k] > label
-            and max(offers, key=lambda other: (other.labels[k], other.id)) is member
-        ]
-
-    def _awaited_to_start(self):
-        missing = self.args.n - len(self.joining)
-        if self.reopening:
-            return f"{', '.join(sorted(self.expected.keys() - self.joining.keys()))} to come back"
-        return f"{missing} more worker(s) to join" if missing > 0 else f"{self.uploader}'s upload"
-
-    def _start(self):
-        """Make members of all that wait. Needs the lock; False if too few are left."""
-        for worker, member in list(self.joining.items()):
-            if self._misfit(member) or member.conn.closed_by_peer():
-                self._forget_joining(worker)
-        if not self.joining or not self._is_ready():
-            return False
-        self.step = max([self.step, *(m.step for m in self.joining.values() if m.folded)])
-        for worker in sorted(self.joining, key=lambda w: (self.indices.get(w, KNOWN_WORKERS), w)):
-            member = self.joining[worker]
-            member.step = member.step if member.folded else self.step
-            self._make_member(member, self._free_index(worker))
-        self.untrained = [name for name in member.frozen if name in self.weights]
-        if self.args.save_every and self.saved is None:
-            self.save_wanted.add("checkpoint")  # so that a crash in round 0 costs nothing either
-        self.running, self.reopening, self.expected = True, False, {}
-        log(f"the run starts at round {self.round} with {', '.join(self.members)}")
-        protocol.audit(
-            "open", life=self.incarnation, labels=self._labels(), members=[*self.members]
-        )
-        self.lock.notify_all()
-        return True
-
-    def _make_member(self, member, index):
-        self.indices.pop(member.id, None)
-        member.index = self.indices[member.id] = index
-        member.heard = time.monotonic()
-        self.joining.pop(member.id, None)
-        self.members[member.id] = member
-        for worker in list(self.indices)[:-KNOWN_WORKERS]:
-            if worker not in self.members:
-                del self.indices[worker]
-                for fragment in self.fragments:
-                    fragment.folded.pop(worker, None)
-
-    def _forget_joining(self, worker):
-        self.joining.pop(worker, None)
-        if self.uploader == worker:
-            self.uploader = None
-        self.lock.notify_all()
-
-    def _free_index(self, worker):
-        """Its own index for an id that comes back, else the lowest that is free."""
-        taken = {member.index for member in self.members.values() if member.id != worker}
-        own = self.indices.get(worker)
-        return (
-            own if own is not None and own not in taken else min(set(range(len(taken) + 1)) - taken)
-        )
-
-    def _send_model(self, conn, member):
-        """The reply to join: a place in the run, what became of the worker's pushes, and the
-        parameters in full. `seqs` are final: no push of before can be folded any more, but for one
-        that a process of the same name has left, and to which this one adds nothing."""
-        with self.hold(*self.fragments):
-            with self.lock:
-                if member not in (self.joining.get(member.id), self.members.get(member.id)):
-                    raise Refused("id", "another connection of this worker has taken its place")
-                self._supersede(member)
-                due, starts = self._next_pushes(member), self.members.get(member.id) is member
-                if self.members.get(member.id) is not member:
-                    if not member.folded:
-                        member.step = max([self.step, *(m.step for m in self.members.values())])
-                    self._make_member(member, self._free_index(member.id))
-                    log(f"{member.id} joins the run as worker {member.index}")
-                fields = {
-                    "run": self.run_id,
-                    "ticket": member.ticket,
-                    "index": member.index,
-                    **self._share(member),
-                    "num_shares": self.shares,
-                    "heartbeat_seconds": self.heartbeat_seconds,
-                    "upload_codec": self.args.upload_codec,
-                    "download_codec": self.args.download_codec,
-                    "error_feedback": self.args.error_feedback,
-                    "step": member.step,
-                    "due": due,
-                    "versions": self._labels(),
-                    "folded": [dict(f.folded) for f in self.fragments],
-                    "seqs": [self._last_seq(f, member.id) for f in self.fragments],
-                    "staleness": [
-                        max(0, f.version - label[1]) if label else 0
-                        for f, label in itertools.zip_longest(self.fragments, member.labels)
-                    ],
-                    "max_staleness": self.args.max_staleness,
-                    "outer": [self._outer(f.version) for f in self.fragments],
-                    "frozen": member.differs,
-                }
-                buffers = dict(self.buffers)
-            specs = self._flat_specs() + protocol.specs_of_buffers(buffers)
-            if starts:  # with the others: no round closes before all have the parameters
-                conn.send("join", fields, specs, [self.params, *buffers.values()])
-            else:
-                with self.copying:
-                    snapshot = self.snapshot()
-                    if snapshot is None or snapshot.versions != fields["versions"]:
-                        snapshot = Snapshot(self.params.clone(), fields["versions"])
-                        self.snapshot = weakref.ref(snapshot)
-        if not starts:
-            conn.send("join", fields, specs, [snapshot.params, *buffers.values()])
-        self._make_room(member)
-
-    def _make_room(self, member):
-        """Have the memory for its pushes, and for the first update, while it trains: the system
-        takes longer to hand it out than to fill it."""
-        codecs = [CODECS[name] for name in (self.args.upload_codec, self.args.download_codec)]
-        for fragment in self.fragments:
-            size = self._slice(fragment, self.params).numel()
-            up, down = (codec.layout(size) for codec in codecs)
-            if fragment.index not in member.room:
-                buffer = Buffer(up)
-                with self.lock:
-                    member.room.setdefault(fragment.index, buffer)
-            with self.copying:
-                if fragment.update is None and fragment.spare is None:
-                    fragment.spare = Buffer([*down, Checksum.SPEC])
-
-    def _supersede(self, member):
-        """Take back those pushes of open rounds that a worker which joins again will send again:
-        its own, and those that a process made after the checkpoint that it goes on from. Needs
-        the lock, while no fragment is busy."""
-        old = self.members.get(member.id)
-        for fragment, label in itertools.zip_longest(self.fragments, member.labels):
-            push = fragment.pushes.get(member.id)
-            if push and (push.session == member.session or label == fragment.label):
-                del fragment.pushes[member.id]
-        if old and old is not member:
-            member.shares = old.shares if old.session == member.session else set()
-
-    @staticmethod
-    def _last_seq(fragment, worker):
-        """The highest sequence number of a worker's pushes that count, or will."""
-        push = fragment.pushes.get(worker)
-        return push.seq if push else fragment.folded.get(worker, 0)
-
-    def _next_pushes(self, member):
-        """Where a worker that joins is to begin: `open`, the fragments whose round waits for it,
-        in the order of the cycle, and `next`, the first one that nobody has pushed yet, due in
-        `steps` of its own (None: a whole interval). Derived from the versions, and from what the
-        members last said of their place in the cycle."""
-        count = len(self.fragments)
-        if self.members.get(member.id) is member:  # the run starts, and all begin at one place,
-            first = min(self.fragments, key=lambda f: f.version * count + f.index)
-            return {"open": [], "next": first.index, "steps": None}  # however fast the others are
-        waiting = [f for f in self.fragments if f.pushes and member.id not in f.pushes]
-        waiting.sort(key=lambda f: f.version * count + f.index)
-        nxt = min(self.fragments, key=lambda f: (f.version + bool(f.pushes)) * count + f.index)
-
-        def due(sync_every):
-            return (nxt.index + 1) * sync_every // count
-
-        left, now = [], time.monotonic()
-        for other in self.members.values():
-            if other.id != member.id:
-                steps = (due(other.sync_every) - other.position - 1) % other.sync_every + 1
-                steps -= other.steps_per_second * (now - other.heard)
-                left.append(max(0.0, steps) / other.sync_every)
-        steps = max(1, round(min(left) * member.sync_every)) if left else None
-        return {"open": [f.index for f in waiting], "next": nxt.index, "steps": steps}
-
-    def _share(self, member):
-        """Its place among the live members, their number, and the shares of the text that it may
-        read from now on: every world-th from its rank on, but for those that another member has
-        not said to have let go of. Needs the lock."""
-        live = sorted(other.index for other in self.members.values())
-        rank, world = live.index(member.index), len(live)
-        others = [other.shares for other in self.members.values() if other is not member]
-        due = set(range(rank % self.shares, self.shares, world))
-        told = due.difference(*others) or member.shares.difference(*others)
-        member.shares |= told
-        return {"rank": rank, "world": world, "shares": sorted(told)}
-
-    def _fit_weights(self, member):
-        """{name: tensor} of the trained tensors and buffers of a worker that -m holds. Raises Refused
-        where one has another shape, and where -m lacks one that is trained; unless that is an
-        adapter's, so that all that is frozen is there."""
+    def fit(self, manifest, buffers, frozen):
+        """{name: tensor} of a worker's trained tensors and buffers that -m holds. Raises Refused
+        where a shape differs, and where -m lacks a trained tensor, unless that is an adapter's, so
+        that all that is frozen is there."""
         if not self.weights:
             return {}
-        every = member.manifest + member.buffers
-        found = matched(self.weights, [*(spec.name for spec in every), *member.frozen])
-        alien = [name for name in member.frozen if name not in found]
-        is_base = bool(member.frozen) and not alien
-        have = [spec._replace(shape=tuple(found[spec.name].shape))
-                for spec in every if spec.name in found]  # fmt: skip
-        needed = [s for s in every if s.name in found or (s in member.manifest and not is_base)]
+        every = [*manifest, *buffers]
+        found = protocol.matched(self.weights, [*(spec.name for spec in every), *frozen])
+        alien = [name for name in frozen if name not in found]
+        is_base = bool(frozen) and not alien
+        have = [s._replace(shape=tuple(found[s.name].shape)) for s in every if s.name in found]
+        needed = [s for s in every if s.name in found or (s in manifest and not is_base)]
         if fault := protocol.explain_mismatch(have, needed):
             raise Refused(
                 "model",
@@ -1337,630 +1344,1006 @@ class Server:
             )
         return {spec.name: found[spec.name] for spec in have}
 
-    def on_init(self, conn, message):
-        """The upload of the model by the worker that was asked for it: the tensors of its
-        manifest, or slices that are newer than the server's, then the descriptive files."""
-        with self.lock:
-            member = self.joining.get(conn.worker[0])
-            if member is None or member.conn is not conn or self.uploader != member.id:
-                raise ProtocolError("init: this worker was not asked for it")
-        sizes = message.field("files", dict, {})
-        for name, size in sizes.items():
-            if name not in protocol.FILE_NAMES or type(size) is not int or size < 0:
-                raise ProtocolError(f"init: file {name!r} is not one of {protocol.FILE_NAMES}")
-        if sum(sizes.values()) > protocol.MAX_FILES_BYTES:
-            raise ProtocolError(f"init: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
-        file_specs = [TensorSpec(f"file:{n}", torch.uint8, (s,)) for n, s in sizes.items()]
-        parts = {k: self._slice(self.fragments[k], self.params).numel() for k in member.asked}
-        specs = [TensorSpec(f"slice:{k}", torch.float32, (size,)) for k, size in parts.items()]
-        specs = specs or [spec for spec in member.manifest if spec.name in member.wanted]
-        buffers = [spec for spec in member.buffers if spec.name in member.wanted]
-        message.expect(specs + protocol.buffer_specs(buffers) + file_specs)
-        found = {} if parts else self._fit_weights(member)
-        if parts:
-            params = torch.empty(sum(parts.values()))
-            conn.read(params)
-        else:
-            params = self._lay_out(member, found, conn.read)
-        buffers, files = self._collect_buffers(member, found, conn.read), {}
-        for name, size in sizes.items():
-            raw = torch.empty(size, dtype=torch.uint8)
-            conn.read(raw)
-            files[name] = bytes(protocol.memory(raw))
-        self._check_finite(params)
-        if parts:
-            slices = dict(zip(parts, params.split([*parts.values()]), strict=True))
-            self._take_slices(member, slices, buffers, files)
-        else:
-            self._take_model(member, params, buffers, self.files or files)
-        self._admit(conn, member)
+    def compare(self, frozen):
+        """{name: future of the fingerprint in -m} of the frozen tensors that -m has, in the
+        worker's dtypes. The first time hashing takes a second a gigabyte. Raises Refused where a
+        shape differs."""
+        jobs = {}
+        for name, tensor in protocol.matched(self.weights, frozen).items():
+            spec = frozen[name][0]
+            if tuple(tensor.shape) != spec.shape:
+                sizes = f"{list(tensor.shape)} in -m and {list(spec.shape)} here"
+                raise Refused("model", f"frozen tensor {name!r} is {sizes}")
+            key = id(tensor), spec.dtype
+            with self.lock:
+                if key not in self.marks:
+                    work = (lambda t, d: protocol.fingerprint(t.to(d)), tensor, spec.dtype)
+                    self.marks[key] = self.hashers.submit(*work)
+                jobs[name] = self.marks[key]
+        return jobs
 
-    @staticmethod
-    def _check_finite(params):
-        if not all(protocol.within(part) for part in params.split(CHUNK)):
-            raise Refused("model", "the parameters to start from are not all finite")
+    def differing(self, frozen, jobs):
+        """The names of frozen tensors that differ from those of -m, once `compare`'s jobs are
+        done."""
+        return [name for name, job in jobs.items() if job.result() != frozen[name][1]]
 
-    @staticmethod
-    def _lay_out(member, found, read=None):
-        """The flat vector that a run starts with, in the layout of a worker: from the tensors of -m
-        in `found`, and the rest as `read(tensor)` brings it."""
-        params = torch.empty(sum(spec.numel for spec in member.manifest))
-        for spec, start, stop in protocol.ranges(member.manifest):
-            part = params[start:stop]
-            if spec.name in found:
-                part.copy_(found[spec.name].reshape(-1))
-            elif spec.dtype == torch.float32:
-                read(part)
-            else:
-                raw = torch.empty_like(part, dtype=spec.dtype)
-                read(raw)
-                part.copy_(raw)
-        return params
+    def check_frozen(self, frozen):
+        """Raise Refused where a frozen tensor that -m lacks differs from that of the first
+        worker."""
+        for name, (spec, mark) in frozen.items():
+            dtype, other, whose = self.frozen.get(name, ("", "", ""))
+            if dtype == protocol.DTYPE_NAMES[spec.dtype] and mark != other:
+                raise Refused(
+                    "model",
+                    "this worker's model is not the one of the run: "
+                    f"its frozen tensor {name!r} has other numbers than that of {whose}; load the "
+                    "same weights on all workers, or start the server with a -m that holds them",
+                )
 
-    @staticmethod
-    def _collect_buffers(member, found, read=None):
-        """The buffers, {name: CPU tensor as it travels}, that `found` or the worker has."""
-        buffers = {}
-        for spec, wire in zip(member.buffers, protocol.buffer_specs(member.buffers), strict=True):
-            if spec.name in found:
-                buffers[spec.name] = found[spec.name].to(wire.dtype, copy=True).contiguous()
-            elif spec.name in member.wanted:
-                buffers[spec.name] = torch.empty(wire.shape, dtype=wire.dtype)
-                read(buffers[spec.name])
-        return buffers
-
-    def _take_slices(self, member, slices, buffers, files):
-        """Newer slices than the checkpoint had, with the pushes folded into them. The momentum
-        stays that of the checkpoint; what its rounding had left over has been sent since."""
-        for k, values in slices.items():
-            fragment = self.fragments[k]
-            with self.hold(fragment, alone=True):
-                for chunk in protocol.chunks(values.numel()):
-                    self._keeper(fragment)(*chunk)
-                self._slice(fragment, self.params).copy_(values)
-                if self.residual is not None:
-                    self._slice(fragment, self.residual).zero_()
-                with self.lock:
-                    fragment.origin, fragment.version = member.labels[k]
-                    fragment.folded = dict(member.folded[k])
-            protocol.audit(
-                "take", life=self.incarnation, fragment=k, label=fragment.label, worker=member.id
-            )
-            log(f"fragment {k}: version {fragment.version} comes from {member.id}")
-        with self.lock:
-            self.files = self.files or files
-            self.uploader = None
-            self.save_wanted.add("checkpoint")
-            self._take_untrained(member, buffers)
-            if self.is_whole:
-                self.run_id = self.run_id or member.run
-            self.lock.notify_all()
-
-    def _take_untrained(self, member, buffers):
-        """What a model has beside the flat vector: buffers, and what is known of frozen tensors.
-        Needs the lock."""
-        if buffers or not self.buffer_specs:
-            self.buffers, self.buffer_specs = buffers, member.buffers
-        found = matched(self.weights, member.frozen)
+    def note_frozen(self, frozen, whose):
+        """Note the frozen tensors of a member, which all others must have too. `whose`: the member
+        in words. Called when the run opens."""
+        found = protocol.matched(self.weights, frozen)
+        self.untrained = [name for name in frozen if name in self.weights]
         self.frozen = self.frozen or {
-            name: [protocol.DTYPE_NAMES[spec.dtype], mark, f"{member.id} on {member.host}"]
-            for name, (spec, mark) in member.frozen.items()
+            name: [protocol.DTYPE_NAMES[spec.dtype], mark, whose]
+            for name, (spec, mark) in frozen.items()
             if name not in found
         }
 
-    def _take_model(self, member, params, buffers, files):
-        """The first parameters of a run, from a worker or from the disk."""
+    def frozen_tensors(self, frozen, names):
+        """(specs, generator of tensors) of frozen tensors of -m by name, in the order of the names
+        and in the worker's dtypes."""
+        found = protocol.matched(self.weights, frozen)
+        specs = [frozen[name][0] for name in names if name in found]
+        return specs, (found[spec.name].to(spec.dtype).contiguous() for spec in specs)
+
+
+# --- The server -------------------------------------------------------------------------------
+#
+# One thread serves a connection: its handler reads a request, asks `Run`, does what was decided, and
+# answers. The one lock guards `Run`, the log's bookkeeping and the fields below; arithmetic, disk and
+# network stay outside of it. `turn` closes the rounds that are over, after each event and several
+# times a second; a thread of its own folds each. Whoever waits is told every few seconds for whom.
+
+
+@dataclass(eq=False, kw_only=True)
+class Facts:
+    """What a worker has said of itself, beside what the rules need."""
+
+    host: str
+    conn: protocol.Connection  # connection of its join, then of its heartbeats
+    manifest: list  # specs of what it trains, in its own order
+    buffers: list  # specs of its floating-point buffers
+    frozen: dict  # name -> (spec, fingerprint) of what it does not train
+    source: str  # name of its training data
+    ranks: int  # processes that it consists of
+    run: str  # id of the run that it was in before, or ""
+    differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
+    was_asked: bool = False  # whether it was asked to bring slices or files
+    is_told: bool = False  # whether it has heard that the server ends
+
+
+def facts_of(conn, message):
+    """The Facts that a join tells. Raises ProtocolError where they are malformed."""
+    if not conn.worker[0]:
+        raise ProtocolError("join: hello named no worker")
+    facts = Facts(
+        host=message.field("host", str),
+        conn=conn,
+        manifest=protocol.manifest_from_json(message.field("manifest", list)),
+        buffers=protocol.manifest_from_json(message.field("buffers", list, []), trained=False),
+        frozen=protocol.frozen_of(message.field("frozen", list, [])),
+        source=message.field("source", str, ""),
+        ranks=message.field("ranks", int, 1, low=1),
+        run=message.field("run", str, ""),
+    )
+    named = [spec.name for spec in facts.manifest + facts.buffers] + [*facts.frozen]
+    if len(set(named)) != len(named):  # tensors of one name would share a place in a file
+        raise ProtocolError("join: a name stands for two tensors of the model")
+    return facts
+
+
+def blocked_of(message):
+    """(slice, sequence number) of the push that a worker's training waits for, or ()."""
+    blocked = message.field("blocked", list, [])
+    if [type(number) for number in blocked] not in ([], [int, int]) or min(blocked, default=0) < 0:
+        raise ProtocolError("heartbeat: blocked is not [slice, sequence number]")
+    return tuple(blocked)
+
+
+def rank_of(member, members):
+    """The place of a member among the live ones, and their number."""
+    live = sorted(other.index for other in members.values())
+    return {"rank": live.index(member.index), "world": len(live)}
+
+
+def settings_of(member):
+    """{name: value} of the settings of a worker that others may need alike."""
+    return {
+        "num_fragments": member.fragments,
+        "source": member.facts.source,
+        "sync_every": member.sync_every,
+    }
+
+
+def status_of(member):
+    """What status.py shows of one member."""
+    return {
+        "id": member.id,
+        "index": member.index,
+        "host": member.facts.host,
+        "ranks": member.facts.ranks,
+        "step": member.step,
+        "position": member.position,
+        "sync_every": member.sync_every,
+        "loss": member.loss,
+        "address": member.facts.conn.peer,
+        "steps_per_second": round(member.speed, 3),
+        "heard_seconds_ago": round(now() - member.heard, 1),
+    }
+
+
+class Gate:
+    """Who comes in, and who goes: requests to join, to bring slices, to stay and to leave."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+        self.store, self.args = server.store, server.args
+
+    def on_join(self, conn, message):
+        """A worker takes part: it brings what the server lacks, then gets its place."""
+        message.expect([])
+        if self.server.ended.is_set():
+            raise ConnectionError("the server ends")
+        member = self.introduced(conn, message)
+        id, session = conn.worker
+
+        def is_doubtful():
+            other = self.holder(id, session)
+            return other is not None and other.cut is not None
+
+        self.server.wait(conn, lambda: not is_doubtful(), lambda: f"the old {id}")
+        facts = member.facts
+        jobs = self.store.compare(facts.frozen)
+        hashing = "the server, which compares the frozen weights with those of -m"
+        self.server.wait(conn, lambda: all(j.done() for j in jobs.values()), lambda: hashing)
+        facts.differs = self.store.differing(facts.frozen, jobs)
         with self.lock:
-            self._allocate(member.manifest, member.num_fragments, params)
-            self.run_id = self.incarnation
-            self._take_untrained(member, buffers)
-            self.files = files
-            self.uploader = None
+            self.check(member)
+            self.run.ask(member, now())
             self.lock.notify_all()
-        log(f"{params.numel():,} parameters in {len(member.manifest)} tensors, as {member.id} has")
+        log(f"{id} on {facts.host} ({conn.peer}) asks to join")
+        self.admit(conn, member)
+
+    def holder(self, id, session):
+        """The Member of another process that holds a worker id, or None. A connection that has ended
+        may not have been noticed yet. Needs the lock."""
+        other = self.run.holder(id, session, now())
+        if other and other.cut is None and other.facts.conn.closed_by_peer():
+            self.server.hang_up(other.facts.conn)
+        return self.run.holder(id, session, now())
+
+    def introduced(self, conn, message):
+        """The Member that a join describes. Raises ProtocolError where the description is malformed,
+        Refused where the model is too large."""
+        facts, field, run_id = facts_of(conn, message), message.field, self.server.run_id
+        fragments = field("num_fragments", int, low=1, high=1000)
+        count = fragments + bool(facts.buffers)
+        held = [protocol.version_of(version) for version in field("versions", list)]
+        resumes = [protocol.version_of(version) for version in field("resumes", list, [])]
+        folded = [protocol.fates_of(fates) for fates in field("folded", list, [])]
+        if len(held) != count or any(len(each) not in (0, count) for each in (resumes, folded)):
+            raise ProtocolError("join: the lists of versions and pushes are not one a slice")
+        if not folded and max(held) > WEIGHTS:
+            raise ProtocolError("join: a version of a run without the pushes folded in it")
+        if run_id and facts.run != run_id:  # what it holds belongs to another run
+            held, folded, resumes = [min(version, protocol.FRESH) for version in held], [], []
+        size = 4 * sum(spec.numel for spec in facts.manifest + facts.buffers) / 1e9
+        if size > self.args.max_model_gb:
+            raise Refused(
+                "size",
+                f"the model takes {size:.2f} GB as float32, over --max-model-gb "
+                f"{self.args.max_model_gb:g}; raise it if the server has three times that in memory",
+            )
+        return Member(
+            id=conn.worker[0],
+            session=conn.worker[1],
+            versions=held,
+            folded=folded,
+            resumes=resumes,
+            closed={k for k in field("closed", list, []) if type(k) is int and 0 <= k < count},
+            facts=facts,
+            sync_every=field("sync_every", int, low=1),
+            fragments=fragments,
+            step=field("step", int, 0),
+            position=field("position", int, 0),
+        )
+
+    def check(self, member):
+        """Raise Refused where a worker cannot take part in this run. Needs the lock."""
+        id, session = member.id, member.session
+        if other := self.holder(id, session):
+            left = max(0.0, self.args.worker_timeout - (now() - other.heard))
+            raise Refused(
+                "id",
+                f"worker id {id!r} is held by a live process on {other.facts.host} "
+                f"({other.facts.conn.peer}); give this one another --worker-id, or if that machine "
+                f"is dead, try again in {left:.0f} s",
+            )
+        self.check_settings(member)
+        others = [*self.run.members, *self.run.waiting.keys() - {id}]
+        is_new = not self.run.life and not others
+        if self.server.model is None or is_new:
+            self.lay_out(member)
+        self.server.model.check(member.facts.manifest, member.facts.buffers)
+        self.store.check_frozen(member.facts.frozen)
+
+    def lay_out(self, member):
+        """Set up the global model in the layout of the first worker that joins, with the weights of
+        -m as far as it has them. Needs the lock."""
+        facts, args = member.facts, self.args
+        found = self.store.fit(facts.manifest, facts.buffers, facts.frozen)
+        codecs = args.upload_codec, args.download_codec, args.error_feedback
+        self.server.model = GlobalModel(facts.manifest, facts.buffers, member.fragments, *codecs)
+        self.server.model.put(found)
+        self.run.slices = [Slice() for _ in range(self.server.model.count)]
+        if found and len(found) == len(facts.manifest + facts.buffers):
+            for slice in self.run.slices:
+                slice.version = WEIGHTS
+
+    def check_settings(self, member):
+        """Raise Refused where a setting that all workers of a run need alike differs. Needs the
+        lock."""
+        others = [*self.run.members.values(), *self.run.waiting.values()]
+        others = [other for other in others if other.id != member.id]
+        if member.facts.source and len({other.id for other in others}) >= self.server.shares:
+            raise Refused(
+                "setting",
+                f"the run's text is cut into {self.server.shares} shares, and as many workers read "
+                "them; start the server with more --shares",
+            )
+        names = ["num_fragments", "source"] + ["sync_every"] * (member.fragments > 1)
+        mine = settings_of(member)
+        run = [(n, settings_of(o)[n], f"{o.id!r} on {o.facts.host}") for o in others for n in names]
+        if self.run.life or self.run.is_whole:
+            run.append(("num_fragments", self.server.model.num_fragments, "the run so far"))
+        for name, value, whose in run:
+            if value != mine[name]:
+                raise Refused(
+                    "setting",
+                    f"{name} is {mine[name]!r} here and {value!r} in {whose}; all workers of a run "
+                    "need the same",
+                )
+
+    def admit(self, conn, member):
+        """Wait until a worker may enter the run, or is to bring what the server lacks; then answer
+        its join."""
+        run, id = self.run, member.id
+
+        def is_decided():
+            if not run.here(id, member.session, now()):
+                return True
+            return bool(run.lacking(id, now())) or run.may_enter(id, now())
+
+        while True:
+            self.server.wait(conn, is_decided, self.awaited_to_start)
+            with self.lock:
+                if member not in (run.waiting.get(id), run.members.get(id)):
+                    raise Refused("id", "another connection of this worker has taken its place")
+                is_asked = id in run.waiting and self.ask_to_bring(member)
+                if id in run.waiting and not is_asked:
+                    if not run.may_enter(id, now()):
+                        continue  # somebody has gone, or a fold has begun, in between
+                    self.enter(id)
+                fields = {} if is_asked else self.place(member)
+            break
+        if is_asked:
+            conn.stall = min(conn.stall, self.args.worker_timeout)
+            wanted = {"slices": member.asked, "files": not self.store.files}
+            return conn.send("bring", {**wanted, **self.layout()})
+        conn.stall = protocol.STALL_SECONDS
+        self.server.write_names()
+        conn.send("join", fields)
+        for k in range(self.server.model.count):
+            self.server.model.warm(k, len(run.members))
+
+    def ask_to_bring(self, member):
+        """Whether a waiting worker is to bring something: slices that the server lacks, or at the
+        start of a run the model's descriptive files. Needs the lock."""
+        member.asked = self.run.lacking(member.id, now())
+        is_first = not self.run.is_open and member.id == min(self.run.waiting)
+        needs_files = is_first and not self.store.files and not member.facts.was_asked
+        member.facts.was_asked |= bool(member.asked) or needs_files
+        return bool(member.asked) or needs_files
+
+    def enter(self, id):
+        """Make a member of a waiting worker, or open the run with all that wait. Needs the lock."""
+        run, was_open = self.run, self.run.is_open
+        entered = run.enter(id, now(), protocol.new_life)
+        if was_open:
+            log(f"{id} joins the run as worker {run.members[id].index}")
+        else:
+            facts = run.members[id].facts
+            self.server.run_id = self.server.run_id or run.life
+            self.store.note_frozen(facts.frozen, f"{id} on {facts.host}")
+            labels = [slice.version for slice in run.slices]
+            log(f"the run starts at round {self.server.round} with {', '.join(entered)}")
+            protocol.audit("open", life=run.life, labels=labels, members=entered)
+            if self.args.save_every and not self.store.saved:
+                self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
+        self.lock.notify_all()
+
+    def place(self, member):
+        """The fields of the reply to a join. Needs the lock."""
+        run = self.run
+        first, steps = run.place(member.id, now())
+        return {
+            "run": self.server.run_id,
+            "index": member.index,
+            **rank_of(member, self.run.members),
+            "num_shares": self.server.shares,
+            "heartbeat_seconds": run.rules.heartbeat_seconds,
+            "upload_codec": self.args.upload_codec,
+            "download_codec": self.args.download_codec,
+            "error_feedback": self.args.error_feedback,
+            "max_staleness": self.args.max_staleness,
+            "settings": self.server.settings,
+            "step": member.step,
+            "next": first,
+            "steps": steps,
+            "known": run.known(member.id),
+            "versions": [slice.version for slice in run.slices],
+            "frozen": member.facts.differs,
+            **self.layout(),
+        }
+
+    def layout(self):
+        """The tensors in the order in which the slices have them."""
+        return {
+            "manifest": protocol.manifest_to_json(self.server.model.manifest),
+            "buffers": protocol.manifest_to_json(self.server.model.buffers),
+        }
+
+    def awaited_to_start(self):
+        """Whom a worker that waits to enter waits for, in words."""
+        run = self.run
+        if run.expected:
+            return f"{', '.join(sorted(run.expected.keys() - run.waiting.keys()))} to come back"
+        if (missing := self.args.n - len(run.waiting)) > 0 and not run.is_open:
+            return f"{missing} more worker(s) to join"
+        bringing = [id for id in sorted(run.waiting) if run.lacking(id, now())]
+        return f"{', '.join(bringing)}'s upload" if bringing else "the end of a round"
+
+    def on_bring(self, conn, message):
+        """The slices that a joining worker was asked for, and the model's descriptive files."""
+        self.admit(conn, self.take_upload(conn, message))
+
+    def take_upload(self, conn, message):
+        """Take what a worker brings; returns its Member. The memory of the upload is free then."""
+        id, session = conn.worker
+        with self.lock:
+            member = self.run.waiting.get(id) or self.run.members.get(id)  # the run may have opened
+            slices = message.field("slices", list)
+            if member is None or member.session != session or slices != member.asked:
+                raise ProtocolError("bring: this worker was not asked for these slices")
+            model = self.server.model
+        sizes = protocol.file_sizes_of(message.field("files", dict, {}))
+        specs = [TensorSpec(f"slice:{k}", torch.float32, (model.sizes[k],)) for k in slices]
+        files = [TensorSpec(f"file:{name}", torch.uint8, (size,)) for name, size in sizes.items()]
+        message.expect(specs + files)
+        values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
+        raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
+        texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
+        with self.lock:
+            if slices and self.run.waiting.get(id) is not member:
+                raise Refused("rejoin", "this worker was waited for no more; join again")
+            for k in slices:
+                model.take(k, values[k])
+                self.run.bring(id, k)
+                self.say_brought(member, k)
+            newest = max((member.versions[k] for k in slices), default=NONE)
+            if NONE < newest <= WEIGHTS:  # a new model: -m may have a part of it
+                facts = member.facts
+                self.server.model.put(self.store.fit(facts.manifest, facts.buffers, facts.frozen))
+            self.server.run_id = self.server.run_id or member.facts.run
+            self.store.files = self.store.files or texts
+            if newest > WEIGHTS:  # work that is on no disk
+                self.server.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        return member
+
+    def receive(self, conn, size, dtype):
+        """The next `size` elements of an upload, whose sender shows with them that it is alive."""
+        values = torch.empty(size, dtype=dtype)
+        for part in values.split(protocol.CHUNK):
+            conn.read(part)
+            with self.lock:
+                self.run.here(*conn.worker, now())
+        return values
+
+    def say_brought(self, member, k):
+        """Log that a worker has brought its version of a slice."""
+        version = self.run.slices[k].version
+        protocol.audit("take", life=self.run.life, fragment=k, label=version, worker=member.id)
+        if version > WEIGHTS:
+            log(f"slice {k}: version {version.number} comes from {member.id}")
+        elif k == 0:
+            count = sum(spec.numel for spec in self.server.model.manifest)
+            tensors = len(self.server.model.manifest)
+            log(f"{count:,} parameters in {tensors} tensors come from {member.id}")
 
     def on_heartbeat(self, conn, message):
+        """A member says that it lives and where it is; it hears of the others, and of orders."""
         message.expect([])
         with self.lock:
-            member = self._member(conn)
-            member.conn = conn
-            member.shares &= {s for s in message.field("shares", list, []) if type(s) is int}
-            member.step, member.ending = (
-                message.field("step", int),
-                message.field("ending", bool, False),
-            )
-            member.position = message.field("position", int, 0)
-            member.closed |= {k for k in message.field("closed", list, []) if type(k) is int}
-            member.steps_per_second = message.field("steps_per_second", float, 0.0)
-            member.loss = message.field(
-                "loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS
-            )
+            member = self.run.hear(*conn.worker, now())
+            member.facts.conn = conn
+            self.note_progress(member, message)
+            member.blocked = blocked_of(message)
+            member.speed = message.field("steps_per_second", float, 0.0)
+            is_to_stop = self.run.is_stopping or member.id in self.run.stopping
             fields = {
-                "round": self.round,
-                **self._share(member),
-                "members": sorted(self.members),
-                "orders": ["stop"] * self.stopping + ["away"] * self.closed,
+                "round": self.server.round,
+                **rank_of(member, self.run.members),
+                "members": sorted(self.run.members),
+                "orders": ["stop"] * is_to_stop + ["away"] * self.server.closed,
             }
-            self.lock.notify_all()  # rounds may be over for what it says
         conn.send("heartbeat", fields)
-        if "away" in fields["orders"]:
+        if self.server.closed:
             with self.lock:
-                member.told = True
+                member.facts.is_told = True
                 self.lock.notify_all()
+        self.server.rounds.turn()
+
+    def note_progress(self, member, message):
+        """Note what a message says of a member's progress. Needs the lock."""
+        limit = protocol.MAX_ABS
+        member.step = message.field("step", int)
+        member.position = message.field("position", int, 0)
+        member.loss = message.field("loss", float, None, low=-limit, high=limit)
 
     def on_leave(self, conn, message):
+        """A member ends its part of the run."""
         message.expect([])
         with self.lock:
-            member, why = self._member(conn), message.field("reason", str, "done")
-            self._remove(member, f"leaves: {why}", ends=True)
-        self.advance()
+            member = self.run.hear(*conn.worker, now())
+            self.remove(member.id, f"leaves: {message.field('reason', str, 'done')}", ends=True)
+        self.server.write_names()
         conn.send("leave")
+        self.server.rounds.turn()
 
-    def _remove(self, member, why, ends):
-        """Drop a member; the rounds it was awaited in go on without it. The run ends when the last
-        one `ends` its part; one that was only lost may come back to it. Needs the lock."""
-        del self.members[member.id]
-        log(f"{member.id} {why}")
-        if not self.members:
-            self.running = not (ends or self.stopping)
-            self.stopping = False
-            self.save_wanted.add("final")
+    def remove(self, id, why, ends):
+        """Drop a member. Needs the lock."""
+        self.run.remove(id, ends)
+        log(f"{id} {why}")
+        if not self.run.members:
+            self.server.save_wanted.add("final")
         self.lock.notify_all()
 
-    def give_up(self, worker):
+    def give_up(self, id):
         """Wait no longer for a worker whose process is known to have ended."""
         with self.lock:
-            if member := self.members.get(worker):
-                self._remove(member, "is gone: its process has ended", ends=False)
-        self.advance()
+            if id in self.run.members:
+                self.remove(id, "is gone: its process has ended", ends=False)
+            elif id in self.run.waiting:
+                self.run.forget(id, self.run.waiting[id].session)
+        self.server.write_names()
+        self.server.rounds.turn()
 
-    def _reap_loop(self):
-        """Drop members that have not been heard of for --worker-timeout, and close the rounds of
-        which nobody waits for the reply."""
-        limit = self.args.worker_timeout
-        while not self.ended.wait(min(1.0, limit / 4)):
-            with self.lock:
-                now = time.monotonic()
-                for member in list(self.members.values()):
-                    if self._is_late(member.heard, now) and not member.reading:
-                        why = f"is gone: not heard of for {limit:g} s"
-                        self._remove(member, why, ends=False)
-            self.advance()
 
-    # --- Rounds ---
+class Rounds:
+    """What members contribute, and what they get: pushes, folds and pulls."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+        self.store, self.args = server.store, server.args
+        self.uploads = {}  # (worker id, slice) -> Connection that a push is being read from
+        self.last = None  # line of rounds.jsonl of the round that was closed last
+
+    @property
+    def model(self):
+        """The GlobalModel; None before the first join."""
+        return self.server.model
+
+    def slice_of(self, message):
+        """The number of the slice that a request is about."""
+        return message.field("slice", int, high=len(self.run.slices) - 1)
 
     def on_push(self, conn, message):
-        """Take a push, wait until its round is over, and answer with the update."""
+        """A contribution: read it whole, let the rules count it, and say so."""
         with self.lock:
-            fragment = self._fragment(message)
-            push, payload, buffers = self._announced(self._member(conn), fragment, message)
-        if payload:
-            push.buffer = push.buffer or Buffer(payload)
-            self._read_push(conn, push, buffers, self._slice(fragment, self.params).numel())
-        with self.lock:
-            new, target = self._enter_round(self._member(conn), fragment, push), fragment.label
+            member = self.run.hear(*conn.worker, now())
+            push = self.announced(member, message)
+            name = push.worker, push.k
+            if older := self.uploads.get(name):
+                older.hang_up()  # the same push, begun anew on this connection
+            self.uploads[name] = conn
         try:
-            while new and not self._is_answered(fragment, target):
-                self._wait(
-                    conn,
-                    lambda: self._is_answered(fragment, target) or self._closable(fragment),
-                    lambda: self._awaited(fragment),
-                )
-                self.advance()
-            self._answer_push(conn, fragment, push)
+            self.read_push(conn, push)
         finally:
-            self._end_push(push)
-
-    def _announced(self, member, fragment, message):
-        """The Push that a message announces, the specs of its payload, and those of the model's
-        buffers that come with it. Needs the lock."""
-        layout = CODECS[self.args.upload_codec].layout(self._slice(fragment, self.params).numel())
-        buffers, payload = message.split_buffers(), message.specs
-        if payload or buffers:
-            message.expect(layout)
-        known = {spec.name: spec for spec in protocol.buffer_specs(self.buffer_specs)}
-        if any(spec != known.get(spec.name) for spec in buffers):
-            raise ProtocolError("push: carries a buffer that is none of this model's")
-        push = Push(
-            member.id,
-            member.session,
-            member.index,
-            message.field("ticket", str),
-            message.field("seq", int, low=1),
-            label_of(message.field("base", list)),
-            message.field("staleness", int, 0),
-            message.field("step", int),
-            message.field("position", int, 0),
-            message.field("steps", int),
-            message.field("tokens", int, 0),
-            message.field("loss", float, None, low=-protocol.MAX_ABS, high=protocol.MAX_ABS),
-            message.field("closing", bool, False),
-            protocol.payload_bytes(payload + buffers),
-            member.room.pop(fragment.index, None) if payload else None,
-        )
-        return push, payload, buffers
-
-    def _read_push(self, conn, push, buffers, size):
-        """Read a push's payload, whose numbers are looked at while they are in the cache, and more
-        are on their way. Where they are not finite it is refused."""
-        codec, broken = CODECS[self.args.upload_codec], []
-        for start, stop, first, last in protocol.chunk_bytes(codec, size):
-            conn.read(push.buffer.raw[first:last])
-            if not broken and not codec.finite(push.buffer.tensors, start, stop):
-                broken.append("pseudo-gradient")
-        for spec in buffers:
-            name = spec.name.removeprefix(protocol.BUFFER)
-            values = push.buffers[name] = torch.empty(spec.shape, dtype=spec.dtype)
-            conn.read(values)
-            if values.is_floating_point() and not protocol.within(values.reshape(-1)):
-                broken.append(f"buffer {name!r}")
-        if broken:
-            push.refused = f"the {broken[0]} is not finite"
-            log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
-
-    def _enter_round(self, member, fragment, push):
-        """Count a push in the open round of its fragment. False where it is not to be waited for: it
-        has been folded already, or is too old. Raises Refused where its worker has to join again.
-        Needs the lock."""
-        # While a round is being folded, its pushes are in neither `pushes` nor `folded`.
-        self.lock.wait_for(lambda: not fragment.busy)
-        if member.ticket != push.ticket or self.members.get(member.id) is not member:
-            raise Refused("rejoin", "this push is from before its worker joined again")
-        member.step, member.position, member.loss = push.step, push.position, push.loss
-        base, target = push.base, fragment.label
-        push.staleness += target[1] - base[1]
-        if push.seq <= fragment.folded.get(push.worker, 0):
-            return False
-        if base[1] > target[1] or (base[1] == target[1] and base != target):
-            raise Refused("rejoin", f"version {base} of the slice is none of this server's")
-        if push.steps and push.staleness > self.args.max_staleness:
-            push.stale = True
-            push.refused = f"a push {push.staleness} rounds old is over --max-staleness"
-            log(f"WARNING: {push.worker}: {push.refused}; its {push.steps} steps are dropped")
-            return False
-        push.arrived = time.monotonic()
-        fragment.pushes[push.worker] = push
-        self.lock.notify_all()
-        return True
-
-    @staticmethod
-    def _is_answered(fragment, target):
-        """Whether an update that leads on from version `target` is there, or being made."""
-        update = fragment.update
-        return fragment.label != target or (update is not None and update.base == target)
-
-    def _pushers(self, fragment):
-        """The members that push a fragment, by id. One that has made its last push of it, and waits
-        for the end of another fragment's round, does not: the others may be waiting here for that."""
-        return {m.id for m in self.members.values() if fragment.index not in m.closed}
-
-    def _awaited(self, fragment):
-        """Who is missing in the open round of a fragment, in words. Needs the lock."""
-        names = ", ".join(sorted(self._pushers(fragment) - fragment.pushes.keys()))
-        more = self.args.min_workers - len(self.members.keys() | fragment.pushes)
-        return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
-
-    def _closable(self, fragment):
-        if fragment.busy or fragment.readers or self.closed:
-            return False
-        limit = self.args.round_timeout
-        begun = min((p.arrived for p in fragment.pushes.values() if not p.staleness), default=None)
-        overdue = limit and begun is not None and time.monotonic() - begun > limit
-        ending = self.stopping or all(member.ending for member in self.members.values())
-        least = 1 if ending else self.args.min_workers
-        return round_closes(self._pushers(fragment), fragment.pushes, least, overdue)
-
-    def advance(self):
-        """Have the outer step taken of every fragment whose round is over."""
-        while True:
             with self.lock:
-                fragment = next(filter(self._closable, self.fragments), None)
-                if fragment is None:
-                    return
-                fragment.busy = True
-                pushes, fragment.pushes = fragment.pushes, {}
-            pushes = sorted(pushes.values(), key=lambda push: push.index)
-            threading.Thread(target=self._fold, args=[fragment, pushes], daemon=True).start()
+                if self.uploads.get(name) is conn:
+                    del self.uploads[name]
+        with self.lock:
+            slice = self.run.slices[push.k]
+            self.lock.wait_for(lambda: not slice.folding)
+            before = slice.pushes.get((push.worker, push.seq))
+            is_taken = self.run.push(push, now())
+            unused = before if is_taken else push
+            if unused and unused.payload:
+                self.model.give_back(push.k, unused.payload)
+            if is_taken:
+                self.server.gate.note_progress(member, message)
+                if push.refused:
+                    log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
+        self.turn()
+        conn.send("push", {"taken": is_taken})
 
-    def _fold(self, fragment, pushes):
-        """Close a round, in a thread of its own: those that wait send what it has got so far."""
+    def announced(self, member, message):
+        """The Push that a message announces. Needs the lock."""
+        k, limit = self.slice_of(message), protocol.MAX_ABS
+        if message.specs:
+            message.expect(self.model.codec(k)[0].layout(self.model.sizes[k]))
+        return Push(
+            worker=member.id,
+            session=member.session,
+            k=k,
+            seq=message.field("seq", int, low=1),
+            base=protocol.version_of(message.field("base", list)),
+            steps=message.field("steps", int),
+            closing=message.field("closing", bool, False),
+            step=message.field("step", int),
+            tokens=message.field("tokens", int, 0),
+            loss=message.field("loss", float, None, low=-limit, high=limit),
+            payload=self.model.payload(k) if message.specs else None,
+            nbytes=protocol.payload_bytes(message.specs),
+        )
+
+    def read_push(self, conn, push):
+        """Read a push's numbers, and check each chunk while it is in the cache and later ones are
+        still arriving."""
+        if push.payload is None:
+            return
+        codec, size = self.model.codec(push.k)[0], self.model.sizes[push.k]
+        for start, stop, first, last in protocol.chunk_bytes(codec, size):
+            conn.read(push.payload.raw[first:last])
+            if not push.refused and not codec.finite(push.payload.tensors, start, stop):
+                push.refused = "the pseudo-gradient is not finite"
+
+    def turn(self):
+        """Close every round that is over. Called after each event, and several times a second."""
+        with self.lock:
+            forced = self.run.forced
+            for k in [] if self.server.closed else self.run.over(now()):
+                closed = self.run.take(k, now())
+                step = max([self.run.step, *(push.step for push in closed.pushes)])
+                entry = self.model.announce(closed, step)
+                threading.Thread(target=self.fold, args=[closed, entry], daemon=True).start()
+                self.lock.notify_all()
+            if self.run.forced > forced:
+                log("WARNING: all workers wait for each other: the oldest round is closed as it is")
+
+    def fold(self, closed, entry):
+        """Fold a closed round, in a thread of its own; who waits is sent what there is so far."""
         try:
-            self._close_round(fragment, pushes)
+            norm, counted = self.model.fold(closed, entry, self.server.outer)
+            line = self.round_line(closed, entry, counted, norm)
+            with self.lock:
+                before = self.server.round
+                self.audit_fold(closed, counted, entry)
+                self.run.publish(closed.k)
+                self.last, every = line, self.args.save_every
+                if every and self.server.round // every > before // every:
+                    self.server.save_wanted.add("checkpoint")
+                self.lock.notify_all()
+            entry.finish()
+            for push in closed.pushes:
+                if push.payload:
+                    self.model.give_back(closed.k, push.payload)
+            self.write_line(line)
+            self.turn()
         except BaseException:  # half of the slice is of one version, half of another
             traceback.print_exc()
             log("FATAL: an outer step failed; the same command goes on from the newest checkpoint")
             os._exit(1)
 
-    def _close_round(self, fragment, pushes):
-        """Fold the pushes, step the slice, publish the update. The fragment is busy throughout."""
-        began = time.monotonic()
-        params, down = self._slice(fragment, self.params), CODECS[self.args.download_codec]
-        counted = [push for push in pushes if push.buffer and not push.refused]
-        plain, norm = all(push.closing for push in pushes), 0.0
-        changed = mean_of_buffers(self.buffers, [push.buffers for push in counted])
-        with self.lock:
-            old, outer = fragment.update, self._outer(fragment.version)
-            buffer = old.buffer if old and not old.readers else fragment.spare
-            fragment.spare = None
-            if counted:
-                buffer = buffer or Buffer([*down.layout(params.numel()), Checksum.SPEC])
-            update = self._announce(fragment, pushes, buffer if counted else None, changed, plain)
-        if counted:
-            checksum, norm = outer_step(
-                params,
-                self._slice(fragment, self.momentum),
-                self._slice(fragment, self.residual),
-                [push.buffer.tensors for push in counted],
-                CODECS[self.args.upload_codec],
-                down,
-                buffer.tensors,
-                outer["lr"],
-                outer["momentum"],
-                outer["nesterov"],
-                plain,
-                self._keeper(fragment),
-                update.advance,
-                self.folders.map,
-            )
-        else:
-            checksum = protocol.checksum_of(params)
-        with self.lock:
-            update.made, update.line = time.monotonic(), self._round_line(fragment, pushes, counted, began, norm)  # fmt: skip
-            self._audit_fold(fragment, update.fields["version"], pushes, checksum, plain)
-            self._publish(fragment, pushes, update)
-            answered = not update.unanswered
-        update.checksum = checksum
-        update.advance(params.numel())
-        if answered:
-            self._write_line(update.line)
+    def audit_fold(self, closed, counted, entry):
+        """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
+        if not protocol.is_audited():
+            return
 
-    def _outer(self, version):
-        """The outer step on a version of a fragment, unless it closes the run."""
-        lr, momentum, warmup = (
-            self.settings[name] for name in ("outer_lr", "outer_momentum", "momentum_warmup")
-        )
-        return {
-            "lr": lr,
-            "momentum": momentum_at(version, momentum, warmup),
-            "nesterov": self.settings["nesterov"],
-        }
+        def named(push):
+            late = closed.lateness.get(push.worker, 0)
+            return [push.worker, push.session, push.seq, push.steps, late]
 
-    def _announce(self, fragment, pushes, buffer, changed, plain):
-        """Let those that wait begin to send the update that is about to be made. Needs the lock."""
-        self.step = max([self.step, *(push.step for push in pushes)])
-        fields = {
-            "fragment": fragment.index,
-            "version": [self.incarnation, fragment.version + 1],
-            "folded": {push.worker: push.seq for push in pushes},
-            "plain": plain,
-            "outer": self._outer(fragment.version + 1),
-            "step": self.step,
-        }
-        waiting = [push for push in pushes if push.waiting]
-        fragment.update = Update(fragment.label, buffer, fields, waiting, changed)
-        for push in pushes:
-            push.update = fragment.update
-        self.lock.notify_all()
-        return fragment.update
-
-    def _publish(self, fragment, pushes, update):
-        """Make a new version of a slice known. Needs the lock."""
-        before = self.round
-        fragment.origin, fragment.version = update.fields["version"]
-        self.buffers = {**self.buffers, **update.buffers}
-        for push in pushes:
-            fragment.folded[push.worker] = push.seq
-            member = self.members.get(push.worker)
-            if push.closing and member and member.ticket == push.ticket:
-                member.closed.add(fragment.index)  # it hears late, where it waits for another
-            if push.buffer and push.worker in self.members:
-                self.members[push.worker].room[fragment.index] = push.buffer
-        fragment.busy = False
-        self.last_round = update.line
-        every = self.args.save_every
-        if every and self.round // every > before // every:
-            self.save_wanted.add("checkpoint")
-        self.lock.notify_all()
-
-    def _audit_fold(self, fragment, label, pushes, checksum, plain):
-        named = [[p.worker, p.session, p.seq, p.steps, p.staleness] for p in pushes]
-        counts = [bool(push.buffer and not push.refused) for push in pushes]
         protocol.audit(
             "fold",
-            life=self.incarnation,
-            fragment=fragment.index,
-            base=fragment.label,
-            label=label,
-            pushes=list(itertools.compress(named, counts)),
-            others=list(itertools.compress(named, [not count for count in counts])),
-            plain=plain,
-            checksum=bytes(checksum.tolist()).hex(),
+            life=self.run.life,
+            fragment=closed.k,
+            base=closed.base,
+            label=closed.version,
+            pushes=[named(push) for push in counted],
+            others=[named(push) for push in closed.pushes if push not in counted],
+            plain=closed.plain,
+            share=closed.share,
+            checksum=bytes(entry.checksum.tolist()).hex(),
         )
 
-    def _round_line(self, fragment, pushes, counted, began, norm):
-        """What rounds.jsonl and the status say of a round; the sending is added as it is done."""
+    def round_line(self, closed, entry, counted, norm):
+        """The line of rounds.jsonl, which status.py shows too, of a round."""
         return {
             "time": round(time.time(), 3),
-            "round": fragment.version + 1,
-            "fragment": fragment.index,
-            "members": sorted(self._pushers(fragment)),
-            "staleness": {p.worker: p.staleness for p in counted if p.staleness},
+            "round": closed.version.number,
+            "fragment": closed.k,
+            "members": closed.members,
+            "staleness": {
+                w: n for w, n in closed.lateness.items() if w in {p.worker for p in counted}
+            },
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
-            "losses": {push.worker: push.loss for push in pushes},
-            "refused": [push.worker for push in pushes if push.refused],
-            "closing": all(push.closing for push in pushes),
+            "losses": {push.worker: push.loss for push in closed.pushes},
+            "refused": [push.worker for push in closed.pushes if push.refused],
+            "closing": closed.plain,
             "norm": norm,
-            "bytes_up": sum(push.nbytes for push in pushes),
-            "bytes_down": 0,
-            "seconds_waiting": round(began - min(push.arrived for push in pushes), 4),
-            "seconds_folding": round(time.monotonic() - began, 4),
-            "seconds_sending": 0.0,
+            "bytes_up": sum(push.nbytes for push in closed.pushes),
+            "bytes_down": entry.nbytes * len({push.worker for push in closed.pushes}),
+            "seconds_waiting": round(closed.closed - closed.opened, 4),
+            "seconds_folding": round(now() - closed.closed, 4),
         }
 
-    def _write_line(self, line):
-        """Say a finished round, and append it to rounds.jsonl."""
+    def write_line(self, line):
+        """Log a closed round, and append it to rounds.jsonl."""
         losses = [loss for loss in line["losses"].values() if loss is not None]
         mean = f"loss {sum(losses) / len(losses):.4f} | " if losses else ""
-        place = f", fragment {line['fragment']}" if len(self.fragments) > 1 else ""
+        place = f", fragment {line['fragment']}" if len(self.run.slices) > 1 else ""
         log(
-            f"round {line['round']}{place} | {len(line['losses'])} pushes | {mean}norm {line['norm']:.4g} "
-            f"| waited {line['seconds_waiting']:.2f} s, folded {line['seconds_folding']:.2f} s, "
-            f"sent {line['seconds_sending']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
+            f"round {line['round']}{place} | {len(line['losses'])} pushes | {mean}"
+            f"norm {line['norm']:.4g} | waited {line['seconds_waiting']:.2f} s, "
+            f"folded {line['seconds_folding']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
             f"down {line['bytes_down'] / 1e6:.2f} MB"
         )
-        try:
-            os.makedirs(self.output, exist_ok=True)
-            with open(os.path.join(self.output, "rounds.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            log(f"WARNING: cannot write rounds.jsonl: {error}")
+        self.store.append_round(line)
 
-    def _answer_push(self, conn, fragment, push):
-        """Send the update that leads on from the pusher's version, or the slice in full."""
+    def on_pull(self, conn, message):
+        """The entries of a slice's log that a worker lacks: up to the one that lists the push it
+        waits for, or with sequence number 0 up to the head. Where the log does not reach back far
+        enough, the slice in full."""
+        message.expect([])
         with self.lock:
-            update = fragment.update
-            fields = {"refused": push.refused, "stale": push.stale, "staleness": push.staleness}
-            if update and update.base == push.base:
-                update.readers += 1
-            else:
-                update = None
-        if update is None:
-            return self._send_slice(conn, "push", fragment, fields)
-        fields, before = {**update.fields, **fields}, conn.bytes_out
-        specs, count = [Checksum.SPEC], 0
-        if update.buffer is not None:
-            specs, count = update.buffer.specs, self._slice(fragment, self.params).numel()
+            member, k = self.run.hear(*conn.worker, now()), self.slice_of(message)
+        held = protocol.version_of(message.field("version", list))
+        seq, slice = message.field("seq", int), self.run.slices[k]
+
+        def is_open():
+            return (member.id, seq) in slice.pushes
+
+        def awaited():
+            names = ", ".join(sorted(self.run.missing(k)))
+            more = self.args.min_workers - len(self.run.members.keys() | slice.pushers)
+            return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
+
+        self.server.wait(conn, lambda: not is_open(), awaited)
+        with self.lock:
+            fate = slice.folded.get(member.id)
+            is_listed = seq == 0 or (fate is not None and fate.seq >= seq)
+            if not is_listed and not self.run.is_there(k, member.id, seq):
+                return conn.send("again", {"slice": k})
+            if seq == 0 and held == slice.version:
+                return conn.send("current", {"slice": k, "version": held})
+            entries = self.model.entries(k, held, self.lists(k, member.id, seq))
+            for entry in entries or ():
+                entry.readers += 1
+        if entries:
+            self.send_entries(conn, entries)
+        else:
+            self.send_slice(conn, k)
+
+    def lists(self, k, id, seq):
+        """The version of slice k whose entry lists a push, or with sequence number 0 the head. Needs
+        the lock."""
+        if seq == 0:
+            return self.run.slices[k].version
+        listing = [e for e in self.model.logs[k] if id in e.fates and e.fates[id].seq >= seq]
+        return listing[0].version if listing else NONE
+
+    def send_entries(self, conn, entries):
+        """Send entries of a log, the last of which may still be in the making."""
         try:
-            pieces = update.pieces(CODECS[self.args.download_codec], count)
-            specs = specs + protocol.specs_of_buffers(update.buffers)
-            conn.send("push", fields, specs, itertools.chain(pieces, update.buffers.values()))
+            for entry in entries:
+                fields = {
+                    "slice": entry.k,
+                    "base": entry.base,
+                    "version": entry.version,
+                    "folded": entry.fates,
+                    "plain": entry.plain,
+                    "step": entry.step,
+                    "more": entry is not entries[-1],
+                }
+                conn.send("entry", fields, entry.specs, entry.pieces())
         finally:
             with self.lock:
-                update.readers -= 1
-                update.bytes_down += conn.bytes_out - before
+                for entry in entries:
+                    entry.readers -= 1
 
-    def _end_push(self, push):
-        """A push has been answered, or its connection is gone: with the last one the round's line
-        is complete."""
+    def send_slice(self, conn, k):
+        """Send a slice in full, with what is folded in it."""
         with self.lock:
-            push.waiting, update = False, push.update
-            if update is None or push not in update.unanswered:
-                return
-            update.unanswered.remove(push)
-            if line := update.line:
-                line["bytes_down"] = update.bytes_down
-                line["seconds_sending"] = round(time.monotonic() - update.made, 4)
-            last = line and not update.unanswered
-        if last:
-            self._write_line(line)
+            self.lock.wait_for(lambda: not self.run.slices[k].folding)
+            slice, snapshot = self.run.slices[k], self.model.snapshot(k)
+            fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
+            fields |= {"step": self.run.step, "more": False}
+        specs = [TensorSpec("slice", torch.float32, (self.model.sizes[k],)), protocol.Checksum.SPEC]
+        with contextlib.closing(snapshot):
+            parts = itertools.chain(snapshot.pieces(), (snapshot.checksum() for _ in [None]))
+            conn.send("slice", fields, specs, parts)
 
-    def _send_slice(self, conn, type, fragment, fields):
-        """Reply with a slice in full and its checksum."""
-        with self.hold(fragment):
-            copy, label = self._slice(fragment, self.params).clone(), fragment.label
-            folded = dict(fragment.folded)
-            buffers = self.buffers if fragment is self.fragments[-1] else {}
-        specs = [TensorSpec("slice", torch.float32, tuple(copy.shape)), Checksum.SPEC]
-        fields = {**fields, "fragment": fragment.index, "version": label, "step": self.step}
-        fields |= {"outer": self._outer(label[1]), "folded": folded}
-        tensors = [copy, protocol.checksum_of(copy), *buffers.values()]
-        conn.send(type, fields, specs + protocol.specs_of_buffers(buffers), tensors)
+
+class Server:
+    """The shell around the rules of one run and its global model: threads, connections, the lock.
+
+    args: the parsed command line. `serve` returns when the run or the process is told to end.
+    """
+
+    def __init__(self, args):
+        self.args, self.session = args, secrets.token_hex(8)
+        self.lock = threading.Condition()
+        self.ended = threading.Event()  # set when the process is to end
+        self.closed = False  # whether the process ends: no round closes any more
+        self.save_wanted = set()  # of "checkpoint", "final"
+        self.started, self.connections = now(), 0
+        self.names_lock = threading.Lock()  # held while the members' names are written
+        self.named = None  # names of the members as they are on disk
+        self.run = Run(rules_of(args), now())
+        self.run_id = ""  # life in which the run began
+        self.settings = {name: getattr(args, name) for name in DEFAULTS}
+        self.shares = args.shares
+        self.store = Store(args.model, args.output_dir, args.save_total_limit)
+        self.model = self.reopen()  # GlobalModel; None before the first join
+        for name, value in DEFAULTS.items():
+            if self.settings[name] is None:
+                self.settings[name] = value
+        lr, momentum, nesterov, warmup = self.settings.values()
+        self.outer = Outer(lr=lr, momentum=momentum, nesterov=nesterov, warmup=warmup)
+        self.shares = self.shares or max(args.n, LEAST_SHARES)
+        if self.shares < args.n:
+            raise SystemExit(
+                f"{self.shares} --shares for {args.n} workers: some would have no text"
+            )
+        self.gate, self.rounds = Gate(self), Rounds(self)
+
+    # --- The life of the process ---
+
+    def reopen(self):
+        """Go on from the newest checkpoint and the members' names, as far as there are any. Returns
+        the GlobalModel or None."""
+        args = self.args
+        state, model = self.store.open(args.upload_codec, args.download_codec, args.error_feedback)
+        if self.store.names:
+            self.run.reopen(self.store.names, state["heads"] if state else [], now())
+        if state is None:
+            return None
+        self.run_id, self.run.life, self.run.step = state["run"], state["life"], state["step"]
+        self.shares = self.shares or state["shares"]
+        for name, saved in state["settings"].items():
+            given = self.settings[name]
+            if given is None:
+                self.settings[name] = saved
+            elif given != saved:
+                log(f"{name} {given} from the command line replaces {saved} of the run")
+        labels = [version for version, _ in state["heads"]]
+        protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
+        return model
+
+    def serve(self):
+        """Serve until `--until-done` is met, the spawned workers are done, or a signal comes.
+        Returns the exit code."""
+        listener, signals = self.listen(), []
+        self.port = listener.getsockname()[1]
+
+        def on_signal(number, _):
+            if signals:
+                os._exit(128 + number)
+            signals.append(number)
+            self.ended.set()
+
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        threading.Thread(target=self.accept, args=[listener], daemon=True).start()
+        threading.Thread(target=self.tick, daemon=True).start()
+        saver = threading.Thread(target=self.save_when_wanted, daemon=True)
+        saver.start()
+        who = f"{self.args.n} worker(s)"
+        if self.run.expected:
+            who = f"{', '.join(sorted(self.run.expected))}, or after {self.args.worker_timeout:g} s"
+        log(f"listening on port {self.port}; the run starts with {who}")
+        code = Spawn(self).wait() if self.args.spawn else 0
+        self.ended.wait()
+        with self.lock:
+            self.closed = True
+            self.lock.notify_all()
+        if signals:
+            log("stopping: saving, and telling the workers; once more leaves at once")
+        saver.join()
+        self.save(final=not self.run.members)
+        with self.lock:
+            left = [member.facts for member in self.run.members.values()]
+            self.lock.wait_for(lambda: all(facts.is_told for facts in left), FAREWELL_SECONDS)
+        listener.close()
+        for _, newest in protocol.checkpoints(self.store.output)[:1]:
+            log(f"ends; the newest checkpoint is {os.path.abspath(newest)}")
+        return 128 + signals[0] if signals and self.args.spawn else code
+
+    def listen(self):
+        """The listening socket."""
+        host = self.args.host
+        six = ":" in host or (not host and socket.has_dualstack_ipv6())
+        family = socket.AF_INET6 if six else socket.AF_INET
+        try:
+            return socket.create_server(
+                (host, self.args.port), family=family, backlog=256, dualstack_ipv6=six and not host
+            )
+        except OSError as error:
+            raise SystemExit(
+                f"cannot listen on {host or 'port'} {self.args.port}: {error.strerror or error}; "
+                "is another server running? Try another --port"
+            ) from None
+
+    def accept(self, listener):
+        """Give each connection a thread."""
+        while not self.ended.is_set():
+            try:
+                sock, address = listener.accept()
+            except OSError as error:  # too many open files, for one, which passes
+                if not self.ended.wait(0.1):
+                    log(f"WARNING: accept failed: {error}")
+                continue
+            threading.Thread(target=self.converse, args=[sock, address[0]], daemon=True).start()
+
+    def converse(self, sock, address):
+        """Serve one connection, from its hello to its end."""
+        conn = protocol.Connection(sock, address)
+        with self.lock:
+            self.connections += 1
+        try:
+            if self.connections > MAX_CONNECTIONS:
+                raise Refused("busy", f"the server has {MAX_CONNECTIONS} connections, its limit")
+            conn.greet({"session": self.session})
+            while True:
+                message = conn.receive(idle=None)
+                name = f"on_{message.type}"
+                rooms = (self.gate, self.rounds, self)
+                handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
+                if handler is None:
+                    raise ProtocolError(f"no request is called {message.type!r}")
+                handler(conn, message)
+        except (Refused, ProtocolError) as error:
+            if getattr(error, "code", "") != "rejoin":  # a worker hears that until its step ends
+                log(f"{conn.worker[0] or conn.peer} is refused: {error}")
+            conn.refuse(error)
+        except OSError as error:
+            if conn.worker[0] in self.run.members:
+                log(f"a connection to {conn.worker[0]} ended: {error}")
+        finally:
+            with self.lock:
+                self.connections -= 1
+                self.hang_up(conn)
+            conn.close()
+
+    def hang_up(self, conn):
+        """A connection has ended. Needs the lock."""
+        id, session = conn.worker
+        member, waiting = self.run.members.get(id), self.run.waiting.get(id)
+        if member and member.facts.conn is conn:
+            self.run.lose(id, session, now())
+        if waiting and waiting.facts.conn is conn:
+            self.run.forget(id, session)
+        self.lock.notify_all()
+
+    def tick(self):
+        """Give up who is silent, and close the rounds whose time has come."""
+        limit = self.args.worker_timeout
+        while not self.ended.wait(min(TICK_SECONDS, limit / 4)):
+            with self.lock:
+                for id in self.run.silent(now()):
+                    self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
+                for id in self.run.silent_waiting(now()):
+                    member = self.run.waiting[id]
+                    log(f"{id} waits to join no more: not heard of for {limit:g} s")
+                    self.run.forget(id, member.session)
+                    member.facts.conn.hang_up()
+            self.write_names()
+            self.rounds.turn()
+
+    def wait(self, conn, condition, awaited):
+        """Wait for `condition()`, called with the lock held. The peer gets a `wait` message with
+        `awaited()` soon, and every WAIT_SECONDS. Raises ConnectionError when the peer hangs up, or
+        the server ends."""
+        said = -protocol.WAIT_SECONDS
+        while True:
+            with self.lock:
+                if self.lock.wait_for(lambda: condition() or self.closed, timeout=0.5):
+                    if condition():
+                        return
+                    break
+                text = awaited()
+            if conn.closed_by_peer():
+                raise ConnectionError(f"{conn.peer} closed the connection")
+            if now() - said >= protocol.WAIT_SECONDS:
+                conn.send("wait", {"awaited": text})
+                said = now()
+        conn.send("wait", {"awaited": "the server, which was stopped"})
+        raise ConnectionError("the server ends")
+
+    # --- What people and joining workers ask ---
 
     def on_fetch(self, conn, message):
-        """A slice in full, or the model's descriptive files (`"files": true`), or frozen tensors
-        that are not those of -m (`"frozen": [names]`)."""
+        """The model's descriptive files (`files`: true), or frozen tensors of -m by name, in the
+        dtypes that the worker has them in (`frozen`: names)."""
         message.expect([])
         if message.field("files", bool, False):
             raw = {
                 name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-                for name, text in self.files.items()
+                for name, text in self.store.files.items()
                 if text
             }
             return conn.send("fetch", {}, protocol.specs_of(raw.items()), raw.values())
-        if names := message.field("frozen", list, []):
-            return self._send_frozen(conn, names)
         with self.lock:
-            self._member(conn)
-            fragment = self._fragment(message)
-        self._send_slice(conn, "fetch", fragment, {})
-
-    def _send_frozen(self, conn, names):
-        """Tensors of -m that are not trained, in the dtypes that the worker has them in."""
-        with self.lock:
-            member = self._member(conn)
-        found = matched(self.weights, member.frozen)
-        wanted = set(map(str, names))
-        specs = [member.frozen[name][0] for name in member.differs if name in wanted]
-        with self._reading(member):
-            conn.send("fetch", {}, specs, (found[s.name].to(s.dtype).contiguous() for s in specs))
-
-    @contextlib.contextmanager
-    def _reading(self, member):
-        """Meanwhile a member may be silent; one that does not read ends the connection."""
-        member.reading = True
-        try:
-            yield
-        finally:
-            member.heard, member.reading = time.monotonic(), False
-
-    # --- What people ask ---
+            facts = self.run.hear(*conn.worker, now()).facts
+        wanted = set(map(str, message.field("frozen", list)))
+        names = [name for name in facts.differs if name in wanted]
+        specs, tensors = self.store.frozen_tensors(facts.frozen, names)
+        conn.send("fetch", {}, specs, tensors)
 
     def on_status(self, conn, message):
-        """Everything that status.py shows."""
+        """Answer with everything that status.py shows."""
         message.expect([])
-        now, shown = (
-            time.monotonic(),
-            ("id", "index", "host", "ranks", "step", "position", "sync_every", "loss"),
-        )
         with self.lock:
-            workers = [
-                {
-                    **{name: getattr(member, name) for name in shown},
-                    "address": member.conn.peer,
-                    "steps_per_second": round(member.steps_per_second, 3),
-                    "heard_seconds_ago": round(now - member.heard, 1),
-                }
-                for member in sorted(self.members.values(), key=lambda member: member.index)
-            ]
-            everyone = [*self.members.values(), *self.joining.values()]
-            awaited = {
-                w for f in self.fragments if f.pushes for w in self._pushers(f) - f.pushes.keys()
-            }
-            fields = {
-                "mode": "streaming" if len(self.fragments) > 1 else "sync",
-                "state": self._state(),
-                "min_workers": self.args.min_workers,
-                "round": self.round,
-                "step": self.step,
-                "uptime_seconds": round(now - self.started, 1),
-                "parameters": 0 if self.params is None else self.params.numel(),
-                "workers_wanted": self.args.n,
-                "expected": sorted(self.expected.keys() - self.joining.keys()),
-                "workers": workers,
-                "joining": sorted(self.joining),
-                "awaited": sorted(awaited),
-                "source": min((member.source for member in everyone), default=None),
-                "shares": self.shares,
-                "settings": self.settings,
-                "upload_codec": self.args.upload_codec,
-                "download_codec": self.args.download_codec,
-                "fragments": [
-                    {"version": f.version, "pushes": len(f.pushes)} for f in self.fragments
-                ],
-                "last_round": self.last_round,
-                "output": os.path.abspath(self.output),
-                "save_error": self.save_error,
-                "incarnation": self.incarnation,
-            }
+            fields = self.status()
         conn.send("status", fields)
 
-    def _state(self):
-        if self.reopening:
+    def status(self):
+        """The fields of the reply to status. Needs the lock."""
+        run, model, args = self.run, self.model, self.args
+        everyone = [*run.members.values(), *run.waiting.values()]
+        fragments = run.slices[: model.num_fragments] if model else []
+        awaited = {id for k, s in enumerate(run.slices) if s.pushes for id in run.missing(k)}
+        return {
+            "mode": "streaming" if len(fragments) > 1 else "sync",
+            "state": self.state(),
+            "min_workers": args.min_workers,
+            "round": self.round,
+            "step": run.step,
+            "uptime_seconds": round(now() - self.started, 1),
+            "parameters": model.params.numel() if model else 0,
+            "workers_wanted": args.n,
+            "expected": sorted(run.expected.keys() - run.waiting.keys()),
+            "workers": [status_of(m) for m in sorted(run.members.values(), key=lambda m: m.index)],
+            "joining": sorted(run.waiting),
+            "awaited": sorted(awaited),
+            "source": min((member.facts.source for member in everyone), default=None),
+            "shares": self.shares,
+            "settings": self.settings,
+            "upload_codec": args.upload_codec,
+            "download_codec": args.download_codec,
+            "fragments": [
+                {"version": max(0, slice.version.number), "pushes": len(slice.pushes)}
+                for slice in fragments
+            ],
+            "last_round": self.rounds.last,
+            "forced_rounds": run.forced,
+            "output": os.path.abspath(self.store.output),
+            "save_error": self.store.save_error,
+            "session": self.session,
+        }
+
+    def state(self):
+        """What the run is doing, in words."""
+        if self.run.expected:
             return "waiting for workers to come back"
-        if not self.running:
+        if not self.run.is_open:
             return "waiting for workers"
-        return "running" if len(self.members) >= self.args.min_workers else "too few workers"
+        return "running" if len(self.run.members) >= self.args.min_workers else "too few workers"
 
     def on_save(self, conn, message):
         """Write a checkpoint soon."""
@@ -1974,9 +2357,66 @@ class Server:
         """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
         message.expect([])
         with self.lock:
-            self.stopping = bool(self.members)
+            self.run.stop()
+        self.write_names()
         log(f"{conn.peer} asks to stop: the workers are told to finish")
         conn.send("stop")
+
+    # --- Saving ---
+
+    def save_when_wanted(self):
+        """Write what is wanted, until the process ends."""
+        while not self.ended.is_set():
+            with self.lock:
+                self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
+                wanted, self.save_wanted = self.save_wanted, set()
+            if wanted:
+                self.save("final" in wanted)
+            if "final" in wanted and self.args.until_done and not self.run.is_open:
+                self.ended.set()
+
+    def save(self, final):
+        """Write a checkpoint where there is something new, and if `final` the final model too."""
+        with self.lock:
+            if not self.run.is_whole:
+                return
+            self.lock.wait_for(lambda: not any(slice.folding for slice in self.run.slices))
+            state, snapshots = self.state_to_save(), self.model.freeze()
+            others = self.model.freeze() if final else []
+        self.store.save(state, self.model, snapshots)
+        if "names" in self.store.faults and "checkpoint" not in self.store.faults:
+            self.named = None  # the disk is there again: the next tick writes the names
+        if final:
+            versions = [version for version, _ in state["heads"]]
+            self.store.save_final(versions, self.model, others)
+
+    def state_to_save(self):
+        """The state of the run that a checkpoint stores. Needs the lock."""
+        run = self.run
+        return {
+            "run": self.run_id,
+            "life": run.life,
+            "step": run.step,
+            "shares": self.shares,
+            "settings": self.settings,
+            "heads": [(slice.version, dict(slice.folded)) for slice in run.slices],
+            **run.names(),
+        }
+
+    def write_names(self):
+        """Keep the names of the members on disk, so that a crash forgets nobody."""
+        with self.names_lock:
+            with self.lock:
+                names = self.run.names()
+            if names != self.named:
+                left = names["members"] or names["stopping"]
+                self.store.save_names(names if left else None)
+                self.named = names
+
+    @property
+    def round(self):
+        """Rounds that every slice has closed."""
+        return max(0, min((slice.version.number for slice in self.run.slices), default=0))
 
 
 # --- The command line ----------------------------------------------------------------------------
@@ -2013,16 +2453,17 @@ class Spawn:
 
     def _pass_on(self, name, process):
         for line in process.stdout:
-            print(f"{name}: {line.decode(errors='replace').rstrip()}", flush=True)
+            sys.stdout.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")  # one write
+            sys.stdout.flush()
         if code := process.wait():
             log(f"{name} ended with exit code {code}")
-            self.server.give_up(name)
+            self.server.gate.give_up(name)
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
         ended, processes = self.server.ended, self.workers.values()
         while any(process.poll() is None for process in processes):
-            begun = self.server.running or self.server.last_round
+            begun = self.server.run.is_open or self.server.rounds.last
             if any(process.poll() for process in processes) and not begun:
                 ended.set()  # it failed before the start: the others would wait for it for ever
             if ended.wait(0.2):
@@ -2044,7 +2485,7 @@ class Spawn:
 
 
 def _end_with_parent():
-    """In a spawned worker: end when the server is killed, so that its command can start anew."""
+    """Make a spawned worker end when the server is killed, so that its command can start anew."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -2061,6 +2502,19 @@ def number(kind, low, high=float("inf")):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def rules_of(args):
+    """The Rules that a command line gives. --round-timeout is a quorum of one contribution with that
+    grace."""
+    return Rules(
+        workers=args.n,
+        quorum=1 if args.round_timeout else 0,
+        grace=args.round_timeout,
+        min_workers=args.min_workers,
+        max_staleness=args.max_staleness,
+        worker_timeout=args.worker_timeout,
+    )
 
 
 # fmt: off
@@ -2081,8 +2535,10 @@ def parse_args(argv=None):
     add("--no-nesterov", dest="nesterov", action="store_false", default=None, help="plain momentum")
     add("--no-momentum-warmup", dest="momentum_warmup", action="store_false", default=None,
         help="full momentum from the first round on, as in the paper")
-    add("--upload-codec", choices=CODECS, default="bf16", help="of pseudo-gradients (%(default)s)")
-    add("--download-codec", choices=CODECS, default="bf16", help="of updates (%(default)s)")
+    add("--upload-codec", choices=protocol.CODECS, default="bf16",
+        help="of pseudo-gradients (%(default)s)")
+    add("--download-codec", choices=protocol.CODECS, default="bf16",
+        help="of updates (%(default)s)")
     add("--no-error-feedback", dest="error_feedback", action="store_false",
         help="do not add what rounding lost to the next message (to measure what that is worth)")
     add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
@@ -2106,6 +2562,6 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    code = Server(parse_args()).run()
+    code = Server(parse_args()).serve()
     sys.stdout.flush()
     os._exit(code)  # all is saved; threads that still serve peers must not meet a dying interpreter

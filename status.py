@@ -6,7 +6,7 @@
     python status.py --save                       # have a checkpoint written
     python status.py --stop                       # have the workers finish, send and leave
 
-Exit code 1, and one line that says why, where there is no server.
+If no server answers, the exit code is 1 and one line says why.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import protocol
 
 
 def ask(server, request="status"):
-    """The fields of a server's reply. Raises OSError, protocol.Refused, protocol.ProtocolError."""
+    """The fields of the server's reply to a request. Raises OSError, protocol.Refused,
+    protocol.ProtocolError."""
     conn, _ = protocol.connect(server, {})
     with contextlib.closing(conn):
         return conn.request(request).fields
@@ -37,75 +38,103 @@ def duration(seconds):
 
 
 def table(rows):
-    """Rows of texts as lines of aligned columns."""
+    """Rows of texts as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
 
 
-def render(status):
-    """The screen, as a list of lines, of a server's status."""
-    outer = status["settings"]
-    lines = [
-        f"DiLoCo {status['mode']}, {status['state']}: round {status['round']}, step "
-        f"{status['step']}, up {duration(status['uptime_seconds'])}",
-        f"model: {status['parameters']:,} parameters, output {status['output']}",
-        f"outer: lr {outer['outer_lr']:g}, momentum {outer['outer_momentum']:g}"
-        f"{' (warmed up)' if outer['momentum_warmup'] else ''}, up {status['upload_codec']}, "
-        f"down {status['download_codec']}; data: {status['source'] or 'none yet'}",
-        "",
-    ]
+def workers_in(status):
+    """The lines about the workers of a run."""
+    if not status["workers"]:
+        return ["  no workers"]
     rows = [("#", "worker", "host", "step", "steps/s", "loss", "sync_every", "heard")]
     for worker in status["workers"]:
-        loss = "-" if worker["loss"] is None else f"{worker['loss']:.4f}"
+        ranks = f", {worker['ranks']} ranks" if worker["ranks"] > 1 else ""
         rows.append(
             (
                 str(worker["index"]),
                 worker["id"],
-                worker["host"] + (f", {worker['ranks']} ranks" if worker["ranks"] > 1 else ""),
+                worker["host"] + ranks,
                 str(worker["step"]),
                 f"{worker['steps_per_second']:.2f}",
-                loss,
+                "-" if worker["loss"] is None else f"{worker['loss']:.4f}",
                 str(worker["sync_every"]),
                 f"{worker['heard_seconds_ago']:.0f}s ago",
             )
         )
-    lines += table(rows) if status["workers"] else ["  no workers"]
-    lines.append("")
+    return table(rows)
+
+
+def waits_in(status):
+    """The lines about what a run waits for, if it waits."""
+    lines = []
     there = ", ".join(status["joining"]) or "none"
     if status["expected"]:
-        lines.append(f"the run goes on with {', '.join(status['expected'])}, as soon as they are "
-                     f"back or given up; there: {there}")  # fmt: skip
+        expected = ", ".join(status["expected"])
+        lines.append(
+            f"the run goes on with {expected}, as soon as they are back or given up; there: {there}"
+        )
     elif status["state"] == "waiting for workers":
         lines.append(f"the run starts with {status['workers_wanted']} workers; there: {there}")
     elif status["state"] == "too few workers":
         lines.append(f"rounds wait until there are {status['min_workers']} workers (--min-workers)")
     if status["awaited"]:
         lines.append(f"the round waits for: {', '.join(status['awaited'])}")
+    if status["forced_rounds"]:
+        lines.append(f"WARNING: {status['forced_rounds']} rounds were closed because all waited")
+    return lines
+
+
+def rounds_in(status):
+    """The lines about the fragments that are on their way, and about the last round."""
+    lines = []
     if len(status["fragments"]) > 1:
         versions = " ".join(str(fragment["version"]) for fragment in status["fragments"])
-        flying = [f"{k} ({f['pushes']} of {len(status['workers'])})"
-                  for k, f in enumerate(status["fragments"]) if f["pushes"]]  # fmt: skip
+        flying = [
+            f"{k} ({fragment['pushes']} of {len(status['workers'])})"
+            for k, fragment in enumerate(status["fragments"])
+            if fragment["pushes"]
+        ]
         lines.append(f"fragments: versions {versions}; in flight: {', '.join(flying) or 'none'}")
     if last := status["last_round"]:
         late = ", ".join(f"{worker} by {rounds}" for worker, rounds in last["staleness"].items())
         lines.append(
             f"last round: waited {last['seconds_waiting']:.2f} s, folded "
-            f"{last['seconds_folding']:.2f} s, sent {last['seconds_sending']:.2f} s; up "
-            f"{last['bytes_up'] / 1e6:.2f} MB, down {last['bytes_down'] / 1e6:.2f} MB; "
+            f"{last['seconds_folding']:.2f} s; up {last['bytes_up'] / 1e6:.2f} MB, down {last['bytes_down'] / 1e6:.2f} MB; "
             f"{last['steps']} steps, {last['tokens']:,} tokens"
             f"{'; late: ' + late if late else ''}"
         )
+    return lines
+
+
+def render(status):
+    """The screen for a server's status, as a list of lines."""
+    outer = status["settings"]
+    warmup = " (warmed up)" if outer["momentum_warmup"] else ""
+    lines = [
+        f"DiLoCo {status['mode']}, {status['state']}: round {status['round']}, step "
+        f"{status['step']}, up {duration(status['uptime_seconds'])}",
+        f"model: {status['parameters']:,} parameters, output {status['output']}",
+        f"outer: lr {outer['outer_lr']:g}, momentum {outer['outer_momentum']:g}{warmup}, up "
+        f"{status['upload_codec']}, down {status['download_codec']}; data: "
+        f"{status['source'] or 'none yet'}",
+        "",
+        *workers_in(status),
+        "",
+        *waits_in(status),
+        *rounds_in(status),
+    ]
     if status["save_error"]:
         lines.append(f"WARNING: {status['save_error']}")
     return lines
 
 
 def main(argv=None):
-    """Print the status once, or until Ctrl-C; returns the exit code."""
+    """Print the status once, or again and again until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--server", help=f"host:port (DILOCO_SERVER or localhost:{protocol.PORT})")
     parser.add_argument("--json", action="store_true", help="all that the server says, as JSON")

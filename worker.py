@@ -10,18 +10,18 @@
 
 Notable:
 - Every setting has its default below; the YAML file overrides it, then `--set`, then the flags.
-- The run's step, not this worker's, drives the learning rate and ends the run.
-- Workers read disjoint shares of the data, looked up before each batch, because the number of
-  workers may change at any time. The held-out text is the same for all and in no share.
-- The built-in stories are endless, and the same on every machine.
+- The run's step, not this worker's, sets the learning rate and ends the run.
+- Each worker reads its own shares of the data. They are looked up at each step, because workers may
+  come and go at any time. The held-out text is in no share and is the same for all workers.
+- The built-in stories never end, and they are the same on every machine.
 - A checkpoint holds all state: standalone, `--resume` goes on to the same bits.
-- Under torchrun the ranks are one worker, with DistributedDataParallel: a step takes `batch_size`
-  sequences of each, rank 0 alone speaks, writes and evaluates.
-- After `--` comes any command with the callback in it. It gets the DILOCO_ variables and takes this
-  process's place, so that signals reach it and its exit status is its own.
+- Under torchrun all ranks together are one worker, with DistributedDataParallel: in each step every
+  rank trains on `batch_size` sequences; rank 0 alone talks to the server, writes and evaluates.
+- After `--` comes any command with the callback in it. The command gets the DILOCO_ variables and
+  replaces this process, so that signals reach the command and its exit status counts.
 
-Exit status: 0 finished, 1 failed, 2 bad usage or settings, 130 or 143 stopped by a signal; of a
-command its own, or 126 where it cannot be executed and 127 where it is not found.
+Exit status: 0 finished, 1 failed, 2 bad usage or settings, 130 or 143 stopped by a signal. With a
+command after `--`: the command's own, or 126 if it cannot be executed and 127 if it is not found.
 """
 
 import argparse
@@ -57,16 +57,9 @@ import torch.nn.functional as F
 import yaml
 
 import model as models
-from diloco_callback import DiLoCoCallback, Ranks, Refused, describe
-
-SEPARATOR = "<|endoftext|>"  # stands between the documents of a text file
-DOWNLOAD_TIMEOUT_SECONDS = 10  # for each wait on the network, not for the whole file
-DOWNLOAD_CHUNK_BYTES = 1 << 18
-ENCODE_CHUNK_CHARS = 1 << 20  # a document is encoded in pieces: lists of ids are large
-HELD_OUT_PART = 20  # the last 1/20 of a text is for evaluation ...
-HELD_OUT_MIN_TOKENS, HELD_OUT_MAX_TOKENS = 4096, 1 << 20  # ... within these bounds
-SAME_SIGNAL_SECONDS = 1.0  # torchrun sends on a Ctrl-C that its ranks have had from the terminal
-PROGRESS_SECONDS = 0.2  # between two drawings of the live line
+import protocol
+from diloco_callback import DiLoCoCallback, Ranks
+from protocol import ProtocolError, Refused
 
 
 class SettingsError(Exception):
@@ -78,6 +71,10 @@ class RunError(Exception):
 
 
 # --- Settings -------------------------------------------------------------------------------
+# Each block of the YAML file is a dataclass, each key one of its fields, with a default and limits.
+# A value comes from the command line, else from the file; four keys of the `diloco` block are then
+# looked up in the environment if neither has set them. Every value is checked as soon as it is read,
+# so that an error names the setting and costs no training time.
 
 
 def setting(default, **limits):
@@ -101,52 +98,50 @@ TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/ma
 @dataclass
 class DataSettings:
     source: str | list = field(default="auto")  # auto, tinystories, builtin, or paths of texts
-    seed: int = setting(1, least=0)  # of the built-in stories: the same for all workers
-    cache_dir: str = setting("~/.cache/diloco")
-    url: str = setting(TINYSTORIES + "TinyStoriesV2-GPT4-valid.txt")
+    seed: int = setting(1, least=0)  # seed of the built-in stories, the same for all workers
+    cache_dir: str = setting("~/.cache/diloco")  # folder for the downloaded TinyStories
+    url: str = setting(TINYSTORIES + "TinyStoriesV2-GPT4-valid.txt")  # address of TinyStories
 
 
 @dataclass
 class TrainSettings:
-    max_steps: int = setting(2000, least=1)  # of the run, not of this worker
+    max_steps: int = setting(2000, least=1)  # step of the run at which all workers stop
     batch_size: int = setting(2, least=1)  # sequences in a forward pass
     context: int = setting(256, least=2)  # tokens in a sequence
     grad_accumulation: int = setting(1, least=1)  # forward passes in a step
-    learning_rate: float = setting(1e-3, above=0)
-    min_learning_rate: float = setting(1e-4, least=0)  # at the end of the cosine
+    learning_rate: float = setting(1e-3, above=0)  # highest learning rate, after the warmup
+    min_learning_rate: float = setting(1e-4, least=0)  # learning rate at the end of the cosine
     warmup_steps: int = setting(100, least=0)
     weight_decay: float = setting(0.1, least=0)
     beta1: float = setting(0.9, least=0, most=0.9999)
     beta2: float = setting(0.99, least=0, most=0.99999)
-    grad_clip: float = setting(1.0, least=0)  # 0: no clipping
+    grad_clip: float = setting(1.0, least=0)  # largest norm of a gradient; 0: no clipping
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     device: str = setting("auto")  # auto, cpu, cuda, cuda:1, mps
-    threads: int | None = setting(None, least=1)  # of torch on the CPU; default: torch's choice
-    seed: int = setting(1, least=0, most=2**31)
+    threads: int | None = setting(None, least=1)  # torch's CPU threads; default: torch's choice
+    seed: int = setting(1, least=0, most=2**31)  # seed of the first weights and of random windows
 
 
 @dataclass
 class DilocoSettings:
     server: str | None = setting(None)  # host:port; else DILOCO_SERVER; else standalone
-    sync_every: int | None = setting(None, least=1)  # else DILOCO_SYNC_EVERY; else 500
+    sync_every: int | None = setting(None, least=1)  # steps; else DILOCO_SYNC_EVERY; else 500
     worker_id: str | None = setting(None)  # else DILOCO_WORKER_ID; else host name and process id
     num_fragments: int | None = setting(None, least=1)  # else DILOCO_NUM_FRAGMENTS; else 1
-    fragment_sync_delay: int | None = setting(None, least=0)  # steps; else to the next push
+    fragment_sync_delay: int | None = setting(None, least=0)  # steps; else up to the next push
     fragment_update: str = setting("predict", choices=("predict", "rebase", "mix"))
     fragment_update_alpha: float = setting(0.5, least=0, most=1)  # the local share of a mix
-    reconnect_timeout: float = setting(
-        600.0, least=0
-    )  # seconds that a sync waits for a lost server
+    reconnect_timeout: float = setting(600.0, least=0)  # seconds a sync waits for a lost server
 
 
 @dataclass
 class OutputSettings:
-    dir: str = setting("worker-out/{worker_id}")
-    log_every: int = setting(50, least=1)  # steps
-    eval_every: int = setting(500, least=1)  # steps, at the least
-    eval_tokens: int = setting(16384, least=1)  # of the held-out text
-    save_every: int = setting(1000, least=0)  # steps; 0: only at the end
-    save_total_limit: int = setting(2, least=1)  # checkpoints kept
+    dir: str = setting("worker-out/{worker_id}")  # folder of checkpoints and of the final model
+    log_every: int = setting(50, least=1)  # steps between log lines
+    eval_every: int = setting(500, least=1)  # least number of steps between evaluations
+    eval_tokens: int = setting(16384, least=1)  # tokens of the held-out text in an evaluation
+    save_every: int = setting(1000, least=0)  # steps between checkpoints; 0: only at the end
+    save_total_limit: int = setting(2, least=1)  # checkpoints that are kept
 
 
 @dataclass
@@ -158,7 +153,8 @@ class Settings:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
-ENVIRONMENT = {  # variables that the callback reads, and the keys of DilocoSettings they stand for
+# Environment variables that the callback reads too, with the keys of DilocoSettings they set.
+ENVIRONMENT = {
     f"DILOCO_{key.upper()}": key for key in ("server", "sync_every", "worker_id", "num_fragments")
 }
 KINDS = {
@@ -176,36 +172,48 @@ LIMITS = (
 )
 
 
-def checked(name, value, spec):
-    """`value` in the type of the dataclass field `spec`, within its limits. SettingsError."""
-    kinds = typing.get_args(spec.type) or (spec.type,)
-    if float in kinds and type(value) in (int, str):  # YAML reads 1e-3 as a string
+def converted(value, kinds):
+    """`value` as one of `kinds`, if it is written in another way; else `value` as it is."""
+    if float in kinds and type(value) in (int, str):  # YAML reads 1e-3 as text
         with contextlib.suppress(ValueError):
-            value = float(value)
+            return float(value)
     elif int in kinds and type(value) is str and re.fullmatch(r"-?\d+", value):
-        value = int(value)  # a flag, or the environment
-    elif str in kinds and type(value) in (int, float):  # a name such as 7
-        value = str(value)
-    limits, wrong = spec.metadata, ""
+        return int(value)  # flags and the environment hold text
+    elif str in kinds and type(value) in (int, float):  # YAML reads the name 7 as a number
+        return str(value)
+    return value
+
+
+def requirement(value, kinds, limits):
+    """The words for what `value` must be and is not, or "" if it is fine."""
     if type(value) not in kinds:
-        wrong = " or ".join(KINDS[kind] for kind in kinds)
-    elif value in ("", []) or (type(value) is list and {type(item) for item in value} != {str}):
-        wrong = "a name or a list of paths" if list in kinds else "more than nothing"
-    elif type(value) is float and not math.isfinite(value):
-        wrong = "finite"
-    elif "choices" in limits and value not in limits["choices"]:
-        wrong = "one of " + ", ".join(limits["choices"])
-    elif type(value) in (int, float):
+        return " or ".join(KINDS[kind] for kind in kinds)
+    if value in ("", []) or (type(value) is list and {type(item) for item in value} != {str}):
+        return "a name or a list of paths" if list in kinds else "more than nothing"
+    if type(value) is float and not math.isfinite(value):
+        return "finite"
+    if "choices" in limits and value not in limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    if type(value) in (int, float):
         for limit, words, fits in LIMITS:
             if limit in limits and not fits(value, limits[limit]):
-                wrong = f"{words} {limits[limit]}"
-    if wrong:
-        raise SettingsError(f"{name} must be {wrong}, and is {value!r}")
+                return f"{words} {limits[limit]}"
+    return ""
+
+
+def checked(name, value, spec):
+    """`value` in the type of the dataclass field `spec`. Raises SettingsError if it is of another
+    type or not within the field's limits."""
+    kinds = typing.get_args(spec.type) or (spec.type,)
+    value = converted(value, kinds)
+    if wanted := requirement(value, kinds, spec.metadata):
+        raise SettingsError(f"{name} must be {wanted}, and is {value!r}")
     return value
 
 
 def assign(settings, name, value):
-    """Set `block.key`; for an unknown name, SettingsError with the nearest valid one."""
+    """Set the value of `name`, which is written block.key. Raises SettingsError; for an unknown
+    name, the error suggests the nearest valid one."""
     specs = {f"{b.name}.{spec.name}": spec for b in fields(Settings) for spec in fields(b.type)}
     if name not in specs:
         nearest = difflib.get_close_matches(name, specs, n=1, cutoff=0)[0]
@@ -215,7 +223,7 @@ def assign(settings, name, value):
 
 
 def read_yaml(path):
-    """(name, value) pairs of a settings file."""
+    """Yield the (name, value) pairs of a settings file. Raises SettingsError."""
     try:
         blocks = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -233,8 +241,8 @@ def read_yaml(path):
 
 
 def load_settings(path, overrides=(), environment=None):
-    """Settings from the YAML file at `path`, if any, then the (name, value) pairs of the command
-    line, then the environment for what neither says. SettingsError names whatever is wrong."""
+    """Settings from the YAML file at `path`, if any, then from `overrides`, the (name, value) pairs
+    of the command line, then from `environment` where neither sets a value. Raises SettingsError."""
     settings = Settings()
     for name, value in [*(read_yaml(path) if path is not None else ()), *overrides]:
         assign(settings, name, value)
@@ -247,152 +255,21 @@ def load_settings(path, overrides=(), environment=None):
     return settings
 
 
-# --- The built-in stories -------------------------------------------------------------------
-# A story is one choice from each table of LEADING and from PLOTS, told by templates: {slot} is
-# filled in and [one|of|these] is drawn. What is chosen from LEADING is said in the story, and the
-# words of LEADING stand nowhere else: so stories with different choices are different texts.
+# --- Data -----------------------------------------------------------------------------------
+# The training data is cut into `num_shares` shares, and a worker reads the ones that are its own:
+# every world-th from its rank on. These three numbers follow the members of the run, so for about
+# one heartbeat after a change two workers may read the same share, which does no harm. A source has
+# an `identity`, a text on which all workers of a run must agree, and held-out tokens for evaluation
+# that are in no share.
 
-
-def phrases(text):
-    return [" ".join(phrase.split()) for phrase in text.split("|")]
-
-
-LEADING = {  # the first half of the names are girls
-    "name": phrases("""Mia|Lily|Anna|Ruby|Nora|Zoe|Ella|Rosa|Clara|Ivy|Maya|Lucy|Emma|Tara|Nina
-|Molly|Hazel|Daisy|Sara|Amy|Greta|Olive|Wendy|Juna|Tom|Ben|Max|Leo|Sam|Finn|Jack|Theo|Omar|Hugo
-|Paul|Otto|Ravi|Nico|Carl|Emil|Luke|Oscar|Peter|Adam|Felix|Kofi|Milo|Yusuf"""),
-    "friend": phrases("""rabbit|fox|owl|bear|mouse|duck|frog|hedgehog|squirrel|turtle|goat|pony
-|kitten|puppy|lamb|deer|badger|beaver|sparrow|crow|hen|goose|snail|otter"""),
-    "thing": phrases("""ball|kite|drum|lamp|doll|whistle|bell|hat|scarf|flute|wagon|blanket|cup
-|mirror|lantern|puppet|map|necklace|umbrella|teapot|ribbon|spoon|bucket|marble|clock|pillow|ring
-|brush|crown|shovel|basket|mask"""),
-    "place": phrases("""forest|river|lake|castle|farm|meadow|harbor|mountain|village|market|garden
-|bridge|mill|orchard|valley|beach|school|church|station|tower|pond|island|park|windmill"""),
-    "wish": phrases("""sing on a stage|sail around the world|bake the best bread|learn to dance
-|paint the sunset|count all the stars|touch a rainbow|grow the tallest flower|tell the funniest
-jokes|run as fast as the wind|swim like a fish|fly above the clouds"""),
-}
-WORDS = {
-    "kind": phrases("""kind|brave|quiet|clever|cheerful|curious|gentle|polite|loyal|patient"""),
-    "mood": phrases("""friendly|shy|old|tiny|hungry|sleepy|funny|grumpy|wise|lonely|young
-|fat"""),
-    "colour": phrases("""red|blue|green|yellow|purple|golden|silver|pink|orange|black|white
-|brown"""),
-    "paint": phrases("""red|blue|green|yellow|white|brown"""),
-    "weather": phrases("""sunny|rainy|windy|cold|warm|foggy|snowy|stormy|cloudy|hot"""),
-    "near": phrases("""near|behind|not far from|on the way to|next to"""),
-    "parent": phrases("""mother|father|grandmother|grandfather|aunt|uncle|big sister"""),
-    "food": phrases("""a piece of cake|warm soup|bread and butter|a sweet pie|hot milk
-|cheese"""),
-    "food2": phrases("""soup|dinner|noodles|pancakes|rice|potatoes"""),
-    "fruit": phrases("""apples|pears|plums|cherries|nuts|berries|cookies|lemons"""),
-    "stuff": phrases("""wood|paper|string|glue|cloth|clay|straw|wire|leaves|wool"""),
-    "spot": phrases("""under the bed|behind the door|in the tall grass|under a big tree|on the roof
-|in a deep hole|near the gate|behind a rock|in the kitchen|at the end of the road|under a bush
-|beside the well|on top of the wall|in the old barn|between two stones|in a dark corner"""),
-    "lesson": phrases("""sharing makes everything better|a friend is worth more than gold|it is
-good to ask for help|you must never give up|telling the truth is always best|being kind costs
-nothing|small friends can do big things|it is fine to be afraid"""),
-}
-OPENINGS = [
-    """Once upon a time, there was a {kind} {child} named {name}. {He} lived {near} the {place} with
-    {his} {parent}.""",
-    "{name} was a {kind} {child} who lived in a {paint} house {near} the {place}.",
-    """One {weather} morning, a {kind} {child} [was walking|went for a walk] {near} the {place}.
-    {His} name was {name}.""",
-    """[Long ago|Many years ago], {near} the {place}, there lived a {child} named {name}. Everyone
-    said that {he} was very {kind}.""",
-    """In a {paint} house {near} the {place} lived {name} and {his} {parent}. {name} was a {kind}
-    {child}.""",
-    "There once was a {child} called {name}, who was {kind} and loved the {place}.",
-]
-DREAMS = [
-    "More than anything, {he} wanted to {wish}.",
-    '"[One day|When I am big], I will {wish}," {he} [often said|told {his} {parent}].',
-    """{His} {parent} asked, "What do you want to do when you are big?" "I want to {wish}!" said
-    {name}.""",
-    "Every [night|evening], {he} dreamed that {he} could {wish}.",
-    "{He} [liked|loved] {food}, but {he} did not know how to {wish}.",
-]
-ASIDES = [
-    "The day was {weather}, [and the birds were singing|and nobody was in a hurry].",
-    "{name} had {five} {fruit}. {He} ate {two} of them, so {three} were left.",
-    "{He} had {two} {fruit} in one hand and {three} in the other. That made {five}.",
-    '{His} {parent} gave {him} {food} [to eat|for the way] and said, "[Be good|Come home soon]."',
-    "{He} wore {paint} shoes, and {his} socks were {paint} too.",
-    "When it is {weather}, [some children stay inside|it is nice to be outside], but not {name}.",
-    "",
-]
-PLOTS = [
-    """{name} had a {colour} {thing}. [It was a gift from {his} {parent}.|{He} took it
-    everywhere.|{He} liked it more than all {his} other toys.] But one day the {colour} {thing} was
-    gone! {name} looked {spot} and {spot2}, but it was not there. {He} [sat down and cried|began to
-    cry|felt very sad]. A {mood} {friend} [heard {him}|came by|saw {him}] and asked, "[Why are you
-    sad|What is wrong|Why do you cry], {name}?" "I lost my {thing}," said {name}. "[Do not worry|Do
-    not cry]," said the {friend}. "[We can|Let us] look for it together." They looked {spot3}, and
-    there [they saw|the {friend} saw|{name} saw|both of them saw] something {colour}. It was the
-    {thing}! {name} [hugged|thanked|kissed] the {friend} and [laughed|smiled|jumped for joy].""",
-    """{name} [was playing|played] with a {colour} {thing} when a {mood} {friend} came. "[Can I play
-    too|May I play with it|Can I try it], please?" asked the {friend}. "No! The {thing} is mine,"
-    said {name}. [The {friend} went away with a tear in its eye.|The {friend} looked at the ground
-    and went away.] Soon {name} was [bored|lonely|sad], because playing alone was no fun. {He} found
-    the {friend} {spot}. "I am sorry," {he} said. "[Let us share the {thing}|We can take turns|You
-    can have it first]." The {friend} [smiled|laughed|was not sad any more], and they played [until
-    it was dark|all day|until dinner].""",
-    """One {weather} night, {name} could not sleep. [Something went bump {spot}.|There was a strange
-    sound {spot}.] {He} was [afraid|scared], so {he} held {his} {colour} {thing} very tight. "Who is
-    there?" {he} [whispered|asked]. [Nobody answered|There was no answer|It was quiet again]. {name}
-    [took a deep breath|was brave] and looked. It was only a {mood} {friend}! "I am
-    [cold|lost|hungry]," said the {friend}. "[Come in|You can stay here]," said {name}, and {he}
-    gave it {food} and let it sleep beside the {thing}. [Neither of them|Neither {name} nor the
-    {friend}] was afraid any more.""",
-    """{name} wanted to make a {thing}. {He} [took|got] some {stuff} and worked [all morning|for a
-    long time]. But the {thing} [broke|fell apart] at once. "I [can not do it|will never do it]!"
-    {he} [shouted|cried]. A {mood} {friend} [was watching|had seen it all]. "Try again," said the
-    {friend}, "but [go slowly|use more {stuff}|start with the small parts]. I will help you." So
-    they tried again, and then [once more|a third time]. In the evening there was a {colour} {thing}
-    [on the table|in front of them], and it did not break. "We did it!" [shouted|said] {name}.""",
-    """One {weather} day, {name} heard a small voice {spot}. "Help! Help!" It was a {friend}. It was
-    stuck and could not [get out|move]. "[Stay calm|Do not be afraid]," said {name}. {He} pulled,
-    but {he} was not strong enough. Then {he} had an idea. {He} ran home and [brought|came back
-    with] {his} {colour} {thing}. {name} pushed with the {thing}, [and pushed again|as hard as {he}
-    could], until the {friend} was free. "Thank you!" said the {mood} {friend}. "[You saved me|You
-    are my hero]. Now I will [always help you|be your friend] too.\"""",
-    """{name} saw a {colour} {thing} in a shop. It cost {five} coins, but {he} had only {two}. "[I
-    need|I must find] {three} more," {he} said. On the way home {he} met a {mood} {friend} who was
-    carrying [heavy bags|a lot of {stuff}]. "[May I help you|Let me help you]," said {name}, and
-    they carried everything together. The {friend} gave {him} {three} coins. Now {name} had {five}
-    coins! {He} [ran|hurried] back to the shop and [bought|got] the {thing}. [The {friend}|Even the
-    {friend}] came to see it.""",
-    """A {mood} {friend} had a {colour} {thing}, and {name} was allowed to hold it. "Be careful,"
-    said the {friend}. But {name} [fell|slipped] {spot}, and the {thing} broke. {He} hid the pieces
-    {spot2}. That night {he} felt [bad|terrible] and could not eat {his} {food2}. "What is wrong?"
-    asked {his} {parent}. {name} told the truth. "[Then say that you are sorry|You know what to
-    do]," said {his} {parent}. So {name} went to the {friend}. "I broke your {thing}. I am sorry."
-    The {friend} was [quiet|sad] for a while. Then it said, "[Thank you for telling me|I am glad
-    that you told me]. We can mend it with {stuff}." And they did.""",
-    """It was the birthday of a {mood} {friend}. {name} wanted to give it [something|a present] that
-    was {colour}. {He} had {five} ideas, but {three} of them were silly, so {two} were left. In the
-    end {he} chose a {colour} {thing}. {He} [hid|put] it {spot} and [waited|counted to ten].
-    "[Surprise|Happy birthday]!" {he} shouted when the {friend} came. The {friend} looked {spot2}.
-    Nothing! It looked {spot3}. Nothing! Then it looked {spot}, and there was the {thing}. "It is
-    {colour}, [just as I like it|like my house]!" said the {friend}. They ate {food} [together|and
-    sang a song].""",
-]
-ENDINGS = [
-    "From that day on, {name} and the {friend} were [best|good] friends.",
-    """"[You were very {kind} today|I am proud of you]," said {his} {parent} when {name} [came
-    home|told the story].""",
-    "That night {name} [slept well|fell asleep with a smile] and dreamed of the {colour} {thing}.",
-    "{name} learned that {lesson}.",
-    '"[See you tomorrow|Good night], {name}," said the {friend}. "[See you tomorrow|Good night]!"',
-    "And perhaps one day {he} will {wish} with the {friend}. [Who knows?|Why not?|The end.]",
-]
-NUMBERS = phrases("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve")
-PRONOUNS = {"girl": ("she", "her", "her"), "boy": ("he", "his", "him")}
-STORY_COUNT = math.prod(map(len, LEADING.values())) * len(PLOTS)  # 85 million
-HELD_OUT_STORIES = 100_000  # the last numbers: for evaluation, never for training
-SHORTEST_STORY_TOKENS = 60  # no story has fewer words, and no tokenizer fewer tokens than words
+SEPARATOR = "<|endoftext|>"  # text between the documents of a file
+DOWNLOAD_TIMEOUT_SECONDS = 10  # seconds without a byte after which a download fails
+DOWNLOAD_CHUNK_BYTES = 1 << 18
+ENCODE_CHUNK_CHARS = 1 << 20  # characters encoded at once, because lists of ids are large
+# The last 1/20 of a text is held out for evaluation, within these bounds.
+HELD_OUT_PART = 20
+HELD_OUT_MIN_TOKENS = 4096
+HELD_OUT_MAX_TOKENS = 1 << 20
 
 
 def mix(*numbers):
@@ -406,87 +283,52 @@ def mix(*numbers):
     return value >> 1
 
 
-def leading_choices(seed, number):
-    """The leading choices of a story: {table: choice}. No two numbers below STORY_COUNT have the
-    same, since a Feistel network only permutes them."""
-    size = len(LEADING["name"]) * len(LEADING["friend"]) * len(PLOTS)
-    high, low = divmod(number, size)
-    for turn in range(2):
-        low = (low + mix(seed, turn, high)) % size
-        high = (high + mix(seed, turn, low)) % (STORY_COUNT // size)
-    rest, choices = high * size + low, {}
-    for table, options in {"plot": PLOTS, **LEADING}.items():
-        rest, index = divmod(rest, len(options))
-        choices[table] = options[index]
-    return choices
-
-
-def story(seed, number):
-    """Story `number` of the book `seed`: a pure function, some 500 to 900 characters. Only
-    `Random.random` is used, whose numbers Python promises never to change."""
-    rng = random.Random(mix(seed, number))
-
-    def pick(options):
-        return options[int(rng.random() * len(options))]
-
-    slots = {table: pick(options) for table, options in WORDS.items()}
-    slots |= leading_choices(seed, number)
-    girl = LEADING["name"].index(slots["name"]) < len(LEADING["name"]) // 2
-    slots["child"] = "girl" if girl else "boy"
-    slots |= zip(("he", "his", "him"), PRONOUNS[slots["child"]], strict=True)
-    slots |= {"He": slots["he"].capitalize(), "His": slots["his"].capitalize()}
-    spots = sorted(WORDS["spot"], key=lambda _: rng.random())
-    slots |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2]}
-    two, three = pick(range(2, 7)), pick(range(2, 7))
-    slots |= {"two": NUMBERS[two], "three": NUMBERS[three], "five": NUMBERS[two + three]}
-    parts = [pick(OPENINGS), pick(DREAMS), pick(ASIDES), slots["plot"], pick(ENDINGS)]
-    text = " ".join(" ".join(parts).split())
-    while "[" in text or "{" in text:
-        text = re.sub(r"\[([^\[\]]*)\]", lambda match: pick(match[1].split("|")), text)
-        text = re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-
-
-# --- Data -----------------------------------------------------------------------------------
-# A source has an `identity`, on which all workers of a run must agree, and a `division` of the
-# data, (own, count): the numbers of the shares that this worker reads, of so many in all.
+def own_shares(rank, world, num_shares):
+    """The numbers (tuple of int) of the shares that worker `rank` of `world` reads. If there are
+    more workers than shares, several workers read the same one."""
+    return tuple(range(rank, num_shares, world)) or (rank % num_shares,)
 
 
 class StorySource:
-    """The built-in stories; share s of M has the numbers s, s + M, s + 2M, ..."""
+    """The built-in stories. Share s of M consists of the stories s, s + M, s + 2M, and so on."""
 
     def __init__(self, seed, encode, end, tokens_per_step):
         self.identity = f"builtin:seed{seed}"
-        self.seed, self.encode, self.end = seed, encode, end
-        self.stories_per_step = -(-tokens_per_step // SHORTEST_STORY_TOKENS)  # at the most
-        self.division = None
-        self.cursors = {}  # own share -> how many of its stories have been read
-        self.rest = []  # tokens of the last story that no batch has taken
+        self.seed = seed
+        self.encode = encode
+        self.end = end  # id of the token after each story
+        self.stories_per_step = -(-tokens_per_step // SHORTEST_STORY_TOKENS)  # upper bound
+        self.division = None  # (own shares, number of all shares)
+        self.cursors = {}  # own share -> number of its stories that have been read
+        self.rest = []  # tokens of the last story that are in no batch yet
 
     def held_out(self, count):
-        """The same `count` tokens for all workers: int64 [count]."""
-        tokens, number = [], STORY_COUNT - HELD_OUT_STORIES
-        while len(tokens) < count and number < STORY_COUNT:
-            tokens += [*self.encode(story(self.seed, number)), self.end]
-            number += 1
-        return torch.tensor(tokens[:count])
+        """The first `count` held-out tokens, the same for all workers: int64 [count]. They come from
+        another seed, so no training story is one of them."""
+        tokens = []
+        for number in itertools.count():
+            if len(tokens) >= count:
+                return torch.tensor(tokens[:count])
+            tokens += [*self.encode(story(mix(self.seed), number)), self.end]
 
     def set_shares(self, own, count, step):
-        """Look up the own shares. One that is new here starts behind all that another worker can
-        have read of it in `step` steps."""
+        """Read the shares `own` of `count` from now on. A share that is new to this worker starts
+        behind all stories of it that another worker can have read in `step` steps."""
         if (own, count) != self.division:
-            self.division, behind = (own, count), step * self.stories_per_step
-            self.cursors = {share: self.cursors.get(share, behind) for share in own}
+            self.division = (own, count)
+            start = step * self.stories_per_step
+            self.cursors = {share: self.cursors.get(share, start) for share in own}
 
     def batch(self, rows, context):
         """The next tokens of the own shares: int64 [rows, context + 1]."""
-        shares, count = self.division[1], rows * (context + 1)
+        count = rows * (context + 1)
         while len(self.rest) < count:
-            share = min(self.cursors, key=self.cursors.get)  # the least read
-            number = (self.cursors[share] * shares + share) % (STORY_COUNT - HELD_OUT_STORIES)
+            share = min(self.cursors, key=self.cursors.get)  # the share read least
+            number = self.cursors[share] * self.division[1] + share
             self.cursors[share] += 1
             self.rest += [*self.encode(story(self.seed, number)), self.end]
-        taken, self.rest = self.rest[:count], self.rest[count:]
+        taken = self.rest[:count]
+        self.rest = self.rest[count:]
         return torch.tensor(taken).view(rows, context + 1)
 
     def state_dict(self):
@@ -494,16 +336,20 @@ class StorySource:
 
     def load_state_dict(self, state):
         self.division = state["division"]
-        self.cursors, self.rest = dict(state["cursors"]), list(state["rest"])
+        self.cursors = dict(state["cursors"])
+        self.rest = list(state["rest"])
 
 
 class TextSource:
-    """Random windows of a text, which is cut into equal shares before its held-out end.
+    """Random windows of a text whose end is held out; the part before it is cut into equal shares.
 
-    `tokens` is an integer array; windows are drawn from (seed, first own share at the start)."""
+    `tokens` is an integer array. The windows depend on the seed, and on the first own share and the
+    run's step at the start."""
 
     def __init__(self, identity, tokens, seed, context):
-        self.identity, self.seed, self.context = identity, seed, context
+        self.identity = identity
+        self.seed = seed
+        self.context = context  # tokens in a window, less one
         held = min(max(len(tokens) // HELD_OUT_PART, HELD_OUT_MIN_TOKENS), HELD_OUT_MAX_TOKENS)
         held = max(held, context + 1)
         if len(tokens) < 2 * held:
@@ -511,18 +357,26 @@ class TextSource:
                 f"the text has {len(tokens)} tokens, and {held} are needed for evaluation alone: "
                 "name more text in data.source, or set a smaller train.context"
             )
-        self.tokens, self.held = tokens[:-held], tokens[-held:]
-        self.division = self.generator = None
+        self.tokens = tokens[:-held]
+        self.held = tokens[-held:]
+        self.division = None  # (own shares, number of all shares)
+        self.share_tokens = 0  # tokens in a share
+        self.windows = 0  # places in a share where a window can begin
+        self.generator = None  # torch.Generator that chooses the windows
 
     def held_out(self, count):
+        """The first `count` held-out tokens, or all if there are fewer: int64 [count]."""
         return torch.from_numpy(self.held[:count].astype(np.int64))
 
     def set_shares(self, own, count, step):
+        """Read the shares `own` of `count` from now on. Raises RunError if a share is too small for
+        a window."""
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(mix(self.seed, own[0], step))
         if (own, count) != self.division:
-            self.division, self.share_tokens = (own, count), len(self.tokens) // count
-            self.windows = self.share_tokens - self.context  # in a share, of context + 1 tokens
+            self.division = (own, count)
+            self.share_tokens = len(self.tokens) // count
+            self.windows = self.share_tokens - self.context
             if self.windows < 1:
                 raise RunError(
                     f"the text is too small: {len(self.tokens)} tokens do not make {count} shares "
@@ -531,7 +385,9 @@ class TextSource:
                 )
 
     def batch(self, rows, context):
-        shares, windows = self.division[0], []
+        """Random windows of the own shares: int64 [rows, context + 1]."""
+        shares = self.division[0]
+        windows = []
         for drawn in torch.randint(len(shares) * self.windows, (rows,), generator=self.generator):
             share, offset = divmod(drawn.item(), self.windows)
             start = shares[share] * self.share_tokens + offset
@@ -549,8 +405,9 @@ class TextSource:
 
 
 def download(url, path, progress):
-    """Fetch a text of documents: written beside `path`, checked, then renamed, so that others may
-    do the same at the same time. RunError if it cannot be had whole."""
+    """Fetch a text of documents into the file `path`. The text is written to another file first,
+    checked and then renamed, so that several processes may do this at the same time. Raises RunError
+    if the text does not come whole."""
     beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -559,7 +416,8 @@ def download(url, path, progress):
             open(handle, "wb") as file,
             urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as reply,
         ):
-            size, done = int(reply.headers.get("Content-Length") or 0), 0
+            size = int(reply.headers.get("Content-Length") or 0)
+            done = 0
             while chunk := reply.read(DOWNLOAD_CHUNK_BYTES):
                 file.write(chunk)
                 done += len(chunk)
@@ -567,7 +425,7 @@ def download(url, path, progress):
         if size and done != size:
             raise ValueError(f"only {done} of {size} bytes came; try again")
         if SEPARATOR.encode() not in Path(beside).read_bytes():
-            raise ValueError(f"it is no text of stories, which {SEPARATOR} would separate")
+            raise ValueError(f"the page is not a text of stories separated by {SEPARATOR}")
         sync(beside)
         os.replace(beside, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -579,7 +437,7 @@ def download(url, path, progress):
 
 
 def tinystories(settings, output):
-    """The path of TinyStories in the cache, where the first run that needs it puts it."""
+    """The path of TinyStories in the cache, downloaded if it is not there yet. Raises RunError."""
     name = settings.url.partition("?")[0].rsplit("/", 1)[-1] or "tinystories.txt"
     path = Path(settings.cache_dir).expanduser() / name
     if not path.is_file():
@@ -589,9 +447,11 @@ def tinystories(settings, output):
 
 
 def read_text(paths, encode, end, dtype):
-    """(digest, tokens): the documents of text files, each followed by the token `end`. The digest
-    is of the contents, since the same text has another path on another machine."""
-    digest, pieces = hashlib.sha256(), [np.empty(0, dtype)]
+    """(digest, tokens) of text files: their documents, each followed by the token `end`. The digest
+    is taken from the contents, because the path of a text differs between machines. Raises
+    RunError."""
+    digest = hashlib.sha256()
+    pieces = [np.empty(0, dtype)]
     for path in paths:
         try:
             raw = Path(path).expanduser().read_bytes()
@@ -612,8 +472,8 @@ def read_text(paths, encode, end, dtype):
 
 
 def open_source(settings, wanted, tokenizer, vocab_size, output, ranks=1):
-    """The source that data.source names, for so many ranks. `wanted` is the identity of the run's source, if there is
-    a run already: `auto` follows it. RunError if it cannot be had."""
+    """The source that data.source names, for a worker with that many ranks. `wanted` is the identity
+    of the source that the run reads, or None for a new run; `auto` follows it. Raises RunError."""
     data, train = settings.data, settings.train
 
     def encode(text):
@@ -652,12 +512,94 @@ def open_source(settings, wanted, tokenizer, vocab_size, output, ranks=1):
         return stories(data.seed)
 
 
+# The grammar of the built-in stories. A line "rule: choice | choice" is one rule, continued on
+# indented lines. For each story one choice of every rule is drawn, and {rule} stands for that choice
+# wherever it occurs, so names and things stay the same throughout a story. From `hero`, a story has
+# {child} and its pronouns {he}, {his}, {He} and {His}; {name} is a choice of the rule `girl` or `boy`.
+GRAMMAR = """
+story: {opening} {dream} {plot} {ending}
+hero: girl she her She Her | boy he his He His
+girl: Mia|Lily|Ruby|Nora|Zoe|Rosa|Clara|Maya|Lucy|Tara|Nina|Molly|Hazel|Daisy|Sara|Greta
+boy: Tom|Ben|Max|Leo|Sam|Finn|Jack|Theo|Hugo|Paul|Ravi|Nico|Carl|Luke|Peter|Milo
+friend: rabbit|fox|bear|mouse|duck|frog|hedgehog|squirrel|turtle|goat|pony|kitten|puppy|lamb|crow
+thing: ball|kite|drum|lamp|doll|bell|hat|scarf|flute|wagon|blanket|cup|mirror|map|spoon|ring|mask
+place: forest|river|lake|castle|farm|meadow|harbor|mountain|village|market|garden|bridge|beach
+kind: kind|brave|quiet|clever|cheerful|curious|gentle|polite|loyal|patient
+mood: friendly|shy|little|hungry|sleepy|funny|grumpy|wise|lonely|young
+colour: red|blue|green|yellow|purple|golden|silver|pink|black|white|brown
+weather: sunny|rainy|windy|cold|warm|foggy|snowy|stormy
+parent: mother|father|grandmother|grandfather|big sister
+food: a piece of cake|warm soup|bread and butter|a sweet pie|hot milk|a bowl of berries
+stuff: wood|paper|string|glue|cloth|clay|straw|wire|leaves|wool
+first: under the bed|behind the door|in the kitchen|on the roof|near the gate|in a box
+second: in the tall grass|under a bush|beside the well|behind a rock|in the barn|on the wall
+third: between two stones|in a deep hole|in a dark corner|under a big tree|at the end of the road
+near: near|behind|not far from|on the way to|next to
+wish: sing on a stage|sail around the world|bake bread|paint the sunset|count all the stars
+cried: sat down and cried|began to cry|felt very sad|did not know what to do
+glad: smiled|laughed|jumped for joy|clapped|began to sing
+lesson: a friend is worth more than gold|it is good to ask for help|you must never give up
+opening: Once upon a time, there was a {kind} {child} named {name}. {He} lived {near} the {place}
+    with {his} {parent}.
+    |One {weather} morning, a {kind} {child} went for a walk {near} the {place}. {His} name was
+    {name}, and {he} lived there with {his} {parent}.
+    |Long ago, {near} the {place}, there lived a {child} named {name}. Everyone said that {he} was
+    very {kind}, just like {his} {parent}.
+dream: More than anything, {he} wanted to {wish}.
+    |"One day I will {wish}," {he} often told {his} {parent}.
+    |Every night {he} dreamed that {he} could {wish}.
+plot: {name} had a {colour} {thing}. But one {weather} day the {thing} was gone! {name} looked
+    {first} and {second}, but it was not there. {He} {cried}. A {mood} {friend} came by and asked,
+    "What is wrong, {name}?" "I lost my {colour} {thing}," said {name}. "Do not worry," said the
+    {friend}. "Let us look for it together." They looked {third}, and there it was! {name} {glad}
+    and gave the {friend} {food}.
+    |{name} was playing {first} with a {colour} {thing} when a {mood} {friend} came. "Can I play
+    too?" asked the {friend}. "No! The {thing} is mine," said {name}. The {friend} {cried}. Soon
+    {name} was lonely, because the {friend} had left. {He} looked for it {second}, and found it
+    {third}. "I am sorry," {he} said. "You can have the {thing} first." The {friend} {glad}, and
+    they shared {food}.
+    |{name} wanted to make a {thing}. {He} found some {stuff} {first} and worked all day, but the
+    {thing} broke. {He} {cried}. A {mood} {friend} saw it and said, "Try again, {name}, but use more
+    {stuff}. There is some {second}." So they tried again, and in the evening there was a {colour}
+    {thing}, and it did not break. The {friend} {glad}, and they ate {food} {third}.
+    |One {weather} night, {name} could not sleep. There was a strange sound {first}. {He} held {his}
+    {colour} {thing} very tight and looked {second}. Nobody was there. {He} {cried}. Then {he}
+    looked {third}. It was only a {mood} {friend}! "I am cold," said the {friend}. {name} gave it
+    {food} and let it sleep beside the {thing}. The {friend} {glad}.
+ending: From that day on, {name} and the {friend} were best friends.
+    |"I am proud of you," said {his} {parent} when {name} told the story.
+    |That night {name} dreamed of the {colour} {thing}. | {name} learned that {lesson}.
+    |"See you tomorrow, {name}," said the {friend}. And perhaps one day {he} will {wish}.
+"""
+RULES = {
+    rule: [" ".join(choice.split()) for choice in choices.split("|")]
+    for rule, choices in re.findall(r"^(\w+):(.*(?:\n +.*)*)", GRAMMAR, re.MULTILINE)
+}
+SHORTEST_STORY_TOKENS = 100  # fewest words of a story; a tokenizer makes one token or more of each
+
+
+def story(seed, number):
+    """Story `number` of the book `seed`, some 500 to 750 characters; the same text on every machine,
+    because Python promises that the numbers of `Random.random` never change."""
+    rng = random.Random(mix(seed, number))
+    words = {rule: choices[int(rng.random() * len(choices))] for rule, choices in RULES.items()}
+    words |= zip(("child", "he", "his", "He", "His"), words["hero"].split(), strict=True)
+    words["name"] = words[words["child"]]
+    text = words["story"]
+    while "{" in text:
+        text = text.format_map(words)
+    return text
+
+
 # --- Model and optimizer --------------------------------------------------------------------
+# A new run trains our small Llama in the sizes of the settings. If the server's folder describes
+# another model, that one is built, by transformers if our own code does not know it. All workers start
+# from the same seed, and so from the same weights, until the server's weights replace them.
 
 
 def build_model(settings, files):
-    """(model, tokenizer, files): of a run's descriptive files {name: text}, or where there is no
-    config.json, of the settings. Weights are random, in float32. RunError, SettingsError."""
+    """(model, tokenizer, files) from a run's descriptive files {name: text}; without a config.json
+    among them, from the settings. Weights are random and float32. Raises RunError, SettingsError."""
     if "config.json" not in files:
         context = settings.train.context
         try:
@@ -686,7 +628,7 @@ def build_model(settings, files):
 
 
 def check_fit(config, tokenizer, context):
-    """RunError if the tokenizer or the context is too large for the model."""
+    """Raise RunError if the tokenizer or the context is too large for the model."""
     most = getattr(config, "max_position_embeddings", None)
     if most and context > most:
         raise RunError(f"train.context is {context}, and the model takes {most} tokens at most")
@@ -698,7 +640,7 @@ def check_fit(config, tokenizer, context):
 
 
 def loss_of(model, ids, targets):
-    """Mean cross-entropy (float32 scalar) of the next tokens; ids and targets int64 [B, T]."""
+    """The mean cross-entropy (float32 scalar) of the next tokens; ids and targets int64 [B, T]."""
     if isinstance(getattr(model, "module", model), models.Llama):
         return model(ids, targets)
     logits = model(input_ids=ids).logits
@@ -706,7 +648,7 @@ def loss_of(model, ids, targets):
 
 
 def make_optimizer(model, train):
-    """AdamW that decays matrices only: to shrink a gain or a bias regularizes nothing."""
+    """AdamW with weight decay on matrices only: shrinking a gain or a bias regularizes nothing."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
@@ -717,7 +659,7 @@ def make_optimizer(model, train):
 
 
 def learning_rate(step, train):
-    """Of the step after `step` steps of the run: a linear warmup, then a cosine to the end."""
+    """The learning rate after `step` steps of the run: a linear warmup, then a cosine to the end."""
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
@@ -726,7 +668,8 @@ def learning_rate(step, train):
 
 
 def choose_device(name):
-    """The device of a setting; of several GPUs, under torchrun, this rank's."""
+    """The device of the setting `name`; under torchrun with several GPUs, the one of this rank.
+    Raises RunError."""
     rank = os.environ.get("LOCAL_RANK")
     if rank and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{rank}"
@@ -739,12 +682,12 @@ def choose_device(name):
         raise RunError(f"train.device {name}: {str(error).splitlines()[0]}") from None
 
 
-def use_bf16(precision, device):
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return auto if precision == "auto" else precision == "bf16"
+# --- Output ---------------------------------------------------------------------------------
+# Everything that a worker shows or writes goes through one Output. Checkpoints must survive a crash
+# at any moment: each is written into a hidden folder, synced to disk and then renamed, so a folder
+# named step-N is always whole. At the end the model stands in the output folder itself.
 
-
-# --- Output: all that is seen or written ----------------------------------------------------
+PROGRESS_SECONDS = 0.2  # least time between two drawings of the live line
 
 
 def sync(path):
@@ -755,35 +698,49 @@ def sync(path):
 
 
 def checkpoints(folder):
-    """The whole checkpoints in a folder, in the order in which they were written: what a run that
-    was started anew there has written comes after what an older one left."""
+    """The paths of the whole checkpoints in a folder, oldest first. Their order is the one in which
+    they were written, because a shorter run may have started anew in the folder of a longer one."""
     whole = [path for path in folder.glob("step-*") if (path / "trainer.pt").is_file()]
     return sorted(whole, key=lambda path: (path / "trainer.pt").stat().st_mtime_ns)
 
 
 class Output:
-    """Log lines, the live line and files: the effects that one process of a worker has."""
+    """Log lines, the live line and the files of one worker. A quiet one shows nothing but warnings
+    and writes no files: the ranks above 0 of a torchrun have such a one. Raises RunError."""
 
-    def __init__(self, folder):
-        self.folder, self.drawn = folder, 0.0
-        self.clear = "\r\033[K" if sys.stdout.isatty() else ""  # of the live line
+    def __init__(self, folder, quiet=False):
+        try:
+            if not quiet:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+        self.folder = folder
+        self.quiet = quiet
+        self.drawn = 0.0  # time at which the live line was last drawn
+        self.clear = "\r\033[K" if sys.stdout.isatty() else ""  # text that wipes the live line
 
     def line(self, text):
-        print(self.clear + text, flush=True)
+        if not self.quiet:
+            print(self.clear + text, flush=True)
 
     def warn(self, text):
         print(f"{self.clear}WARNING: {text}", file=sys.stderr, flush=True)
 
     def progress(self, text):
-        if self.clear and time.monotonic() > self.drawn + PROGRESS_SECONDS:
-            self.drawn = time.monotonic()
-            print(self.clear + text, end="", flush=True)
+        """Draw the live line, which only a terminal has, unless it was drawn a moment ago."""
+        if self.quiet or not self.clear or time.monotonic() <= self.drawn + PROGRESS_SECONDS:
+            return
+        self.drawn = time.monotonic()
+        print(self.clear + text, end="", flush=True)
 
     def save_checkpoint(self, step, limit, model, files, state, save_more):
-        """Write step-N beside, sync it, rename it, and remove all but the newest `limit`.
-        `save_more(folder)` puts further files into it."""
-        target, beside = self.folder / f"step-{step}", self.folder / ".step-unfinished"
-        for path in (beside, target):  # what a crash, or an older run, left there
+        """Write the checkpoint step-N and remove all but the newest `limit`. `save_more(folder)` puts
+        further files into it."""
+        if self.quiet:
+            return
+        target = self.folder / f"step-{step}"
+        beside = self.folder / ".step-unfinished"
+        for path in (beside, target):  # remains of a crash, or of an older run
             shutil.rmtree(path, ignore_errors=True)
         models.save(model, beside, files)
         torch.save(state, beside / "trainer.pt")
@@ -797,28 +754,15 @@ class Output:
         self.line(f"saved {target}")
 
     def save_final(self, model, files):
+        """Write the model into the output folder."""
+        if self.quiet:
+            return
         models.save(model, self.folder, files)
         self.line(f"the model is in {self.folder}: python model.py {self.folder}")
 
 
-class NoOutput(Output):
-    """That of the ranks above 0: warnings."""
-
-    def line(self, text):
-        """Nothing."""
-
-    def progress(self, text):
-        """Nothing."""
-
-    def save_checkpoint(self, *args):
-        """Nothing."""
-
-    def save_final(self, *args):
-        """Nothing."""
-
-
 def load_checkpoint(folder):
-    """The state in a checkpoint, with the model's descriptive files as "files". RunError."""
+    """The state in a checkpoint, with the model's descriptive files under "files". Raises RunError."""
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         texts = [path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".jinja")]
@@ -830,8 +774,9 @@ def load_checkpoint(folder):
         ) from None
 
 
-def output_folder(settings, resume, make=True):
-    """(folder of this worker's output, the checkpoint in it to resume from or None). RunError."""
+def output_folder(settings, resume):
+    """(folder for this worker's output, checkpoint in it to resume from or None). A worker of a run
+    that has no id yet gets one. Raises RunError."""
     diloco = settings.diloco
     if diloco.server and not diloco.worker_id:
         diloco.worker_id = f"{socket.gethostname()}-{os.getpid()}"
@@ -845,59 +790,125 @@ def output_folder(settings, resume, make=True):
             f"nothing to resume in {folder}: name the run's --worker-id or --output-dir, or leave "
             "--resume out to start anew"
         )
-    try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     return folder, found[-1] if resume else None
 
 
 # --- The run --------------------------------------------------------------------------------
+# `Run` ties everything together. It asks the server what the run trains, builds model, data and
+# optimizer, and lets the callback join; from then on the callback acts after each optimizer step: it
+# counts the step, pushes and adopts. Standalone the callback does nothing and `callback.worker` is
+# None. Under torchrun every rank has a Run and takes the same steps. Only rank 0 hears from the server,
+# so rank 0 decides when to stop and which shares are read, and tells the others (`told`).
+
+FIRST_PAUSE_SECONDS = 0.2  # pause after a first failed attempt to reach the server
+LONGEST_PAUSE_SECONDS = 10.0  # longest pause between two attempts
+SAME_SIGNAL_SECONDS = 1.0  # time in which a second signal to a rank is torchrun's copy of the first
+
+
+def describe(server, timeout=60.0):
+    """What the server at host:port says about its run: {"files": {name: text} that describe its
+    model, "source": identity of its data or None}. Tries again with growing pauses.
+
+    Raises ConnectionError if nobody answers within `timeout` seconds, and Refused as soon as the
+    server refuses, because trying again would not help."""
+    began = time.monotonic()
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            conn, _ = protocol.connect(server, {})
+            with contextlib.closing(conn):
+                source = conn.request("status").fields["source"]
+                return {"files": fetch_files(conn), "source": source}
+        except (OSError, ProtocolError) as error:
+            waited = time.monotonic() - began
+            if waited > timeout:
+                raise ConnectionError(
+                    f"server {server}: {error}, for {waited:.0f} s. Is the server running there, "
+                    "and does a firewall let you through?"
+                ) from error
+            if pause == FIRST_PAUSE_SECONDS:
+                text = f"server {server}: {error}; trying again for up to {timeout:.0f} s"
+                print(f"worker.py: {text}", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def fetch_files(conn):
+    """{name: text} of the files that describe a server's model. Raises OSError, ProtocolError,
+    Refused."""
+    reply = conn.request("fetch", {"files": True})
+    files = {}
+    for spec in reply.specs:
+        if spec.name not in protocol.FILE_NAMES or spec.nbytes > protocol.MAX_FILES_BYTES:
+            raise ProtocolError(f"fetch: an unexpected file {protocol.describe(spec)}")
+        raw = torch.empty(spec.shape, dtype=torch.uint8)
+        conn.read(raw)
+        files[spec.name] = bytes(protocol.memory(raw)).decode("utf-8", errors="replace")
+    return files
+
+
+def told(ranks, value):
+    """Rank 0's `value`, which JSON can hold, on every rank of this worker."""
+    return ranks.tell(value)
 
 
 class Run:
     """One worker's training, from its settings to its end."""
 
     def __init__(self, settings, output, checkpoint=None):
-        """`checkpoint` is the folder to resume from. RunError, ConnectionError, Refused."""
-        self.settings, self.output, self.resumed = settings, output, bool(checkpoint)
-        self.ranks = Ranks()
-        train, diloco = settings.train, settings.diloco
+        """Prepare everything but the first step; `checkpoint` is the folder to resume from. Raises
+        SettingsError, RunError, ConnectionError, Refused."""
+        self.settings = settings
+        self.output = output
+        self.resumed = checkpoint is not None
+        self.ranks = Ranks({})
+        train = settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
         self.device = choose_device(train.device)
         sequences = train.batch_size * self.ranks.count * train.grad_accumulation
-        self.step_tokens = sequences * train.context
-        self.step = 0  # of the run
-        self.stop = False  # set by a signal: stop after this step
-        self.interrupted = False  # the loop has done so
-        self.evaluated = self.syncs = 0  # the step of the last evaluation, adoptions seen by then
-        self.losses, self.logged = [], time.monotonic()  # since the last log line
+        self.step_tokens = sequences * train.context  # tokens that this worker trains on in a step
+        self.step = 0  # step of the run, which is ahead of the number of steps made here
+        self.stop = False  # set by a signal: this step is the last one
+        self.interrupted = False  # the loop has ended because of a signal
+        self.evaluated = 0  # step of the last evaluation
+        self.syncs = 0  # number of adoptions when an evaluation was last considered
+        self.losses = []  # loss of each step since the last log line
+        self.logged = time.monotonic()  # time of the last log line
 
         saved = load_checkpoint(checkpoint) if checkpoint else {}
-        running = (describe(diloco.server) if diloco.server else None) or {}
-        torch.manual_seed(train.seed)  # the same first weights for all workers
+        running = describe(settings.diloco.server) if settings.diloco.server else {}
         files = running.get("files") or saved.get("files") or {}
-        model, tokenizer, self.files = build_model(settings, files)
-        check_fit(model.config, tokenizer, train.context)
+        tokenizer, vocab_size = self.prepare_model(files)
         wanted = running.get("source") or saved.get("source")
-        vocab_size = model.config.vocab_size
         self.source = open_source(settings, wanted, tokenizer, vocab_size, output, self.ranks.count)
         self.held_out = self.source.held_out(max(settings.output.eval_tokens, train.context) + 1)
-        self.model = model.to(self.device).train()
-        self.optimizer = make_optimizer(self.model, train)
-        bf16 = use_bf16(train.precision, self.device)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         described = {"files": self.files, "source": self.source.identity}
-        self.callback = DiLoCoCallback(**vars(diloco), **described)
+        self.callback = DiLoCoCallback(**vars(settings.diloco), **described)
+        # The three objects that a trainer gives to a callback's hooks.
         self.args = SimpleNamespace(max_steps=train.max_steps, output_dir=str(output.folder))
         self.state = SimpleNamespace(global_step=0, max_steps=train.max_steps)
         self.control = SimpleNamespace(should_training_stop=False)
         if saved:
             self.restore(checkpoint, saved)
 
+    def prepare_model(self, files):
+        """Build model and optimizer from descriptive files {name: text}, or if there are none, from
+        the settings; return (tokenizer, vocabulary size). Raises RunError, SettingsError."""
+        train = self.settings.train
+        torch.manual_seed(train.seed)  # the same first weights for all workers
+        model, tokenizer, self.files = build_model(self.settings, files)
+        check_fit(model.config, tokenizer, train.context)
+        self.model = model.to(self.device).train()
+        self.optimizer = make_optimizer(self.model, train)
+        bf16 = train.precision == "bf16"
+        if train.precision == "auto":
+            bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return tokenizer, model.config.vocab_size
+
     def restore(self, folder, saved):
+        """Go on from the checkpoint in `folder`, whose state is `saved`. Raises RunError."""
         if saved["source"] != self.source.identity:
             raise RunError(
                 f"{folder} was trained on {saved['source']}, and data.source gives "
@@ -917,7 +928,7 @@ class Run:
         self.output.line(f"resumed from {folder}")
 
     def save(self):
-        """Write a checkpoint: all that the next step depends on."""
+        """Write a checkpoint: everything that the next step depends on."""
         cuda = self.device.type == "cuda"
         state = {
             "step": self.step,
@@ -934,32 +945,36 @@ class Run:
 
     @property
     def rank(self):
+        """This worker's rank among the members of the run."""
         return self.callback.worker.rank if self.callback.worker else 0
 
     def take_shares(self):
+        """Look up which shares of the data this worker reads. All its ranks must draw from the same
+        shares, and a heartbeat may bring news to rank 0 at any moment: so rank 0's view counts."""
         worker = self.callback.worker
-        own, count = (worker.shares, worker.num_shares) if worker else ((0,), 1)
-        if worker and worker.ranks.last:  # what all ranks know, and so draw the same
-            own = tuple(worker.ranks.last["shares"])
-        if own:  # none, where the server went as it was about to say
-            self.source.set_shares(own, count, self.step)
+        place = [worker.rank, worker.world, worker.num_shares] if worker else [0, 1, 1]
+        rank, world, count = told(self.ranks, place)
+        self.source.set_shares(own_shares(rank, world, count), count, self.step)
 
     def begin(self):
         """Join the run, if there is one, and take its parameters and its step."""
-        self.trained = self.model
-        if self.ranks.count > 1:  # what averages its gradients over them
+        self.trained = self.model  # module of the forward pass in training
+        if self.ranks.count > 1:
             self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
         hooked = {"model": self.model, "optimizer": self.optimizer}
         self.callback.on_train_begin(self.args, self.state, self.control, **hooked)
         worker = self.callback.worker
         if worker:
-            self.step, self.syncs = worker.step, worker.sync_count
+            self.step = worker.step
+            self.syncs = worker.sync_count
             if self.resumed and not worker.kept_local:
-                self.optimizer.state.clear()  # its moments belong to parameters that are gone
+                self.optimizer.state.clear()  # the moments belong to parameters that are gone
                 self.output.line(f"the run has moved on: taking its model at step {self.step}")
-        if not self.resumed or self.ranks.count > 1:
-            place = [self.rank] + [self.ranks.rank, self.step] * (self.ranks.count > 1)
-            torch.manual_seed(mix(self.settings.train.seed, *place))  # for dropout
+        if not self.resumed or self.ranks.count > 1:  # a checkpoint has rank 0's generator only
+            place = [self.rank]
+            if self.ranks.count > 1:
+                place += [self.ranks.rank, self.step]
+            torch.manual_seed(mix(self.settings.train.seed, *place))  # other dropout everywhere
         self.state.global_step = self.step
         self.take_shares()
         count = sum(p.numel() for p in self.model.parameters())
@@ -970,18 +985,20 @@ class Run:
         )
 
     def next_batch(self):
-        """This rank's part of the worker's batch: all draw the same, so that all know what is drawn."""
+        """This rank's part of the worker's batch: int64 [batch_size, context + 1]. Every rank draws
+        the whole batch from the same source, so all sources stay alike."""
         train, ranks = self.settings.train, self.ranks
         batch = self.source.batch(train.batch_size * ranks.count, train.context)
         return batch[ranks.rank * train.batch_size :][: train.batch_size]
 
     def train_step(self):
-        """One optimizer step, at whose end the callback may put new global parameters in place."""
-        train, total = self.settings.train, 0.0
+        """Make one optimizer step, after which the callback may put global parameters in place."""
+        train = self.settings.train
+        total = 0.0
+        self.take_shares()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, train)
         for _ in range(train.grad_accumulation):
-            self.take_shares()  # members come and go
             batch = self.next_batch().to(self.device)
             with self.autocast:
                 loss = loss_of(self.trained, batch[:, :-1], batch[:, 1:]) / train.grad_accumulation
@@ -998,12 +1015,12 @@ class Run:
         self.state.global_step = self.step
 
     def loop(self):
-        """Train to the end of the run, or until a signal or the server says stop."""
+        """Train to the end of the run, or until a signal or the server stops the training."""
         last, output, control = self.settings.train.max_steps, self.settings.output, self.control
         while not control.should_training_stop:
             if self.step < last:
                 self.train_step()
-            if self.ranks.share({"stop": self.stop})["stop"] and self.step < last:
+            if told(self.ranks, self.stop) and self.step < last:
                 self.interrupted = True
                 self.save()  # before the closing push, so that --resume can go on from here
             control.should_training_stop = self.interrupted or self.step >= last
@@ -1018,8 +1035,8 @@ class Run:
             self.output.progress(f"step {self.step}/{last}")
 
     def finish(self):
-        """Leave the run with its final global model, evaluate that, and keep it."""
-        rank = self.rank
+        """Leave the run with its final global model; then evaluate and save that model."""
+        rank = self.rank  # before this worker leaves
         self.callback.on_train_end(self.args, self.state, self.control)
         if self.interrupted:
             return
@@ -1029,8 +1046,9 @@ class Run:
         self.output.save_final(self.model, self.files)
 
     def log(self):
-        """One line on the steps since the last one; the callback adds its metrics."""
-        loss, seconds = float(sum(self.losses)) / len(self.losses), time.monotonic() - self.logged
+        """Write a line about the steps since the last one, with the callback's metrics."""
+        loss = float(sum(self.losses)) / len(self.losses)
+        seconds = time.monotonic() - self.logged
         rate = learning_rate(self.step - 1, self.settings.train)
         speed = len(self.losses) * self.step_tokens / seconds
         logs = {"loss": loss, "learning_rate": rate, "tokens_per_second": speed}
@@ -1047,20 +1065,23 @@ class Run:
                 f"the loss is {loss}: lower train.learning_rate, or --resume from a checkpoint "
                 "before it"
             )
-        self.losses, self.logged = [], time.monotonic()
+        self.losses = []
+        self.logged = time.monotonic()
 
     def evaluation_due(self):
-        """Standalone each eval_every steps; in a run after a sync, and then at one worker only."""
+        """Whether to evaluate now: standalone every eval_every steps; in a run at one worker only,
+        after the first sync that comes eval_every steps or more after the last evaluation."""
         every, worker = self.settings.output.eval_every, self.callback.worker
         if not self.ranks.leads:
             return False
         if worker is None:
             return self.step % every == 0
-        fresh, self.syncs = worker.sync_count != self.syncs, worker.sync_count
+        fresh = worker.sync_count != self.syncs
+        self.syncs = worker.sync_count
         return fresh and worker.rank == 0 and self.step >= self.evaluated + every
 
     def report_evaluation(self, name):
-        """Say the loss of the global model, which where fragments travel is not the local one."""
+        """Log the loss of the global model. While fragments travel it differs from the local one."""
         worker = self.callback.worker
         with worker.global_model() if worker else contextlib.nullcontext():
             loss, tokens = self.evaluate()
@@ -1069,9 +1090,11 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """(mean loss, tokens) on the held-out text. Draws no random number and moves no data."""
+        """(mean loss, number of tokens) on the held-out text. Uses no random number and no training
+        data, so an evaluation changes nothing in the training."""
         train = self.settings.train
-        rows, total = (len(self.held_out) - 1) // train.context, 0.0
+        total = 0.0
+        rows = (len(self.held_out) - 1) // train.context
         tokens = self.held_out[: rows * train.context + 1].to(self.device)
         ids, targets = tokens[:-1].view(rows, -1), tokens[1:].view(rows, -1)
         self.model.eval()
@@ -1083,8 +1106,8 @@ class Run:
 
 
 def join_ranks(device):
-    """Make this process one of the ranks that torchrun has started; returns their number, 1 without
-    torchrun."""
+    """The number of ranks that torchrun has started, after making this process one of them; 1
+    without torchrun."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         on_gpu = choose_device(device).type == "cuda"
@@ -1094,34 +1117,48 @@ def join_ranks(device):
     return count
 
 
+class Signals:
+    """Ctrl-C and SIGTERM: in the loop of a run the first one lets the step end and the worker leave
+    in good order; the second one, or any outside the loop, ends the process at once."""
+
+    def __init__(self, output, ranks):
+        self.output = output
+        self.ranks = ranks  # number of ranks
+        self.run = None  # Run whose loop has begun
+        self.number = 0  # last signal, 0 before the first one
+        self.since = 0.0  # time of the last signal that counted
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        again = self.number != 0
+        self.number = number
+        # A Ctrl-C in a terminal reaches every rank, and torchrun passes it on to them once more.
+        if again and self.ranks > 1 and time.monotonic() - self.since < SAME_SIGNAL_SECONDS:
+            return
+        self.since = time.monotonic()
+        if again or self.run is None:
+            raise KeyboardInterrupt
+        self.run.stop = True
+        if self.run.callback.worker:
+            self.run.callback.worker.part()
+        self.output.line("stopping after this step; once more stops at once")
+
+
 def run_worker(settings, resume):
-    """Run a worker to its end; returns the exit status. Raises SettingsError, and what is
+    """Run a worker to its end and return the exit status. Raises SettingsError, and the errors in
     EXPECTED."""
     ranks = join_ranks(settings.train.device)
     leads = ranks == 1 or dist.get_rank() == 0
-    folder, checkpoint = output_folder(settings, resume, leads)
-    output = (Output if leads else NoOutput)(folder)
-    run, stopped, looping, reason, since = None, 0, False, "finished", 0.0
-
-    def on_signal(number, frame):
-        nonlocal stopped, since
-        again, stopped = stopped, number
-        if again and ranks > 1 and time.monotonic() - since < SAME_SIGNAL_SECONDS:
-            return
-        since = time.monotonic()
-        if again or not looping:
-            raise KeyboardInterrupt
-        run.stop = True
-        if run.callback.worker:
-            run.callback.worker.part()
-        output.line("stopping after this step; once more stops at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    folder, checkpoint = output_folder(settings, resume)
+    output = Output(folder, quiet=not leads)
+    signals = Signals(output, ranks)
+    run = None
+    reason = "finished"
     try:
         run = Run(settings, output, checkpoint)
         run.begin()
-        looping = True
+        signals.run = run
         run.loop()
         run.finish()
     except KeyboardInterrupt:
@@ -1134,12 +1171,16 @@ def run_worker(settings, resume):
             run.callback.close(reason)
         if ranks > 1:
             dist.destroy_process_group()
-    return 128 + stopped if stopped else 0
+    return 128 + signals.number if signals.number else 0
 
 
-# --- Somebody else's script -----------------------------------------------------------------
+# --- A command after -- ---------------------------------------------------------------------
+# A script with the callback in it needs nothing from this file but the settings, which the callback
+# also reads from the environment. So worker.py sets these variables and becomes the command: no
+# process stands in between that would have to pass on signals, output and the exit status.
 
-OUR_TRAINING = {  # flags of which a command would not hear, and where their values are kept
+# Flags that have no effect on a command, with the names under which their values are kept.
+OUR_TRAINING = {
     "--set": "set",
     "--resume": "resume",
     "--output-dir": "output.dir",
@@ -1149,8 +1190,8 @@ OUR_TRAINING = {  # flags of which a command would not hear, and where their val
 
 
 def variables_for_command(options, settings):
-    """{name: text} of the environment that tells a callback what `settings` say. SettingsError
-    where something is asked for that it does not read there."""
+    """{name: text} of the environment variables that tell a callback what `settings` hold. Raises
+    SettingsError if a setting was given that no variable can carry."""
     for flag, dest in OUR_TRAINING.items():
         if vars(options)[dest]:
             raise SettingsError(f"{flag} does not reach a command: set it there, after the --")
@@ -1164,18 +1205,12 @@ def variables_for_command(options, settings):
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def shell_line(variables, command):
-    """What does the same in a shell."""
-    given = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return " ".join([*given, shlex.join(command)])
-
-
 def become(command, variables):
-    """Run the command in place of this process, so that nobody stands between it and its signals;
-    returns, with an exit status as a shell gives it, only where that cannot be."""
+    """Run the command in place of this process. Returns only if the command cannot be run, with the
+    exit status that a shell would give."""
     if "DILOCO_SERVER" not in variables:
         print("worker.py: no --server: the command will train standalone", file=sys.stderr)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a child would inherit it
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -1187,20 +1222,22 @@ def become(command, variables):
 
 
 def run_command(options, settings):
-    """What to do with a command; returns the exit status, unless the command takes over."""
+    """Run the command, or in a dry run only show it as a line for a shell. Returns the exit status."""
     variables = variables_for_command(options, settings)
     if options.dry_run:
-        print(shell_line(variables, options.command))
+        given = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+        print(" ".join([*given, shlex.join(options.command)]))
         return 0
     return become(options.command, variables)
 
 
 # --- The command line -----------------------------------------------------------------------
+# A flag for a setting is stored under the setting's dotted name, so `overrides` finds such flags by
+# the dot. An expected failure is one line on stderr; only a fault in the program shows a traceback.
 
 
 def parse_arguments(arguments):
-    """The command line; what is stored under a dotted name is a setting, and as `command` what
-    comes after the first bare `--`, or None."""
+    """The options of the command line. `command` is the list after the first bare `--`, or None."""
     own = list(itertools.takewhile(lambda argument: argument != "--", arguments))
     parser = argparse.ArgumentParser(
         prog="worker.py",
@@ -1224,14 +1261,15 @@ def parse_arguments(arguments):
     flag("--max-steps", dest="train.max_steps", metavar="STEPS")
     flag("--device", dest="train.device", metavar="DEVICE")
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE")
-    parser.add_argument("--resume", action="store_true", help="from the newest checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run, and end")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and exit")
     command = arguments[len(own) + 1 :] if len(own) < len(arguments) else None
     return parser.parse_args(own, argparse.Namespace(command=command))
 
 
 def overrides(options):
-    """(name, value) pairs of `--set` and then of the flags, which count more."""
+    """Yield the (name, value) pairs of `--set` and then of the flags, which win because they come
+    later. Raises SettingsError."""
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals:
@@ -1244,10 +1282,12 @@ def overrides(options):
     yield from ((name, value) for name, value in given if "." in name and value is not None)
 
 
-EXPECTED = (RunError, Refused, ConnectionError, ImportError, FloatingPointError)  # one line each
+# Failures that are no fault of the program: each is reported in one line.
+EXPECTED = (RunError, Refused, ConnectionError, ImportError, FloatingPointError)
 
 
 def main(arguments=None):
+    """Do what the command line asks for and return the exit status."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.command is not None and options.command[:1] in ([], [""]):
