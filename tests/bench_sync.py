@@ -13,6 +13,7 @@ Every number of the model is adopted by every worker, and their digests are comp
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -30,8 +31,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import protocol
 import server
-from diloco_callback import DiLoCoWorker, Flight, Fragment
-from protocol import CODECS, FlatModel
+from diloco_callback import DiLoCoWorker, Slice
+from protocol import CODECS, NONE, FlatModel, TensorSpec, Version
 
 ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
 TENSOR = 1 << 20  # elements of one tensor of the model: a few large ones, as models have
@@ -64,6 +65,12 @@ class Nothing(torch.optim.Optimizer):
         """Do nothing."""
 
 
+def moved_by(link):
+    """(bytes sent, bytes received) on a link's data connections, all of which are idle."""
+    sent = sum(conn.bytes_out for conn in link.idle) + link.bytes_out
+    return sent, sum(conn.bytes_in for conn in link.idle) + link.bytes_in
+
+
 def worker_role(args):
     """Sync `--rounds` times, one fragment after the other where there are several."""
     torch.set_num_threads(1)
@@ -92,21 +99,14 @@ def worker_role(args):
             say(event="set", usage=usage())
             sys.stdin.readline()
             began = time.monotonic()
-            sent = (
-                sum(conn.bytes_out for conn in worker.data),
-                sum(conn.bytes_in for conn in worker.data),
-            )
+            sent = moved_by(worker.link)
             for _ in range(args.fragments):
                 optimizer.step()
             ended = time.monotonic()
-            now = (
-                sum(conn.bytes_out for conn in worker.data),
-                sum(conn.bytes_in for conn in worker.data),
-            )
-            moved = [b - a for a, b in zip(sent, now, strict=True)]
+            moved = [b - a for a, b in zip(sent, moved_by(worker.link), strict=True)]
             say(event="round", began=began, ended=ended, bytes=moved, usage=usage())
-        checksums = [bytes(protocol.checksum_of(f.anchor).tolist()).hex() for f in worker.fragments]
-    say(event="done", checksums=checksums, mismatches=worker.mismatches)
+        checksums = [bytes(protocol.checksum_of(s.anchor).tolist()).hex() for s in worker.slices]
+    say(event="done", checksums=checksums, mismatches=worker.replica.mismatches)
 
 
 def bare_worker_role(args):
@@ -131,36 +131,48 @@ def arithmetic_role(args):
     """A worker's and then the server's arithmetic of a round, on one core."""
     torch.set_num_threads(1)
     up, down = CODECS[args.upload_codec], CODECS[args.download_codec]
-    vectors = [torch.randn(args.parameters) for _ in range(2)]
-    residuals = [torch.zeros(args.parameters) if codec.lossy else None for codec in (up, down)]
-    fragment = Fragment(FlatModel(vectors[:1]), vectors[1], residuals[0], None, up, down)
-    momentum, params = torch.zeros(args.parameters), torch.randn(args.parameters)
-    outer = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
-    fields = {"version": ["", 1], "outer": outer, "folded": {}}
-    reply = protocol.Message("push", fields, fragment.update.specs)
-    scratch = fragment.scratch()
+    local = torch.randn(args.parameters)
+    slice = Slice(FlatModel([local]), up, down, has_residual=up.lossy)
+    manifest = [TensorSpec("weight", torch.float32, (args.parameters,))]
+    model = server.GlobalModel(manifest, [], 1, args.upload_codec, args.download_codec, True)
+    model.threads = concurrent.futures.ThreadPoolExecutor(1)
     say(event="ready")
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        vectors[0].add_(1e-3)
-        flight = Flight({}, 1, (), 0, None)
+        local.add_(1e-3)
         say(event="set")
         sys.stdin.readline()
         times = [time.process_time()]
-        for start, stop in protocol.chunks(args.parameters):
-            fragment.encode(flight, start, stop, scratch)
+        slice.begin(has_numbers=True, goes_on=False)
+        for _ in slice.pieces():
+            pass
         times.append(time.process_time())
-        pushes = [fragment.push.tensors] * args.workers
-        server.outer_step(
-            params, momentum, residuals[1], pushes, up, down, fragment.update.tensors,
-            outer["lr"], outer["momentum"], outer["nesterov"], plain=False,
-        )  # fmt: skip
+        entry = fold(model, slice.payload, args.workers)
         times.append(time.process_time())
-        fragment.advance(reply, None, move=True)
+        update = entry.payload.raw
+        slice.update.raw[: len(update)].copy_(update)
         times.append(time.process_time())
-        a, b, c = (after - before for before, after in itertools.pairwise(times))
-        say(event="round", began=0, ended=0, worker=a + c, server=b)
+        slice.take_entry(has_update=True, learns=True, moves=True)
+        times.append(time.process_time())
+        encode, step, _, adopt = (after - before for before, after in itertools.pairwise(times))
+        say(event="round", began=0, ended=0, worker=encode + adopt, server=step)
+
+
+def fold(model, payload, workers):
+    """The Entry of a round of so many workers that have pushed the same."""
+    version = Version("", len(model.logs[0]))
+    pushes = [
+        server.Push(worker=str(k), session="", k=0, seq=1, base=NONE, payload=payload)
+        for k in range(workers)
+    ]
+    closed = server.Round(
+        k=0, base=NONE, version=version, pushes=pushes, lateness={}, members=[], plain=False, share=1.0,
+        opened=0.0, closed=0.0,
+    )  # fmt: skip
+    entry = model.announce(closed, 0)
+    model.fold(closed, entry, server.Outer())
+    return entry
 
 
 def bare_server_role(args):

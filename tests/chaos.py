@@ -66,7 +66,7 @@ FAULTS = {  # kind -> weight
     "reset": 3,  # the same with an RST
     "stall": 3,  # pass nothing on for a while, then go on, or cut
     "cut-push": 3,  # in the middle of a push
-    "lose-reply": 5,  # to a push: the server has folded it, its sender does not know
+    "lose-reply": 5,  # to a push or a pull: the server has it, or has folded it, unknown to its sender
     "half-reply": 2,
     "outage": 2.5,  # no new connections for a while; half the time all old ones are cut
     "kill-worker": 3,
@@ -150,7 +150,7 @@ def work(args):
         reconnect_timeout=RECONNECT_SECONDS,
         state=saved.get("worker"),
     )
-    facts = {"worker": args.worker, "session": worker.session}
+    facts = {"worker": args.worker, "session": worker.link.session}
     try:
         worker.start()
     except (ConnectionError, protocol.Refused) as error:
@@ -168,7 +168,7 @@ def work(args):
             state = {
                 "model": model.state_dict(),
                 "worker": worker.state_dict(),
-                "session": worker.session,
+                "session": worker.link.session,
                 "local_step": worker.local_step,
             }
             torch.save(state, args.checkpoint + ".tmp")
@@ -221,7 +221,7 @@ class Link(threading.Thread):
         self.worker = self.session = ""
         self.order = None  # "cut" or "reset"
         self.stalled_until = 0.0
-        self.pushing = False  # the last request was a push
+        self.asked = ""  # type of the last request
 
     def run(self):
         buffers = {self.near: bytearray(), self.far: bytearray()}
@@ -247,16 +247,16 @@ class Link(threading.Thread):
         fields, raw, payload = frame
         kind, sent = fields.get("type"), len(raw)
         if target is self.far:
-            self.pushing = kind == "push"
+            self.asked = kind
             if kind == "hello":
                 self.worker, self.session = fields.get("worker", ""), fields.get("session", "")
             if kind == "push":
-                name = self.worker, self.session, fields["fragment"], fields["seq"]
+                name = self.worker, self.session, fields["slice"], fields["seq"]
                 with self.proxy.lock:
                     self.proxy.pushes[name] += 1
                 if len(raw) > payload and self.proxy.spring("cut-push", self.worker):
                     sent = (payload + len(raw)) // 2
-        elif self.pushing and kind == "push":
+        elif self.asked in ("push", "pull") and kind in ("push", "entry", "slice"):
             if self.proxy.spring("lose-reply", self.worker):
                 sent = 0
             elif self.proxy.spring("half-reply", self.worker):

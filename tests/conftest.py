@@ -298,7 +298,7 @@ class Outer:
         return self
 
 
-def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 7, 2)):
+def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 7, 2), **outer):
     """The run of toy workers with these data seeds: (Outer, a model with the final parameters)."""
     import toy_worker
 
@@ -307,7 +307,7 @@ def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 
     for model, seed in zip(models, seeds, strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         runs.append(toy_worker.train(model, optimizer, steps, seed))
-    outer = Outer(flat(models[0]), codec)
+    outer = Outer(flat(models[0]), codec, **outer)
     residuals = [torch.zeros_like(outer.params) for _ in seeds]
     while True:
         count = min(sync_every, steps)

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import protocol
-from diloco_callback import DiLoCoWorker, Ranks, ShardedModel
+from diloco_callback import DiLoCoWorker, Ranks
 
 
 class Model(torch.nn.Module):
@@ -65,6 +66,7 @@ def tensors_in(tree):
 def place(tensor):
     """(where the memory of a tensor begins, how many elements it has), on this rank."""
     tensor = tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
+    tensor = getattr(tensor, "elem", tensor)  # of a transfer that is under way
     return tensor.untyped_storage().data_ptr(), tensor.numel()
 
 
@@ -101,9 +103,8 @@ def main():
     parser.add_argument("--reconnect-timeout", type=float, default=60.0)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes")
     parser.add_argument("--nan-at", type=int, help="step in which a gradient is not a number")
-    parser.add_argument(
-        "--fails-at", type=int, help="transfer with rank 0 at which this rank fails"
-    )
+    parser.add_argument("--fails-in", default="gather", help="where this rank fails, or spread")
+    parser.add_argument("--fails-at", type=int, help="the how manieth of these it fails in")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.worker_id == "w0")
@@ -126,7 +127,7 @@ def train(model, args):
     with torch.no_grad():
         model(torch.zeros(1, 5))  # leaves the root's parameters in one piece
     if args.fails_at:
-        fail_in_transfer(args.rank, args.fails_at)
+        fail_in_transfer(args.rank, args.fails_in, args.fails_at)
     options = {name: vars(args)[name] for name in
                ("num_fragments", "fragment_update", "reconnect_timeout")}  # fmt: skip
     worker = DiLoCoWorker(model, optimizer, args.server, args.sync_every, args.worker_id, **options)
@@ -171,30 +172,40 @@ def train(model, args):
 @torch.no_grad()
 def reads_right(worker, whole):
     """Whether rank 0 reads each fragment of the shards as it is in the whole parameters."""
-    vector, fits = torch.cat([whole[name].float().flatten() for name in worker.named]), True
-    with worker._telling():
-        for k in range(3) if worker.ranks.leads else ():
-            flat, expected = ShardedModel(worker.ranks, worker.named, k, 3), vector[k::3]
-            out, difference = torch.empty(2, len(expected))
-            flat.read(0, out)
-            flat.subtract_from(0, torch.zeros(len(expected)), difference)
-            fits &= torch.equal(out, expected) and torch.equal(difference, -expected)
+    named, ranks, fits = worker.trained.named, worker.ranks, True
+    vector = torch.cat([whole[name].float().flatten() for name in named])
+    ranks.gather(named)
+    for k in range(3) if ranks.leads else ():
+        flat, expected = protocol.FlatModel(ranks.whole(named), k, 3), vector[k::3]
+        out, difference = torch.empty(2, len(expected))
+        flat.read(0, out)
+        flat.subtract_from(0, torch.zeros(len(expected)), difference)
+        fits &= torch.equal(out, expected) and torch.equal(difference, -expected)
     return fits
 
 
-def fail_in_transfer(rank, number):
-    """Let rank 0 raise, or another one die, in so many transfers from now."""
-    name = "_serve" if rank else "transfer"
-    transfer, left = getattr(Ranks, name), iter(range(number))
+def fail_in_transfer(rank, place, number):
+    """Let this rank fail at the third parameter of its so many-th gather or spread: rank 0 raises,
+    another one dies."""
+    transfer, calls, left = getattr(Ranks, place), iter(range(1, number)), iter(range(2))
+    owner, name = (Ranks, "_mirrored" if place == "gather" else "_spread_whole")
+    if rank and place == "gather":
+        owner, name = DTensor, "full_tensor"
+    inner = getattr(owner, name)
 
     def failing(*args):
         if next(left, None) is None:
             if rank:
                 os._exit(9)
             raise MemoryError("no room for it")
+        return inner(*args)
+
+    def counted(*args):
+        if next(calls, None) is None:
+            setattr(owner, name, failing)
         return transfer(*args)
 
-    setattr(Ranks, name, failing)
+    setattr(Ranks, place, counted)
 
 
 @torch.no_grad()

@@ -18,13 +18,10 @@ import pytest
 import torch
 import toy_worker
 from conftest import ROOT, Outer, flat, put, result
+from peers import same_bits
 from safetensors.torch import load_file
 
 from diloco_callback import DiLoCoCallback, DiLoCoWorker
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def assert_global(out, tmp_path, frozen=()):
@@ -296,7 +293,7 @@ def test_the_optimizer_is_found_in_its_wrappers():
     in_it = types.SimpleNamespace(optimizer=own)
     in_it.optimizer_of_mine = in_it
     for given in (own, in_it, [in_it], [torch.optim.SGD(model.parameters()), in_it]):
-        assert DiLoCoWorker(model, given, "host:1").optimizer is own
+        assert DiLoCoWorker(model, given, "host:1").trained.optimizers[-1] is own
     circle = types.SimpleNamespace()
     circle.optimizer = circle
     for given in (circle, None, [None], object()):
@@ -315,7 +312,11 @@ def test_an_optimizer_that_accelerate_has_prepared(serve):
     with DiLoCoWorker(model, prepared, host.address, 2) as worker:
         for _ in toy_worker.train(model, prepared, 4, 0):
             pass
-        assert (worker.optimizer, worker.local_step, worker.sync_count) == (optimizer, 4, 2)
+        assert (worker.trained.optimizers[-1], worker.local_step, worker.sync_count) == (
+            optimizer,
+            4,
+            2,
+        )
 
 
 # --- Models --------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def test_a_parameter_that_cannot_be_synchronized_is_named_at_once(parameter, tex
         DiLoCoWorker(model, optimizer, "host:1")
     if not isinstance(parameter, torch.nn.UninitializedParameter):
         model.odd.requires_grad_(False)
-        assert len(DiLoCoWorker(model, optimizer, "host:1").named) == 2
+        assert len(DiLoCoWorker(model, optimizer, "host:1").trained.named) == 2
 
 
 def test_the_config_of_a_wrapped_model_is_found():
@@ -345,4 +346,4 @@ def test_the_config_of_a_wrapped_model_is_found():
     model.config = types.SimpleNamespace(to_json_string=lambda: "{}")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for given in (model, loop_worker.Wrapper(model), torch.compile(loop_worker.Wrapper(model))):
-        assert DiLoCoWorker(given, optimizer, "host:1").files == {"config.json": "{}"}
+        assert DiLoCoWorker(given, optimizer, "host:1").trained.files == {"config.json": "{}"}

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import types
@@ -116,8 +117,14 @@ def open_inodes():
     return found
 
 
-def inodes_of(worker):
-    return {os.fstat(conn.sock.fileno()).st_ino for conn in [worker.control, *worker.data]}
+def inodes_of(server):
+    """Those of this process's connections to a server."""
+    found, port = set(), int(server.rpartition(":")[2])
+    for number in range(256):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as sock:
+            if sock.getpeername()[1] == port:
+                found.add(os.fstat(number).st_ino)
+    return found
 
 
 def loader(server):
@@ -126,7 +133,7 @@ def loader(server):
     training, pids, seen = Training(), set(), []
     with training.worker(server) as worker:
         training.steps(2)  # from here on there is a connection for data too
-        files = Inodes(inodes_of(worker))
+        files = Inodes(inodes_of(server))
         own = len(files.inodes & open_inodes())
         for _ in range(2):
             batches = torch.utils.data.DataLoader(
@@ -289,7 +296,7 @@ def test_a_data_loader_has_no_socket_of_the_worker(serve, training):
     process = training(loader, server)
     assert process.wait() == 0, process.output
     told = json.loads(process.lines[-1])
-    assert told["own"] == 2 and told["seen"] == [0] * 8 and not told["mine"]
+    assert told["own"] >= 2 and told["seen"] == [0] * 8 and not told["mine"]
     assert told["syncs"] == 6  # ten steps, and the closing round
     assert_one_part(server, process)
 

@@ -9,19 +9,20 @@ them and hurt them. What a run should come to is worked out by `Outer` in confte
 import copy
 import json
 import os
-import select
+import signal
 import socket
-import threading
 import types
 
 import pytest
 import torch
 import toy_worker
-from conftest import ROOT, Outer, flat, put, result, rounded, status, until
+from conftest import DEADLINE, ROOT, Outer, flat, put, result, rounded, status, until
+from peers import Gate, background, same_bits, together
 from safetensors.torch import load_file
 
-from diloco_callback import DiLoCoCallback, DiLoCoWorker
-from protocol import Refused
+import protocol
+from diloco_callback import DiLoCoCallback, DiLoCoWorker, NotFinite, Slice
+from protocol import CODECS, Refused
 
 METRICS = {"sync_count", "local_step", "last_sync_time", "total_sync_time", "last_send_mb",
            "last_recv_mb", "steps_per_second", "sync_every"}  # fmt: skip
@@ -47,10 +48,6 @@ def joined(server, worker_id="a", sync_every=5, model=None, **options):
 def train(model, optimizer, steps, seed=0, skip=0):
     for _ in toy_worker.train(model, optimizer, steps, seed, skip=skip):
         pass
-
-
-def same_bits(a, b):
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def global_model(server):
@@ -167,7 +164,6 @@ def test_a_trainer_ends_with_the_global_model(serve, says_stop):
     assert all(isinstance(value, int | float) for value in trainer.logs[-1].values())
     state = json.loads(json.dumps(callback.state_dict()))
     assert state["step"] == 13
-    assert [(f["version"][1], f["steps"]) for f in state["fragments"]] == [(3, 0)]
     again = DiLoCoCallback()
     again.load_state_dict(state)
     assert again.state_dict() == state
@@ -207,7 +203,7 @@ def test_names_ties_and_wrappers(serve):
     model = Tied()
     wrapped = types.SimpleNamespace(optimizer=types.SimpleNamespace(optimizer=sgd(model)))
     with DiLoCoWorker(model, wrapped, host.address, 1, "a") as worker:
-        assert worker.optimizer is wrapped.optimizer.optimizer
+        assert worker.trained.optimizers[-1] is wrapped.optimizer.optimizer
         assert status(host)["parameters"] == 24
         compiled = torch.compile(copy.deepcopy(model))
         for other in (compiled, torch.nn.ModuleDict({"module": compiled})):
@@ -225,17 +221,17 @@ def test_names_ties_and_wrappers(serve):
 
 def test_no_parameter_is_lost_to_a_clash_of_names():
     model = Clash()
-    assert len(DiLoCoWorker(model, sgd(model), "host:1").named) == 3
+    assert len(DiLoCoWorker(model, sgd(model), "host:1").trained.named) == 3
 
 
 def test_no_training_in_bfloat16_is_a_difference_of_zero(serve, tmp_path):
     host = serve("--upload-codec", "fp32", "--download-codec", "fp32")
     model, worker = joined(host, model=toy_worker.build((5, 7, 2), "bfloat16"), sync_every=3)
-    train(model, worker.optimizer, 6)
-    worker.optimizer.param_groups[0]["lr"] = 0.0
-    train(model, worker.optimizer, 3)
+    train(model, worker.trained.optimizers[-1], 6)
+    worker.trained.optimizers[-1].param_groups[0]["lr"] = 0.0
+    train(model, worker.trained.optimizers[-1], 3)
     assert worker.sync_count == 3
-    rounding = worker.fragments[0].anchor - worker.fragments[0].anchor.bfloat16().float()
+    rounding = worker.slices[0].anchor - worker.slices[0].anchor.bfloat16().float()
     worker.close()
     assert rounding.abs().max() > 0  # the anchor is finer than the parameters
     path = tmp_path / "model" / "rounds.jsonl"
@@ -247,66 +243,34 @@ def test_no_training_in_bfloat16_is_a_difference_of_zero(serve, tmp_path):
 # --- Faults --------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Passes bytes on to the server. While `cuts` is not 0 it cuts a connection, once per cut, that
-    has carried a large message up, before the reply to it comes down."""
-
-    def __init__(self, server, large):
-        self.port, self.large, self.cuts, self.done = server.port, large, 0, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            near = self.listener.accept()[0]
-            far = socket.create_connection(("127.0.0.1", self.port))
-            threading.Thread(target=self.carry, args=[near, far], daemon=True).start()
-
-    def carry(self, near, far):
-        up = 0
-        while True:
-            for sock in select.select([near, far], [], [])[0]:
-                part = sock.recv(1 << 16)
-                up = up + len(part) if sock is near else up
-                cut = sock is far and up > self.large and self.cuts > 0
-                if cut:
-                    self.cuts, self.done = self.cuts - 1, self.done + 1
-                if cut or not part:
-                    return near.close(), far.close()
-                if sock is far:
-                    up = 0
-                (far if sock is near else near).sendall(part)
-
-
-def test_a_push_whose_reply_is_lost_counts_once(serve, tmp_path):
-    sizes = (50, 70, 2)
+@pytest.mark.parametrize("fault", ["no reply", "half a reply"])
+def test_a_push_whose_reply_is_lost_counts_once(serve, tmp_path, fault):
+    """Of the push, or of the pull after it."""
     ends = []
-    for cuts in (0, 3):
-        host = serve("-m", tmp_path / f"model{cuts}")
-        proxy = Proxy(host, large=5000)
-        proxied = types.SimpleNamespace(address=proxy.address)
-        model, worker = joined(proxied, model=toy_worker.build(sizes))
+    for faults in (0, 3):
+        host = serve("-m", tmp_path / f"model{faults}")
+        gate = Gate(host)
+        model, worker = joined(gate)
         for seed in range(5):
-            proxy.cuts = cuts and int(seed in (1, 2, 4))
-            train(model, worker.optimizer, 5, seed)
-            assert proxy.cuts == 0
-        assert proxy.done == cuts
+            if faults and seed in (1, 2, 4):
+                (gate.pushes if fault == "no reply" else gate.pulls).append(fault)
+            train(model, worker.trained.optimizers[-1], 5, seed)
+        assert gate.met == [fault] * faults
         worker.flush()
         worker.close()
-        ends.append((toy_worker.digest(model), worker.version[1], worker.mismatches))
+        ends.append((toy_worker.digest(model), worker.version[1], worker.replica.mismatches))
     assert ends[0] == ends[1] == (ends[0][0], 6, 0)
 
 
 def test_a_replica_that_differs_is_fetched_in_full_and_counted(serve):
     host = serve()
     model, worker = joined(host)
-    train(model, worker.optimizer, 5)
-    worker.fragments[0].anchor[3] += 1
-    train(model, worker.optimizer, 5)
-    assert worker.mismatches == worker.metrics()["diloco/mismatches"] == 1
-    train(model, worker.optimizer, 5)
-    assert worker.mismatches == 1
+    train(model, worker.trained.optimizers[-1], 5)
+    worker.slices[0].anchor[3] += 1
+    train(model, worker.trained.optimizers[-1], 5)
+    assert worker.replica.mismatches == worker.metrics()["diloco/mismatches"] == 1
+    train(model, worker.trained.optimizers[-1], 5)
+    assert worker.replica.mismatches == 1
     params, version = global_model(host)
     assert same_bits(flat(model), params) and version == worker.version
     worker.close()
@@ -317,26 +281,22 @@ def test_a_sync_that_fails_leaves_everything_as_it_was(serve, capsys):
     wait no more, and the end says what has not been sent."""
     host = serve()
     model, worker = joined(host, reconnect_timeout=1.0)
-    train(model, worker.optimizer, 5)
-    train(model, worker.optimizer, 4)
-    anchor, residual = worker.fragments[0].anchor.clone(), worker.fragments[0].residual.clone()
+    train(model, worker.trained.optimizers[-1], 5)
+    train(model, worker.trained.optimizers[-1], 4)
+    anchor = worker.slices[0].anchor.clone()
     host.kill()
     twin = copy.deepcopy(model)
     optimizer = sgd(twin)
-    optimizer.load_state_dict(worker.optimizer.state_dict())
-    train(model, worker.optimizer, 1)
+    optimizer.load_state_dict(worker.trained.optimizers[-1].state_dict())
+    train(model, worker.trained.optimizers[-1], 1)
     train(twin, optimizer, 1)
     assert "trains on without the server" in capsys.readouterr().err
     assert same_bits(flat(model), flat(twin))
-    fragment = worker.fragments[0]
-    assert same_bits(fragment.anchor, anchor)
-    fragment.take_back(fragment.flight)  # as it would be if the push turned out not to count
-    torch.testing.assert_close(fragment.residual, residual, rtol=1e-3, atol=1e-9)
-    fragment.encode(fragment.flight, 0, fragment.size, fragment.scratch())
-    assert (worker.steps, worker.version[1]) == (5, 1)
-    train(model, worker.optimizer, 7)
+    assert same_bits(worker.slices[0].anchor, anchor)
+    assert worker.version[1] == 1
+    train(model, worker.trained.optimizers[-1], 7)
     train(twin, optimizer, 7)
-    assert same_bits(flat(model), flat(twin)) and worker.steps == 12
+    assert same_bits(flat(model), flat(twin))
     assert "trains on" not in capsys.readouterr().err
     with pytest.raises(ConnectionError, match="12 steps of a have not been sent"):
         worker.flush()
@@ -360,13 +320,13 @@ def test_an_exception_leaves_at_once_without_a_flush(serve):
         pytest.raises(KeyError),
         DiLoCoWorker(model, sgd(model), host.address, 5, "a") as worker,
     ):
-        train(model, worker.optimizer, 8)
+        train(model, worker.trained.optimizers[-1], 8)
         local = flat(model)
         raise KeyError("oops")
     host.wait_for("a leaves: KeyError.*oops")
     assert worker.version[1] == 1 and status(host)["round"] == 1 and not status(host)["workers"]
     assert same_bits(flat(model), local)
-    train(model, worker.optimizer, 5)  # the optimizer is no longer hooked
+    train(model, worker.trained.optimizers[-1], 5)  # the optimizer is no longer hooked
     assert worker.sync_count == 1
 
 
@@ -410,7 +370,7 @@ def test_a_worker_that_comes_back_keeps_its_steps_while_the_round_is_the_same(se
     codec = ("--upload-codec", "fp32", "--download-codec", "fp32")
     host = serve(*codec)
     model, worker = joined(host)
-    train(model, worker.optimizer, 7)
+    train(model, worker.trained.optimizers[-1], 7)
     state = json.loads(json.dumps(worker.state_dict()))
     saved = copy.deepcopy(model.state_dict())
     worker.close("crashed")
@@ -419,8 +379,8 @@ def test_a_worker_that_comes_back_keeps_its_steps_while_the_round_is_the_same(se
     back.load_state_dict(saved)
     _, worker = joined(host, None, model=back, state=state)
     assert worker.kept_local and same_bits(flat(back), flat(model))
-    assert (worker.worker_id, worker.step, worker.steps, worker.position) == ("a", 7, 2, 2)
-    train(back, worker.optimizer, 6, skip=7)
+    assert (worker.worker_id, worker.step, worker.steps, worker.schedule.position) == ("a", 7, 2, 2)
+    train(back, worker.trained.optimizers[-1], 6, skip=7)
     worker.flush()
     worker.close()
     assert same_bits(flat(back), expected(13, codec="fp32"))
@@ -437,10 +397,10 @@ def test_a_worker_that_comes_back_keeps_its_steps_while_the_round_is_the_same(se
 def test_what_rounding_lost_survives_a_checkpoint(serve, tmp_path, capsys, codec):
     host = serve("--upload-codec", codec, "--download-codec", codec)
     model, worker = joined(host)
-    train(model, worker.optimizer, 7)
+    train(model, worker.trained.optimizers[-1], 7)
     state, path = json.loads(json.dumps(worker.state_dict())), tmp_path / "residual.safetensors"
     worker.save_residual(path)
-    assert same_bits(load_file(path)["residual.0"], worker.fragments[0].residual)
+    assert same_bits(load_file(path)["residual.0"], worker.residual()["residual.0"])
     saved = copy.deepcopy(model.state_dict())
     worker.close("crashed")
 
@@ -448,7 +408,7 @@ def test_what_rounding_lost_survives_a_checkpoint(serve, tmp_path, capsys, codec
     back.load_state_dict(saved)
     _, worker = joined(host, None, model=back, state=state, residual=str(path))
     assert "no residual" not in capsys.readouterr().err
-    train(back, worker.optimizer, 6, skip=7)
+    train(back, worker.trained.optimizers[-1], 6, skip=7)
     worker.flush()
     worker.close()
     assert same_bits(flat(back), expected(13, codec=codec))
@@ -466,41 +426,30 @@ def test_a_trainers_checkpoint_gets_the_residual(serve, tmp_path):
     args = types.SimpleNamespace(output_dir=str(tmp_path))
     state = types.SimpleNamespace(global_step=0, max_steps=0)
     callback.on_train_begin(args, state, None, model=model, optimizer=sgd(model))
-    train(model, callback.worker.optimizer, 7)
+    train(model, callback.worker.trained.optimizers[-1], 7)
     state.global_step = 7
     (tmp_path / "checkpoint-7").mkdir()
     callback.on_save(args, state, None)
-    held = callback.worker.fragments[0].residual.clone()
+    (held,) = callback.worker.residual().values()
     again = DiLoCoCallback(host.address, 5)
     again.load_state_dict(callback.state_dict())
     callback.close()
     back = toy_worker.build((5, 7, 2))
     again.on_train_begin(args, state, None, model=back, optimizer=sgd(back))
-    assert held.any() and same_bits(again.worker.fragments[0].residual, held)
+    assert held.any() and same_bits(again.worker.residual()["residual.0"], held)
     again.close()
-
-
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
-def test_encoding_on_another_device_gives_the_same_bits(serve, codec):
-    """No other device is there: the way by buffers of a chunk's size is taken on this one."""
-    host = serve("--upload-codec", codec, "--download-codec", codec)
-    model, worker = joined(host)
-    worker.fragments[0].is_staged = True
-    train(model, worker.optimizer, 13)
-    worker.flush()
-    worker.close()
-    assert worker.fragments[0].stages and same_bits(flat(model), expected(13, codec=codec))
 
 
 def test_a_worker_that_was_given_up_joins_again_with_its_work(serve):
     host = serve("--worker-timeout", 1)
-    model, worker = joined(host)
-    worker.control_lock.acquire()  # no heartbeat gets out
-    train(model, worker.optimizer, 3)
+    gate = Gate(host)
+    model, worker = joined(gate)
+    gate.close()  # no heartbeat gets out
+    train(model, worker.trained.optimizers[-1], 3)
     host.wait_for("a is gone")
-    worker.control_lock.release()
-    train(model, worker.optimizer, 2, seed=1)
-    assert worker.version[1] == 1 and worker.sync_count == 1
+    gate.open = True
+    train(model, worker.trained.optimizers[-1], 2, seed=1)
+    assert worker.version[1] == 1 and worker.sync_count == 1 and worker.joins == 2
     twin = toy_worker.build((5, 7, 2))
     outer, optimizer = Outer(flat(twin)), sgd(twin)
     train(twin, optimizer, 3)
@@ -510,16 +459,124 @@ def test_a_worker_that_was_given_up_joins_again_with_its_work(serve):
     worker.close()
 
 
-def test_an_id_is_refused_while_its_process_lives_also_after_its_line_was_cut(serve):
-    host = serve()
-    _, worker = joined(host)
-    with worker.control_lock:
-        worker.control.sock.shutdown(socket.SHUT_RDWR)  # the next heartbeat connects anew
-    cut = worker.control
-    until(lambda: worker.control is not cut and worker.control.bytes_in > 300, "a new connection")
-    other = toy_worker.build((5, 7, 2))
-    second = DiLoCoWorker(other, sgd(other), host.address, 5, "a", reconnect_timeout=1.0)
-    with pytest.raises(Refused, match="worker id"):
-        second.start()
-    second.close()
+# --- Faults in the middle of something -----------------------------------------------------------
+
+
+def test_a_push_that_is_not_finite_halfway_leaves_the_residual_also_after_a_prediction():
+    local = torch.randn(protocol.CHUNK + 4)
+    codecs = CODECS["bf16"], CODECS["bf16"]
+    slice = Slice(protocol.FlatModel([local]), *codecs, has_residual=True, predicts=True)
+    slice.outer = 0.7, 0.9, True
+    slice.residual.copy_(torch.randn(len(local)) / 1000)
+    before = slice.residual.clone()
+    local[-1] = float("nan")
+    slice.begin(has_numbers=True, goes_on=True)
+    with pytest.raises(NotFinite):
+        list(slice.pieces())
+    assert slice.is_empty and (slice.residual - before).abs().max() < 1e-5
+
+
+def test_steps_that_are_not_finite_are_counted_once_in_every_slice(serve):
+    model, worker = joined(serve(), num_fragments=2, sync_every=2, fragment_sync_delay=2)
+    worker.replica.kick = lambda: None  # nothing is sent, and so nothing is encoded
+    for _ in range(2):
+        put(model, torch.full_like(flat(model), float("nan")))
+        worker.optimizer.step()
+    first, second = (place.pending for place in worker.outbox.places)
+    assert (first.steps, second.steps) == (1, 2)
+    given_up = []
+    worker.replica.audit = lambda event, **facts: given_up.append(
+        (event, facts["fragment"], facts["last"] - facts["first"])
+    )
+    worker.replica.slices[0].finish_encoding()
+    worker.replica.broken += [first, second]
+    worker.leader.heed_replica()
+    assert sorted(given_up) == [("dropped", 0, 1), ("dropped", 0, 1), ("dropped", 1, 2)]
+    assert worker.dropped_steps == 2 and worker.leader.refusals == 1
     worker.close()
+
+
+def test_a_catching_up_that_fails_leaves_no_mark_for_the_next_push(serve, monkeypatch):
+    model, worker = joined(serve())
+    train(model, worker.optimizer, 3)
+    before = flat(model)
+
+    def fail(*args):
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(worker.replica, "pull", fail)
+    with pytest.raises(ConnectionError):
+        worker.replica.catch_up(None, 0)
+    assert worker.slices[0].mark is None and same_bits(flat(model), before)
+    worker.close()
+
+
+def test_a_worker_that_waits_for_its_push_goes_on_where_the_server_has_another_run(serve, tmp_path):
+    other = serve("-m", tmp_path / "other")
+    _, worker = joined(other, "b")
+    worker.__exit__(None, None, None)
+    other.signal(signal.SIGTERM)
+    other.wait()
+    host = serve("-n", 2)
+    model, peer = toy_worker.build((5, 7, 2)), toy_worker.build((5, 7, 2))
+    workers = [
+        DiLoCoWorker(m, sgd(m), host.address, 1, name) for m, name in ((model, "a"), (peer, "c"))
+    ]
+    together(*(each.start for each in workers))
+    step = background(lambda: train(model, workers[0].optimizer, 1))  # waits for the other
+    until(lambda: status(host)["fragments"][0]["pushes"] == 1, "a push")
+    host.kill()
+    serve("-m", tmp_path / "other", "--port", host.port)
+    step.result(DEADLINE)
+    assert workers[0].dropped_steps == 1
+    workers[0].__exit__(None, None, None)
+    workers[1].close()
+
+
+def test_patience_of_zero_is_for_outages_only(serve):
+    model, worker = joined(serve(), sync_every=1, reconnect_timeout=0)
+    train(model, worker.optimizer, 3)
+    assert worker.version.number == 3 and not worker.outbox.queue
+    worker.close()
+
+
+def test_a_join_that_may_have_got_through_is_made_again(serve, monkeypatch):
+    _, worker = joined(serve(), sync_every=5)
+    take = worker.leader.admission.take
+
+    def fail(reply):
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(worker.leader.admission, "take", fail)
+    worker.reconnect_timeout = 0
+    assert not worker.leader.rejoin()
+    monkeypatch.setattr(worker.leader.admission, "take", take)
+    until(worker.link.lost.is_set, "an order to join again")
+    assert worker.leader.rejoin() and not worker.link.must_join
+    worker.close()
+
+
+def test_a_model_is_uploaded_in_the_order_of_the_worker_that_was_there_first(serve):
+    host = serve("-n", 2)
+
+    def model(*names):
+        made = torch.nn.ParameterDict()
+        for name in names:
+            made[name] = torch.nn.Parameter(torch.full((3,), float(ord(name))))
+        return made
+
+    late, early = model("y", "x"), model("x", "y")
+    workers = [
+        DiLoCoWorker(m, sgd(m), host.address, 5, name)
+        for name, m in (("b", early), ("a", late))  # the first id uploads
+    ]
+    first = background(workers[0].start)
+    until(lambda: status(host)["joining"] == ["b"], "b")
+    with torch.no_grad():
+        late["x"].add_(7)
+    workers[1].start()
+    first.result(DEADLINE)
+    for m in (late, early):
+        assert (m["x"][0].item(), m["y"][0].item()) == (ord("x") + 7, ord("y"))
+    for worker in workers:
+        worker.close()

@@ -3,24 +3,20 @@
 python -m pytest tests/test_untrained.py
 """
 
-import concurrent.futures
-import contextlib
 import hashlib
-import json
 import os
 import struct
+import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import DEADLINE, ROOT, result, status, until
+from peers import Gate, Peer, rounds, together
 from safetensors.torch import load_file, save_file
-from test_elastic import Gate
 
 import protocol
-from diloco_callback import Buffers, DiLoCoWorker
-from protocol import Refused
-from server import matched, mean_of_buffers
+from diloco_callback import DiLoCoWorker
+from protocol import Refused, matched
 
 SCRIPT = os.path.join(ROOT, "tests", "resnet_worker.py")
 PLAIN = ["--upload-codec", "fp32", "--download-codec", "fp32", "--outer-momentum", 0]
@@ -30,12 +26,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
-
-
-def together(*calls):
-    """Call all at the same time; their results in order."""
-    with concurrent.futures.ThreadPoolExecutor(len(calls)) as threads:
-        return [future.result(DEADLINE) for future in [threads.submit(call) for call in calls]]
 
 
 # --- Buffers -------------------------------------------------------------------------------------
@@ -52,14 +42,15 @@ def test_batchnorm_evaluates_alike_on_all_workers(serve, start, tmp_path, fragme
     ends = [result(worker) for worker in workers]
     assert host.wait() == 0
     served = load_file(tmp_path / "model" / "model.safetensors")
-    first, second = load_file(tmp_path / "w0"), load_file(tmp_path / "w1")
-    assert same(first, served) and same(second, served)
+    for name in ("w0", "w1"):
+        own = load_file(tmp_path / name)
+        assert same({n: tensor for n, tensor in own.items() if n in served}, served)
+        left = own.keys() - served.keys()  # whole numbers are each worker's own
+        assert len(left) == 6 and all(n.endswith("num_batches_tracked") for n in left)
+        assert all(own[n].item() == 42 for n in left)
     assert ends[0]["logits"] == ends[1]["logits"]
     assert min(end["right"] for end in ends) > 0.8
     assert [end["local"] for end in ends] == [42 * 32 + 256] * 2  # not persistent: each its own
-    tracked = [name for name in served if name.endswith("num_batches_tracked")]
-    assert len(tracked) == 6 and "local" not in served
-    assert all(served[name].item() == 42 for name in tracked)
 
 
 class Net(torch.nn.Module):
@@ -74,7 +65,6 @@ class Net(torch.nn.Module):
         self.register_buffer("flags", torch.zeros(2, dtype=torch.bool))
         self.register_buffer("mask", torch.full((2, 2), float("-inf")))  # never changes
         self.register_buffer("scratch", torch.zeros(1), persistent=False)
-        self.register_buffer("packed", torch.zeros(Buffers.LARGEST_INTEGERS + 1, dtype=torch.uint8))
 
 
 class Site:
@@ -115,12 +105,12 @@ def sites(serve):
         site.worker.close()
 
 
-def last_round(folder):
-    with open(folder / "model" / "rounds.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readlines()[-1])
+def buffers_line(folder, number):
+    """The line of a round of the buffers, the last slice of a model without fragments."""
+    return rounds(folder / "model", number, fragment=1)[number - 1]
 
 
-def test_floating_point_buffers_are_averaged_and_integers_are_those_of_the_lowest_index(
+def test_floating_point_buffers_are_averaged_and_others_are_each_workers_own(
     serve, sites, tmp_path
 ):
     host = serve(*PLAIN, "-n", 3)
@@ -128,35 +118,24 @@ def test_floating_point_buffers_are_averaged_and_integers_are_those_of_the_lowes
     together(
         lambda: a.step(mean=[1.0, 2.0, 0.0], count=7, flags=[True, False], scratch=[5.0]),
         lambda: b.step(mean=[4.0, 2.0, 3.0], count=9, narrow=[3.0, 0.75]),
-        lambda: c.step(mean=[4.0, 2.0, 0.0], count=9, packed=torch.ones(a.net.packed.shape)),
+        lambda: c.step(mean=[4.0, 2.0, 0.0]),
     )
     for site in (a, b, c):
-        assert site.values("mean", "count", "flags", "mask") == [
-            [3.0, 2.0, 1.0], 7.0, [1.0, 0.0], [[float("-inf")] * 2] * 2
-        ]  # fmt: skip
-        # Unchanged ones are as they were; the mean is rounded to the buffer's dtype at the end.
-        assert site.values("narrow") == [[1.0, 0.25]] and site.net.narrow.dtype == torch.bfloat16
+        # The mean is rounded to the buffer's dtype at the end.
+        assert site.values("mean", "narrow") == [[3.0, 2.0, 1.0], [1.0, 0.25]]
+        assert site.net.narrow.dtype == torch.bfloat16
+        assert site.values("mask") == [[[float("-inf")] * 2] * 2]
+    assert [site.net.count.item() for site in (a, b, c)] == [7, 9, 0]
     assert [site.net.scratch.item() for site in (a, b, c)] == [5.0, 0.0, 0.0]
-    assert [site.net.packed.sum().item() for site in (a, b, c)] == [0, 0, len(c.net.packed)]
-    line = last_round(tmp_path)
-    assert line["bytes_up"] == 3 * 16 + 3 * 12 + 3 * 8 + 2 + 8  # narrow travels as float32
+    assert [site.values("flags") for site in (a, b, c)] == [[[1, 0]], [[0, 0]], [[0, 0]]]
+    assert buffers_line(tmp_path, 1)["bytes_up"] == 3 * 5 * 4  # narrow travels as float32
 
-    together(lambda: a.step(), lambda: b.step(), lambda: c.step(count=20))
-    assert [site.net.count.item() for site in (a, b, c)] == [7, 7, 7]  # a's, who changed nothing
-    assert last_round(tmp_path)["bytes_up"] == 3 * 16 + 8
+    together(lambda: a.step(mean=[5.0] * 3), b.step, c.step)  # who changes nothing does not count
+    assert a.values("mean") == b.values("mean") == c.values("mean") == [[5.0] * 3]
+    assert buffers_line(tmp_path, 2)["bytes_up"] == 5 * 4
     together(*(site.step for site in (a, b, c)))
-    assert last_round(tmp_path)["bytes_up"] == 3 * 16  # none travels that has not changed
-
-
-def test_a_mean_of_buffers_is_that_of_numpy():
-    generator = torch.Generator().manual_seed(1)
-    values = [torch.randn(100, generator=generator) * 10**k for k in range(5)]
-    now = {"x": torch.zeros(100), "y": torch.zeros(2)}
-    pushes = [{"x": value} for value in values]
-    expected = np.mean([value.numpy().astype(np.float64) for value in values], axis=0)
-    changed = mean_of_buffers(now, pushes)
-    assert changed.keys() == {"x"}
-    assert np.array_equal(changed["x"].numpy(), expected.astype(np.float32))
+    assert buffers_line(tmp_path, 3)["bytes_up"] == 0  # nothing travels that has not changed
+    assert a.values("mean") == [[5.0] * 3]
 
 
 def test_a_late_joiner_a_restarted_server_and_its_disk_have_the_buffers(serve, sites, tmp_path):
@@ -164,53 +143,51 @@ def test_a_late_joiner_a_restarted_server_and_its_disk_have_the_buffers(serve, s
     (a,) = sites(host, "a")
     a.step(mean=[1.0, 2.0, 3.0], count=3, narrow=[0.5, 0.5])
     (b,) = sites(host, "b")
-    names = ("mean", "count", "narrow", "flags")
-    assert b.values(*names) == a.values(*names) == [[1.0, 2.0, 3.0], 3.0, [0.5, 0.5], [0.0, 0.0]]
+    assert b.values("mean", "narrow", "count") == [[1.0, 2.0, 3.0], [0.5, 0.5], 0.0]
     together(lambda: a.step(mean=[2.0, 2.0, 2.0]), lambda: b.step(mean=[4.0, 4.0, 4.0]))
     assert a.values("mean") == [[3.0] * 3]
 
     host.kill()  # its disk has the buffers of the start alone; the workers have the newer ones
     again = serve(*PLAIN, "--port", host.port, "--worker-timeout", 2)
-    together(lambda: a.step(), lambda: b.step(flags=[True, True]))
+    together(a.step, b.step)
     again.wait_for("version 2 comes from")
     (c,) = sites(again, "c")
-    assert c.values(*names) == [[3.0] * 3, 3.0, [0.5, 0.5], [0.0, 0.0]]  # a has the lowest index
+    assert c.values("mean", "narrow") == [[3.0] * 3, [0.5, 0.5]]
     together(*(site.worker.flush for site in (a, b, c)))
     for site in (a, b, c):
         site.worker.close()
-    until(lambda: (tmp_path / "model" / "model.safetensors").exists(), "the final model")
     again.wait_for("the model of round")
     served = load_file(tmp_path / "model" / "model.safetensors")
-    assert served["narrow"].dtype == torch.bfloat16 and served["count"].item() == 3
+    assert served["narrow"].dtype == torch.bfloat16
     assert served["mean"].tolist() == [3.0] * 3 and "scratch" not in served
     again.kill()
 
     more = serve(*PLAIN, "--port", host.port, "-n", 1)  # all have left: a new start with that
     (d,) = sites(more, "d")
-    assert d.values(*names) == [[3.0] * 3, 3.0, [0.5, 0.5], [0.0, 0.0]]
+    assert d.values("mean", "narrow") == [[3.0] * 3, [0.5, 0.5]]
 
 
-def test_a_buffer_that_is_not_finite_is_refused_and_its_worker_has_the_global_ones(serve, sites):
+def test_a_buffer_that_is_not_finite_does_not_count_and_its_worker_has_the_global_ones(
+    serve, sites
+):
     host = serve(*PLAIN, "-n", 2)
     a, b = sites(host, "a", "b")
     nan = float("nan")
-    together(lambda: a.step(mean=[1.0, 1.0, 1.0]), lambda: b.step(mean=[nan, 5.0, 5.0], count=4))
-    host.wait_for("b: the buffer 'mean' is not finite")
-    assert a.values("mean", "count") == b.values("mean", "count") == [[1.0] * 3, 0.0]
-    assert b.worker.dropped_steps == 1 and torch.equal(a.net.weight, b.net.weight)
-    together(lambda: a.step(), lambda: b.step(mean=[2.0, 3.0, 4.0]))
-    assert a.values("mean") == b.values("mean") == [[1.5, 2.0, 2.5]]
+    together(lambda: a.step(mean=[1.0, 1.0, 1.0]), lambda: b.step(mean=[nan, 5.0, 5.0]))
+    assert a.values("mean") == b.values("mean") == [[1.0] * 3]
+    assert torch.equal(a.net.weight, b.net.weight)
+    together(lambda: a.step(mean=[1.0] * 3), lambda: b.step(mean=[2.0, 3.0, 4.0]))
+    assert a.values("mean") == b.values("mean") == [[2.0, 3.0, 4.0]]
 
 
-def test_buffers_go_with_the_last_fragment_of_a_cycle(serve, sites, tmp_path):
+def test_buffers_go_with_the_last_fragment_of_a_cycle(serve, sites):
     host = serve(*PLAIN, "-n", 2)
     a, b = sites(host, "a", "b", sync_every=4, num_fragments=2, fragment_sync_delay=0)
     for step in range(1, 4):
-        together(lambda step=step: a.step(count=step), lambda: b.step())
-        assert (a.net.count.item(), b.net.count.item()) == (step, 0)
-    assert last_round(tmp_path)["fragment"] == 0
-    together(lambda: a.step(), lambda: b.step())
-    assert (a.net.count.item(), b.net.count.item()) == (3, 3)
+        together(lambda step=step: a.step(mean=[float(step)] * 3), b.step)
+        assert (a.values("mean"), b.values("mean")) == ([[step] * 3], [[0] * 3])
+    together(a.step, b.step)
+    assert a.values("mean") == b.values("mean") == [[3.0] * 3]
 
 
 def test_the_global_model_has_the_global_buffers(serve, sites):
@@ -228,13 +205,14 @@ def test_local_buffers_outlive_a_join_in_between(serve, sites):
     (a,) = sites(host, "a", sync_every=3)
     a.step(mean=[5.0] * 3)
     host.kill()
-    again = serve(*PLAIN, "--port", host.port, "--worker-timeout", 2)
-    until(lambda: a.worker.must_join.is_set(), "a has heard that it must join again")
+    serve(*PLAIN, "--port", host.port, "--worker-timeout", 2)
+    time.sleep(2)  # it hears of the new one at its next heartbeat
     a.step()
-    again.wait_for("a joins|the run starts")
-    assert a.worker.joins == 2 and a.values("mean") == [[5.0] * 3]
+    assert a.values("mean") == [[5.0] * 3]
     a.step()
-    assert a.worker.buffers.anchor["mean"].tolist() == [5.0] * 3
+    assert a.worker.joins == 2
+    with a.worker.global_model():
+        assert a.values("mean") == [[5.0] * 3]
 
 
 def test_other_buffers_are_refused_by_name(serve, sites):
@@ -244,23 +222,16 @@ def test_other_buffers_are_refused_by_name(serve, sites):
     other.net.register_buffer("more", torch.zeros(2))
     with pytest.raises(Refused, match=r"tensor 'more' \[2\] is not in the server's model"):
         DiLoCoWorker(other.net, other.optimizer, host.address, worker_id="b").start()
-    del other.net.more
-    other.net.count = torch.tensor(0.0)
-    with pytest.raises(Refused, match=r"buffer:count F32\[\] has another dtype on the server"):
-        DiLoCoWorker(other.net, other.optimizer, host.address, worker_id="b").start()
 
 
-def test_a_buffer_that_gets_another_shape_or_goes_stays_local_and_one_of_another_dtype_travels(
-    serve, sites
-):
+def test_a_buffer_that_gets_another_shape_stays_local(serve, sites):
     host = serve(*PLAIN, "-n", 2)
     a, b = sites(host, "a", "b")
-    a.net.mean, a.net.flags, a.net.count = torch.ones(7), None, torch.tensor(5.0)
-    together(lambda: a.step(), lambda: b.step(mean=[1.0, 2.0, 3.0], flags=[True, True]))
-    assert a.values("mean", "count") == [[1.0] * 7, 5.0] and a.net.flags is None
-    assert b.values("mean", "count", "flags") == [[0.5, 1.0, 1.5], 5.0, [0.0, 0.0]]
-    together(lambda: a.worker.close(), lambda: b.step())
-    assert b.worker.dropped_steps == 0
+    a.net.mean, a.net.flags = torch.ones(7), None
+    together(a.step, lambda: b.step(mean=[1.0, 2.0, 3.0], narrow=[0.5, 0.25]))
+    assert a.values("mean", "narrow") == [[1.0] * 7, [0.5, 0.25]]
+    assert b.values("mean", "narrow") == [[1.0, 2.0, 3.0], [0.5, 0.25]]
+    together(a.worker.close, b.step)
 
 
 def test_an_expanded_buffer_and_wide_unsigned_numbers_are_no_obstacle(serve, sites):
@@ -271,9 +242,10 @@ def test_an_expanded_buffer_and_wide_unsigned_numbers_are_no_obstacle(serve, sit
         site.net.register_buffer("grid", torch.arange(3.0).expand(2, 3))
         site.worker = DiLoCoWorker(site.net, site.optimizer, host.address, 1, worker_id=site.name)
     together(a.worker.start, b.worker.start)
-    together(lambda: a.step(wide=torch.tensor([2**64 - 1, 7], dtype=torch.uint64)), b.step)
+    together(lambda: a.step(mean=[2.0] * 3), b.step)
     for site in (a, b):
-        assert site.net.wide.tolist() == [2**64 - 1, 7]
+        assert site.values("mean") == [[2.0] * 3]
+        assert site.net.wide.tolist() == [2**63, 1]
         with site.worker.global_model():
             assert site.net.grid.tolist() == [[0, 1, 2]] * 2
         site.worker.close()
@@ -282,26 +254,25 @@ def test_an_expanded_buffer_and_wide_unsigned_numbers_are_no_obstacle(serve, sit
 def test_a_mean_that_was_rounded_to_a_narrow_buffer_is_no_change(serve, sites, tmp_path):
     host = serve(*PLAIN, "-n", 3)
     a, b, c = sites(host, "a", "b", "c")
-    together(a.step, b.step, lambda: c.step(narrow=[1.0, 2.0]))  # a third is no bfloat16
+    together(*(lambda s=s: s.step(mean=[1.0] * 3) for s in (a, b)),
+             lambda: c.step(narrow=[1.0, 2.0]))  # fmt: skip
     assert a.net.narrow.tolist() == torch.tensor([1 / 3, 2 / 3]).bfloat16().tolist()
     together(a.step, b.step, c.step)
-    assert last_round(tmp_path)["bytes_up"] == 3 * 16
+    assert buffers_line(tmp_path, 2)["bytes_up"] == 0
 
 
 def test_a_name_that_stands_for_two_tensors_is_refused(serve):
     host = serve()
-    join = {"host": "h", "sync_every": 1, "num_fragments": 1, "manifest": [["w", "F32", [4]]]}
     for more in ({"buffers": [["w", "F32", [4]]]}, {"frozen": [["w", "F32", [4], "0" * 32]]}):
-        conn, _ = protocol.connect(host.address, {"worker": "a", "session": "s"})
-        with contextlib.closing(conn), pytest.raises(Refused, match="stands for two tensors"):
-            conn.request("join", {**join, **more})
+        with pytest.raises(Refused, match="stands for two tensors"):
+            Peer(host, "a").ask(**more)
 
 
 @pytest.mark.parametrize("mean", [2.0, float("nan")])
 def test_buffers_of_a_last_push_of_which_a_later_join_tells(serve, sites, mean):
     host = serve(*PLAIN, "-n", 2, "--worker-timeout", 1)
-    gate = Gate(host)
-    gate.faults.append("gone")
+    gate = Gate(host, slice=1)
+    gate.pulls.append("gone")
     (a, b) = (Site(place, name, sync_every=9) for place, name in ((gate, "a"), (host, "b")))
     together(a.worker.start, b.worker.start)
     a.step(mean=[mean] * 3)
@@ -315,7 +286,6 @@ def test_buffers_of_a_last_push_of_which_a_later_join_tells(serve, sites, mean):
     together(a.worker.flush, end_b)
     assert a.worker.joins == 2 and torch.equal(a.net.weight, b.net.weight)
     assert a.values("mean") == b.values("mean") == ([[3.0] * 3] if mean == 2 else [[4.0] * 3])
-    assert a.worker.dropped_steps == int(mean != 2)
     a.worker.close()
     b.worker.close()
 
@@ -355,14 +325,14 @@ def test_the_first_adapter_is_uploaded_and_frozen_weights_come_from_m_where_they
     (a, first), (b, second) = adapted(host, "a", 1), adapted(host, "b", 2)
     expected = {name: tensor.clone() for name, tensor in first.head.state_dict().items()}
     together(a.start, b.start)
-    assert a.fetched == 0 and b.fetched == 2  # the frozen weight and bias
+    assert not a.fetched and len(b.fetched) == 2  # the frozen weight and bias
     assert same(base_of(second), base_of(right))
     assert same(dict(first.head.state_dict()), expected)
     assert same(dict(second.head.state_dict()), expected)  # a's, as it is the first
     narrow, third = adapted(host, "c", 1, torch.bfloat16)
     other, fourth = adapted(host, "d", 2, torch.bfloat16)
     together(narrow.start, other.start)  # what is rounded alike does not differ
-    assert narrow.fetched == 0 and other.fetched == 2
+    assert not narrow.fetched and len(other.fetched) == 2
     assert same(base_of(fourth), base_of(third)) and fourth.base.weight.dtype == torch.bfloat16
     for worker in (a, b, narrow, other):
         worker.close()
@@ -384,7 +354,7 @@ def test_a_run_that_goes_on_from_its_own_output_keeps_the_frozen_weights(serve, 
         worker, net = adapted(host, "a", seed)
         worker.start()
         net.head.weight.grad = torch.ones(2, 4)
-        worker.optimizer.step()
+        worker.trained.optimizers[-1].step()
         worker.flush()
         worker.close()
         assert host.wait() == 0 and same(base_of(net), base_of(Adapted(1)))
@@ -479,32 +449,25 @@ def test_a_layer_of_which_an_adapter_trains_a_copy_is_no_frozen_one(serve, tmp_p
 
 
 class FetchGate(Gate):
-    """A relay that cuts the first reply which brings frozen weights, or holds the request back until
-    its worker has been given up."""
+    """A relay that cuts the first reply which brings frozen weights."""
 
-    def __init__(self, server, fault):
-        self.server, self.fault = server, fault
-        super().__init__(server)
+    cut_once = False
 
     def frame(self, stream):
-        fields, raw, size = Gate.frame(stream)
-        if fields["type"] == "fetch" and self.fault == ("late" if "frozen" in fields else "cut"):
-            if self.fault == "late":
-                until(lambda: not status(self.server)["workers"], "the worker is given up")
-            cut, self.fault = self.fault == "cut", None
-            if cut:
-                raise ConnectionError
+        fields, raw, size = Gate.frame(self, stream)
+        if fields["type"] == "fetch" and size and not self.cut_once:
+            self.cut_once = True
+            raise ConnectionError
         return fields, raw, size
 
 
-@pytest.mark.parametrize("fault", ["cut", "late"])
-def test_frozen_weights_that_do_not_come_at_once_are_asked_for_again(serve, tmp_path, capfd, fault):
+def test_frozen_weights_that_do_not_come_at_once_are_asked_for_again(serve, tmp_path, capfd):
     folder = tmp_path / "pretrained"
     folder.mkdir()
     save_file(base_of(Adapted(1)), folder / "model.safetensors")
-    gate = FetchGate(serve("-m", folder, "--worker-timeout", 1), fault)
+    gate = FetchGate(serve("-m", folder, "--worker-timeout", 1))
     worker, net = adapted(gate, "a", 2)
     worker.start()
     worker.close()
-    assert gate.fault is None and same(base_of(net), base_of(Adapted(1)))
+    assert gate.cut_once and same(base_of(net), base_of(Adapted(1)))
     assert "WARNING" not in capfd.readouterr().err  # nothing was dropped

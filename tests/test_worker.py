@@ -12,15 +12,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import DEADLINE
+from conftest import DEADLINE, until
 
 import model as models
 import worker
@@ -207,43 +209,40 @@ def test_stories_are_pure_functions_of_seed_and_number():
     assert text == "".join(worker.story(1, number) for number in range(50))
     assert text != "".join(worker.story(2, number) for number in range(50))
     # The same on every machine: a change of this digest is a change of every run's data.
-    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "58f0fcf03478"
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "c09eaea3e6f2"
 
 
 def test_stories_are_different_and_not_shorter_than_assumed():
-    numbers = [*range(40_000), *range(worker.STORY_COUNT - 10_000, worker.STORY_COUNT)]
-    texts = [worker.story(1, number) for number in numbers]
-    assert len(set(texts)) == 50_000
-    assert min(len(text.split()) for text in texts) >= worker.SHORTEST_STORY_TOKENS
-    assert not any(re.search(r"[\[\]{}|\n]|  ", text) for text in texts)
-    articles = re.compile(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]")
-    assert not any(articles.search(text) for text in texts)
+    texts = [worker.story(1, number) for number in range(100_000)]
+    assert len(set(texts)) == 100_000
+    assert min(text.count(" ") + 1 for text in texts) >= worker.SHORTEST_STORY_TOKENS
 
 
-def test_no_two_numbers_make_the_same_leading_choices():
-    choices = [tuple(worker.leading_choices(3, number).values()) for number in range(50_000)]
-    assert len(set(choices)) == 50_000
-    for table in zip(*choices, strict=True):  # and all of each table occurs, about evenly
-        counts = [table.count(option) for option in set(table)]
-        assert min(counts) > 0.8 * max(counts)
-
-
-def test_a_story_tells_its_leading_choices_and_no_others():
-    words = {
-        table: re.compile(rf"\b({'|'.join(options)})\b")
-        for table, options in worker.LEADING.items()
-    }
+def test_stories_are_clean_text():
     for number in range(2000):
-        chosen, text = worker.leading_choices(1, number), worker.story(1, number)
-        for table, pattern in words.items():
-            assert set(pattern.findall(text)) == {chosen[table]}, text
+        text = worker.story(1, number)
+        assert not re.search(r"[{}|\n]|  |\b[Aa] [aeiou]", text), text
+        assert re.fullmatch(r"[A-Z].*[.!?]\"?", text), text
 
 
-def test_pronouns_agree():
-    girls = worker.LEADING["name"][:24]
+def test_every_choice_of_the_grammar_is_told():
+    texts = "\n".join(worker.story(1, number) for number in range(3000))
+    for rule, choices in worker.RULES.items():
+        if rule not in ("story", "hero"):
+            for choice in choices:
+                plain = max(
+                    re.split(r"\{\w+\}", choice), key=len
+                )  # its longest part without a slot
+                assert plain in texts, choice
+
+
+def test_names_and_pronouns_agree():
+    girls, boys = (set(worker.RULES[rule]) for rule in ("girl", "boy"))
+    names = re.compile(rf"\b({'|'.join(girls | boys)})\b")
     for number in range(2000):
-        name, text = worker.leading_choices(1, number)["name"], worker.story(1, number)
-        wrong = r"\b(he|his|him|boy)\b" if name in girls else r"\b(she|her|girl)\b"
+        text = worker.story(1, number)
+        (name,) = set(names.findall(text))
+        wrong = r"\b(he|his|boy)\b" if name in girls else r"\b(she|her|girl)\b"
         assert not re.search(wrong, text, re.IGNORECASE), text
 
 
@@ -280,7 +279,16 @@ def test_held_out_stories_are_the_same_for_all_and_in_no_share():
     assert torch.equal(held, second.held_out(20_000)) and len(held) == 20_000
     texts = set(models.ByteTokenizer().decode(held.tolist()).split(worker.SEPARATOR))
     assert not texts & set(stories_read(second, 20))
-    assert not texts & {worker.story(1, number) for number in range(5000)}
+    assert not texts & {worker.story(1, number) for number in range(10_000)}
+
+
+def test_workers_divide_all_shares_among_them():
+    for world in (1, 2, 3, 8):
+        own = [worker.own_shares(rank, world, 8) for rank in range(world)]
+        assert sorted(itertools.chain(*own)) == list(range(8))
+    assert worker.own_shares(1, 3, 8) == (1, 4, 7)
+    # With more workers than shares every worker still has one.
+    assert [worker.own_shares(rank, 5, 2) for rank in range(5)] == [(0,), (1,), (0,), (1,), (0,)]
 
 
 def test_new_shares_start_behind_what_others_have_read():
@@ -450,7 +458,7 @@ def test_a_download_happens_once_and_leaves_one_file(tmp_path, site):
     [
         ("/short.txt", f"only 5000 of {len(STORIES)} bytes"),
         ("/missing.txt", "404"),
-        ("/page.txt", "it is no text of stories"),
+        ("/page.txt", "the page is not a text of stories"),
     ],
 )
 def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, site, page, message, capsys):
@@ -678,6 +686,18 @@ def test_a_new_run_in_an_old_folder_resumes_as_itself(tmp_path):
     assert worker.checkpoints(tmp_path)[-1].name == "step-4"
 
 
+def test_quiet_output_is_warnings_only(tmp_path, capsys):
+    output = worker.Output(tmp_path / "out", quiet=True)
+    output.line("a line")
+    output.progress("step 1/2")
+    output.save_checkpoint(1, 2, None, {}, {}, None)
+    output.save_final(None, {})
+    output.warn("a warning")
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "WARNING: a warning\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_folder_of_a_server_is_refused(tmp_path):
     (tmp_path / "rounds.jsonl").touch()
     settings = load(tmp_path, output={"dir": str(tmp_path)})
@@ -705,6 +725,38 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path, capsys):
 
 
 # --- With a server --------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_answer_is_asked_again_and_then_named(capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"{address}: .*Is the server running there"):
+            worker.describe(address, timeout=0.5)
+    assert 0.5 < time.monotonic() - began < 5
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"server {address}: " in told and "trying again" in told
+
+
+def test_a_server_that_refuses_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def refuse(server, fields):
+        asked.append(server)
+        raise worker.Refused("version", "another protocol")
+
+    monkeypatch.setattr(worker.protocol, "connect", refuse)
+    with pytest.raises(worker.Refused, match="another protocol"):
+        worker.describe("host:1")
+    assert asked == ["host:1"]
+
+
+def test_a_run_is_described_before_anybody_has_joined_and_afterwards(tmp_path, serve, toy):
+    server = serve("-n", 1)
+    assert worker.describe(server.address) == {"files": {}, "source": None}
+    toy(server, "ada", steps=100_000, sync_every=5, pause=0.001, source="noise")
+    until(lambda: worker.describe(server.address)["source"] == "noise", "ada has joined")
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ Server and workers write what they do to one file (DILOCO_AUDIT), line by line, 
 act on it. What must hold:
 1. Each final version leads back to version 0, fold by fold, and the newest checkpoint holds it.
 2. On that way each push, and each step, counts exactly once, also after going on from a checkpoint.
-3. No step of a worker that lived to its end is missing, but for those that it gave up, and those of
-   a version that died with the server while nobody who held it came to the next opening.
+3. No step of a worker that lived to its end is missing, but for those that it gave up, as those of a
+   push that an entry lists as refused, and those of a version that died with the server while nobody
+   who held it came to the next opening.
 4. A run opens with the newest version that its members hold.
 5. The model's numbers are what the pushes' names say.
 6. Whoever is at a version has the same bits; so has the final model.
@@ -67,6 +68,7 @@ class Trail:
         self.violations, self.counts = [], collections.Counter()
         self.folds, self.fold_at, self.pushes = {}, {}, {}
         self.folded_in = collections.defaultdict(list)  # name of a push -> versions, forks too
+        self.listed = set()  # names of pushes that some version lists as empty or refused
         self.dropped = collections.defaultdict(list)  # (fragment, session) -> ranges
         self.settled, self.resumed, self.ends = {}, {}, []
         self.adopts = collections.defaultdict(list)  # (fragment, session) -> [(at, key, checksum)]
@@ -94,6 +96,8 @@ class Trail:
         self.final[e["fragment"]] = key
         for worker, session, seq, *_ in e["pushes"]:
             self.folded_in[e["fragment"], worker, session, seq].append(key)
+        for worker, session, seq, *_ in e["others"]:
+            self.listed.add((e["fragment"], worker, session, seq))
         self.counts["rounds closed"] += 1
 
     def on_open(self, at, e):
@@ -112,9 +116,6 @@ class Trail:
 
     def on_settled(self, at, e):
         self.settled[e["fragment"], e["worker"], e["session"], e["seq"]] = at
-
-    def on_released(self, at, e):
-        self.counts["pushes released"] += 1
 
     def on_dropped(self, at, e):
         self.dropped[e["fragment"], e["session"]].append((e["first"], e["last"]))
@@ -200,8 +201,10 @@ class Trail:
             self.check_steps(end)
         for name in self.settled.keys() & self.pushes.keys():
             first, last = self.pushes[name]
-            if first < last and not self.folded_in[name]:  # an empty push is in none
+            if first < last and not self.folded_in[name] and name not in self.listed:
                 self.fault(f"{name} is settled for its worker, and in no version that was made")
+        for name in self.listed & self.pushes.keys():
+            self.counts["pushes refused"] += self.pushes[name][0] < self.pushes[name][1]
         self.check_checksums()
         for opening in self.opens:
             self.check_opening(*opening)
@@ -289,7 +292,8 @@ class Trail:
             moved = 0.0
             for key in chain:
                 steps = [span[1] - span[0] for _, span in self.counted(key)]
-                moved += STEP * sum(steps) / len(steps) if steps else 0.0
+                share = self.folds[key]["share"] if self.folds[key]["plain"] else 1.0
+                moved += share * STEP * sum(steps) / len(steps) if steps else 0.0
             protocol.fragment_of(expected, k, self.count).sub_(moved)
         return expected
 
