@@ -330,7 +330,7 @@ class Run:
     def lacking(self, id, now):
         """The slices that a waiting worker is to bring: it is the first, by id, of those that hold
         the newest version, and the server holds an older one."""
-        if self.is_open or not (id in self.stopping or self.is_ready(now)):
+        if self.is_open or not (self.is_ready(now) or self.stopping & self.waiting.keys()):
             return []
         holders = [self.waiting[w] for w in sorted(self.waiting)]
         found = []

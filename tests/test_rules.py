@@ -641,7 +641,8 @@ def test_steps_that_are_given_up_are_in_no_push():
 
 
 def test_runs_under_faults_count_each_step_once_and_end():
-    faults = {seed: fault for seed in range(300) if (fault := simulator.fault_of(seed)[0])}
+    seeds = [*range(300), 664, 832, 110720]  # the last ones have shown faults of the rules
+    faults = {seed: fault for seed in seeds if (fault := simulator.fault_of(seed)[0])}
     assert faults == {}
 
 
