@@ -728,7 +728,7 @@ class Snapshot:
         return (parts[0] for parts in self.chunks())
 
     def checksum(self):
-        """The protocol.Checksum of the first vector, once all of it has been read."""
+        """The Checksum of the first vector, once all of it has been read."""
         return self.sums.digest()
 
     def close(self):
@@ -748,22 +748,6 @@ def interleaved(snapshots):
                 protocol.fragment_of(run, k, len(snapshots)).copy_(part)
             runs.append(run)
         yield runs
-
-
-def mean_of(pushes, codec, start, out):
-    """The mean of encoded pushes, in their order, from element `start` on, into the chunk `out`."""
-    codec.decode(pushes[0], start, out)
-    for push in pushes[1:]:
-        codec.add(push, start, out)
-    out.div_(len(pushes))
-
-
-def exact_mean_of(pushes, codec, start, out):
-    """The mean of pushed values, taken in float64 and then rounded, into the chunk `out`."""
-    total = torch.zeros(out.numel(), dtype=torch.float64)
-    for push in pushes:
-        total += codec.decoded(push, start, out)
-    out.copy_(total.div_(len(pushes)))
 
 
 class GlobalModel:
@@ -826,7 +810,7 @@ class GlobalModel:
     # --- Memory ---
 
     def payload(self, k):
-        """A protocol.Payload for a push of slice k: one that was given back, or a new one."""
+        """A Payload for a push of slice k: one that was given back, or a new one."""
         with self.lock:
             if self.idle[k]:
                 return self.idle[k].pop()
@@ -836,7 +820,7 @@ class GlobalModel:
         return payload
 
     def give_back(self, k, payload):
-        """Keep the protocol.Payload of a push of slice k, which nobody reads any more, for another push."""
+        """Keep the Payload of a push of slice k, which nobody reads any more, for another push."""
         with self.lock:
             if payload not in self.idle[k]:
                 self.idle[k].append(payload)
@@ -913,14 +897,12 @@ class GlobalModel:
             return 0.0, []
         with self.lock:
             entry.payload, self.spares[k] = self.spares[k], None
-            snapshots = list(self.snapshots[k])
         entry.payload = entry.payload or protocol.Payload(entry.codec.layout(entry.count))
         work = self._fold_values if k == self.num_fragments else self._fold_chunk
         work = functools.partial(work, round, entry, outer, [p.payload.tensors for p in counted])
 
         def fold(chunk):
-            for snapshot in snapshots:
-                snapshot.keep(*chunk)
+            self._keep(round.k, *chunk)
             part, norm = work(*chunk)
             return protocol.Checksum.sum_of(part.contiguous()), norm, chunk[1]
 
@@ -937,7 +919,10 @@ class GlobalModel:
         norm)."""
         part, velocity, *residual = (v[start:stop] for v in self.vectors(round.k))
         delta = protocol.scratch("mean", part, stop - start)
-        mean_of(pushes, self.up, start, delta)
+        self.up.decode(pushes[0], start, delta)
+        for push in pushes[1:]:
+            self.up.add(push, start, delta)
+        delta.div_(len(pushes))
         square = delta.dot(delta).item()
         if round.plain:
             delta.mul_(-round.share)
@@ -953,30 +938,29 @@ class GlobalModel:
         return part, square
 
     def _fold_values(self, round, entry, outer, pushes, start, stop):
-        """Move a chunk of the buffers to the mean of what was pushed; returns (the new chunk, the
-        square of the move's norm)."""
+        """Move a chunk of the buffers to the mean of the pushed values, taken in float64 and then
+        rounded; returns (the new chunk, the square of the move's norm)."""
         part = self.values[start:stop]
         delta = protocol.scratch("mean", part, stop - start)
-        exact_mean_of(pushes, entry.codec, start, delta)
-        delta.sub_(part)
+        total = torch.zeros(stop - start, dtype=torch.float64)
+        for push in pushes:
+            total += entry.codec.decoded(push, start, delta)
+        delta.copy_(total.div_(len(pushes))).sub_(part)
         entry.codec.encode(delta, entry.payload.tensors, start)
         part.add_(delta)
         return part, delta.dot(delta).item()
 
     # --- Reading and writing whole slices ---
 
-    def snapshot(self, k):
-        """A Snapshot of slice k's parameters. Called with the lock while slice k is not being
-        folded; close it after use."""
-        return self._taken(k, self.vectors(k)[:1])
-
     def freeze(self):
         """Snapshots of everything by slice, for a checkpoint: [parameters, momentum, residual] of
         each fragment, and the buffers. Called with the lock while nothing is being folded."""
-        return [self._taken(k, self.vectors(k)) for k in range(self.count)]
+        return [self.snapshot(k, whole=True) for k in range(self.count)]
 
-    def _taken(self, k, vectors):
-        snapshot = Snapshot(vectors)
+    def snapshot(self, k, whole=False):
+        """A Snapshot of slice k's parameters, and if `whole` of its other vectors too. Called with
+        the lock while slice k is not being folded; the caller closes the snapshot after use."""
+        snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1])
         with self.lock:
             self.snapshots[k].add(snapshot)
         return snapshot
@@ -987,26 +971,19 @@ class GlobalModel:
         for snapshot in snapshots:
             snapshot.keep(start, stop)
 
-    def bring(self, k, start, values):
-        """Write a chunk of slice k, at element `start`, as a worker has brought it, where the slice
-        has no version yet. The brought values contain the residual, and the log does not lead to
-        them. Raises Refused where they are not finite."""
-        if not protocol.within(values):
-            raise Refused("model", "the parameters to start from are not all finite")
-        stop = start + values.numel()
-        self._keep(k, start, stop)
-        self.logs[k].clear()
-        part, *others = self.vectors(k)
-        part[start:stop].copy_(values)
-        for residual in others[1:]:
-            residual[start:stop].zero_()
-
     def take(self, k, values):
-        """Write all of slice k, or nothing where the values are not all finite: raises Refused."""
+        """Write all of slice k as a worker has brought it, before the run opens. The values contain
+        the residual, and the log does not lead to them. Where the values are not all finite,
+        nothing is written: raises Refused."""
         if not all(protocol.within(part) for part in values.split(protocol.CHUNK)):
             raise Refused("model", "the parameters to start from are not all finite")
-        for start, stop in protocol.chunks(values.numel()):
-            self.bring(k, start, values[start:stop])
+        for chunk in protocol.chunks(self.sizes[k]):
+            self._keep(k, *chunk)
+        self.logs[k].clear()
+        part, *others = self.vectors(k)
+        part.copy_(values)
+        for residual in others[1:]:
+            residual.zero_()
 
     def put(self, found):
         """Set the parameters and buffers among {name: tensor}, as the weights of -m have them.
@@ -1409,19 +1386,19 @@ class Store:
 
 @dataclass(eq=False, kw_only=True)
 class Facts:
-    """What a worker has said of itself, beside what the rules need."""
+    """The facts that a worker has told of itself, beside those that the rules need."""
 
     host: str
     conn: protocol.Connection  # connection of its join, then of its heartbeats
-    manifest: list  # specs of what it trains, in its own order
-    buffers: list  # specs of its floating-point buffers
-    frozen: dict  # name -> (spec, fingerprint) of what it does not train
+    manifest: list  # specs of the trained tensors, in the worker's order
+    buffers: list  # specs of the floating-point buffers
+    frozen: dict  # name -> (spec, fingerprint) of the tensors that are not trained
     source: str  # name of its training data
-    ranks: int  # processes that it consists of
-    run: str  # id of the run that it was in before, or ""
+    ranks: int  # processes of the worker
+    run: str  # id of the run that the worker was in before, or ""
     differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
-    was_asked: bool = False  # whether it was asked to bring slices or files
-    is_told: bool = False  # whether it has heard that the server ends
+    was_asked: bool = False  # whether the worker was asked to bring slices or files
+    is_told: bool = False  # whether the worker has heard that the server ends
 
 
 def facts_of(conn, message):
@@ -1468,7 +1445,7 @@ def settings_of(member):
 
 
 def status_of(member):
-    """What status.py shows of one member."""
+    """The fields about one member that status.py shows."""
     return {
         "id": member.id,
         "index": member.index,
@@ -1485,14 +1462,14 @@ def status_of(member):
 
 
 class Gate:
-    """Who comes in, and who goes: requests to join, to bring slices, to stay and to leave."""
+    """The requests of workers that come and go: to join, to bring slices, to stay and to leave."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
         self.store, self.args = server.store, server.args
 
     def on_join(self, conn, message):
-        """A worker takes part: it brings what the server lacks, then gets its place."""
+        """Let a worker take part: the worker brings what the server lacks, then gets its place."""
         message.expect([])
         if self.server.ended.is_set():
             raise ConnectionError("the server ends")
@@ -1716,7 +1693,7 @@ class Gate:
         return f"{', '.join(bringing)}'s upload" if bringing else "the end of a round"
 
     def on_bring(self, conn, message):
-        """The slices that a joining worker was asked for, and the model's descriptive files."""
+        """Take the slices and files that a joining worker was asked for, then admit the worker."""
         self.admit(conn, self.take_upload(conn, message))
 
     def take_upload(self, conn, message):
@@ -1774,7 +1751,7 @@ class Gate:
             log(f"{count:,} parameters in {tensors} tensors come from {member.id}")
 
     def on_heartbeat(self, conn, message):
-        """A member says that it lives and where it is; it hears of the others, and of orders."""
+        """Note that a member lives and how far it is; tell it of the others, and of orders."""
         message.expect([])
         with self.lock:
             member = self.run.hear(*conn.worker, now())
@@ -1804,7 +1781,7 @@ class Gate:
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
 
     def on_leave(self, conn, message):
-        """A member ends its part of the run."""
+        """End a member's part of the run."""
         message.expect([])
         with self.lock:
             member = self.run.hear(*conn.worker, now())
@@ -1833,7 +1810,7 @@ class Gate:
 
 
 class Rounds:
-    """What members contribute, and what they get: pushes, folds and pulls."""
+    """The contributions of members, and the entries that they get: pushes, folds and pulls."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
@@ -1851,7 +1828,7 @@ class Rounds:
         return message.field("slice", int, high=len(self.run.slices) - 1)
 
     def on_push(self, conn, message):
-        """A contribution: read it whole, let the rules count it, and say so."""
+        """Read a contribution whole, let the rules count it, and say so."""
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             push = self.announced(member, message)
@@ -1925,7 +1902,7 @@ class Rounds:
                 log("WARNING: all workers wait for each other: the oldest round is closed as it is")
 
     def fold(self, closed, entry):
-        """Fold a closed round, in a thread of its own; who waits is sent what there is so far."""
+        """Fold a closed round, in a thread of its own, while its entry is being sent."""
         try:
             norm, counted = self.model.fold(closed, entry, self.server.outer)
             line = self.round_line(closed, entry, counted, norm)
@@ -1950,8 +1927,6 @@ class Rounds:
 
     def audit_fold(self, closed, counted, entry):
         """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
-        if not protocol.is_audited():
-            return
 
         def named(push):
             late = closed.lateness.get(push.worker, 0)
@@ -2006,9 +1981,9 @@ class Rounds:
         self.store.append_round(line)
 
     def on_pull(self, conn, message):
-        """The entries of a slice's log that a worker lacks: up to the one that lists the push it
-        waits for, or with sequence number 0 up to the head. Where the log does not reach back far
-        enough, the slice in full."""
+        """Send the entries of a slice's log that a worker lacks: up to the entry that lists the
+        push it waits for, or with sequence number 0 up to the head. Where the log does not reach
+        back far enough, send the slice in full."""
         message.expect([])
         with self.lock:
             member, k = self.run.hear(*conn.worker, now()), self.slice_of(message)
@@ -2429,7 +2404,7 @@ def worker_environment(count):
 
 
 class Spawn:
-    """The workers that `--spawn` starts on this machine, and their output."""
+    """The workers that `--spawn` starts on this machine, whose output is passed on."""
 
     def __init__(self, server):
         self.server = server
