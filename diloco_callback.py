@@ -42,7 +42,6 @@ import datetime
 import json
 import math
 import os
-import queue
 import secrets
 import signal
 import socket
@@ -57,32 +56,10 @@ import torch.distributed as dist
 
 if __package__:  # explicit: inside a package, another `protocol` must never be imported
     from . import protocol
-    from .protocol import (
-        CODECS,
-        FRESH,
-        NONE,
-        Checksum,
-        Payload,
-        ProtocolError,
-        Refused,
-        TensorSpec,
-        Version,
-        recent,
-    )  # fmt: skip
+    from .protocol import CODECS, FRESH, NONE, Checksum, Payload, ProtocolError, Refused, Version
 else:
     import protocol
-    from protocol import (
-        CODECS,
-        FRESH,
-        NONE,
-        Checksum,
-        Payload,
-        ProtocolError,
-        Refused,
-        TensorSpec,
-        Version,
-        recent,
-    )  # fmt: skip
+    from protocol import CODECS, FRESH, NONE, Checksum, Payload, ProtocolError, Refused, Version
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
@@ -91,7 +68,7 @@ FIRST_PAUSE_SECONDS = 0.2  # between two attempts to connect; later pauses are l
 LONGEST_PAUSE_SECONDS = 10.0
 RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
 MAX_REFUSALS = 3  # drops in a row after which training is broken
-# What rank 0 tells the other ranks as it is.
+# Attributes of a worker that the other ranks take over from rank 0.
 TOLD = (
     "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
     "dropped_steps", "kept_local", "fetched",
@@ -149,11 +126,11 @@ def check_settings(worker):
 
 
 class Schedule:
-    """The cycle of a worker: of `fragments` slices, slice k is pushed after step
-    (k + 1) * every // fragments of it. Where `count` is larger, the slices behind (a model's
-    buffers) are pushed with the last fragment.
+    """The cycle of a worker: slice k, one among `fragments` slices, is pushed after step
+    (k + 1) * every // fragments of the cycle. Slices beyond these, up to `count` (a model's
+    buffers), are pushed with the last fragment.
 
-    next: slice that is pushed next; left: steps until then.
+    next: slice that is pushed next; left: steps until that push.
     """
 
     def __init__(self, every, fragments, count=None):
@@ -174,7 +151,7 @@ class Schedule:
         return (self.due(self.next) - self.left) % self.every
 
     def tick(self):
-        """A step has been made: the slices that are to be pushed now, in their order."""
+        """Count a step; return the slices that are to be pushed now, in their order."""
         self.left -= 1
         due = []
         while self.left <= 0:
@@ -220,7 +197,7 @@ class Pending:
     answered: bool = False  # whether the server has all of it
     late: bool = False  # whether training went on when it was to be adopted
     queued: list | None = None  # events of the GPUs behind its numbers; None: not there yet
-    facts: dict = field(default_factory=dict)  # what else its message says
+    facts: dict = field(default_factory=dict)  # further fields of its message
 
     @property
     def steps(self):
@@ -229,7 +206,7 @@ class Pending:
 
 @dataclass(eq=False, kw_only=True)
 class Place:
-    """What the outbox knows of one slice."""
+    """One slice, as the outbox knows it."""
 
     version: Version = FRESH  # version of the anchor
     folded: dict = field(default_factory=dict)  # worker -> Fate, of pushes folded in that version
@@ -254,7 +231,8 @@ class Outbox:
         self.queue = []
 
     def make(self, k, step, tokens, delay=0, closing=False):
-        """A push of slice k with all steps that are in none; None where its place is taken."""
+        """Return a new push of slice k with all steps that are in no push yet; None where the
+        slice's place is taken."""
         place = self.places[k]
         if place.pending:
             return None
@@ -274,8 +252,8 @@ class Outbox:
         return push
 
     def close(self, order, step, tokens):
-        """Make the closing pushes, in the order of turns; returns those made. One whose place is
-        taken is waited for: call again when that push is listed."""
+        """Make the closing pushes, in the order of turns, and return the new ones. A slice whose
+        place is taken holds up those behind it: call again when its push is listed."""
         made = []
         for k in order:
             place = self.places[k]
@@ -287,7 +265,6 @@ class Outbox:
 
     @property
     def is_closed(self):
-        """Whether every slice is closed."""
         return all(place.is_closed for place in self.places)
 
     @property
@@ -322,7 +299,7 @@ class Outbox:
         place = self.places[k]
         place.version = version
         known = fates if whole else {**place.folded, **fates}
-        place.folded = recent(known, version, self.max_staleness, [self.worker_id])
+        place.folded = protocol.recent(known, version, self.max_staleness, [self.worker_id])
         push, fate = place.pending, place.folded.get(self.worker_id)
         if push is None and step == place.mark[0]:
             place.base = version  # no step is left that started from an older version
@@ -378,14 +355,15 @@ class NotFinite(Exception):
 
 
 class Slice:
-    """One slice of the model: its numbers and the arithmetic on them, chunk by chunk, where the
-    parameters live. Encoded bytes alone are on the host. Positions are within the slice.
+    """One slice of the model: its numbers and the arithmetic on them, chunk by chunk, on the device
+    of the parameters. Encoded bytes alone are on the CPU. Positions are within the slice.
 
-    flat: FlatModel of the local parameters; anchor: float32 vector; residual: what encoding the
-    pushes has lost so far, or None; velocity: of the outer optimizer, for predictions, or None;
-    mark: float32 vector, or None; payload: the encoded push; update: the last entry's. `lock` is held
-    while a chunk of these is read or written. `carries_values`: the buffers' slice, whose pushes are
-    the values themselves and whose global values replace the local ones.
+    flat: FlatModel of the local parameters; anchor, mark: float32 vectors, the mark or None;
+    residual: float32 vector of the losses in encoding the pushes so far, or None; velocity: the
+    outer optimizer's, for predictions, or None; payload: the encoded push; update: the encoded entry
+    that was read last. `lock` is held while a chunk of these is read or written. `carries_values`:
+    the buffers' slice, whose pushes are the values themselves and whose global values replace the
+    local ones.
     """
 
     def __init__(self, flat, up, down, has_residual=False, predicts=False, carries_values=False):
@@ -400,19 +378,17 @@ class Slice:
         self.update = Payload([*down.layout(self.size), Checksum.SPEC], pinned=pinned)
         self.encoded = 0  # elements of the push that are in the payload
         self.is_empty = True  # whether the push has no numbers
-        self.is_broken = False  # whether they were found not finite, and its steps not dropped yet
-        # The (lr, momentum, nesterov) of the outer step that follows the anchor's version.
-        self.outer = (0.0, 0.0, True)
-        self.is_staged = self.device.type != "cpu"
+        self.is_broken = False  # whether its numbers are not finite, and its steps not dropped yet
+        self.outer = (0.0, 0.0, True)  # lr, momentum, nesterov of the step that follows the anchor
         self.stages = {}  # (codec, elements) -> Payload on the device for one chunk
         self.lock = threading.RLock()
 
     def _at(self, codec, payload, start, count):
-        """What a codec works on for a chunk of a message: (tensors, position in them, bytes on the
-        device, the bytes on the host that those stand for). On the host the tensors are the message's
-        own, and there are no others; elsewhere they are a payload of the chunk's size."""
-        if not self.is_staged:
-            return payload.tensors, start, None, None
+        """Return where a codec works on a chunk of a message, as (tensors, position in them, bytes
+        there, the bytes of the message that they stand for). On the CPU the tensors are the
+        message's own, and both bytes are one tensor, which costs nothing to copy to itself."""
+        if self.device.type == "cpu":
+            return payload.tensors, start, payload.raw, payload.raw
         if (codec, count) not in self.stages:
             self.stages[codec, count] = Payload(codec.layout(count), device=self.device)
         stage, first = self.stages[codec, count], protocol.payload_bytes(codec.layout(start))
@@ -421,7 +397,7 @@ class Slice:
     # --- A push ---
 
     def begin(self, has_numbers, goes_on):
-        """A push is made of the local values as they are; training `goes_on` from here, or stands
+        """Begin a push of the local values as they are; training `goes_on` from here, or stands
         still until the push is listed."""
         with self.lock:
             self.encoded, self.is_empty, self.is_broken = 0, not has_numbers, False
@@ -451,8 +427,8 @@ class Slice:
         return not torch.equal(local, self.flat.rounded(0, self.anchor))
 
     def _difference(self, start, out):
-        """Anchor minus local at the push, as the parameters' dtypes have them, plus what rounding
-        lost before, into `out`."""
+        """Write anchor minus local at the push, as the parameters' dtypes have both, plus the
+        residual, into `out`, and return `out`."""
         part = slice(start, start + out.numel())
         if self.carries_values:
             self.flat.read(start, out) if self.mark is None else out.copy_(self.mark[part])
@@ -463,8 +439,8 @@ class Slice:
         return out if self.residual is None else out.add_(self.residual[part])
 
     def pieces(self):
-        """The bytes of a push, chunk by chunk: while one is on its way the next is encoded. Raises
-        NotFinite, after which the push is an empty one and the residual is what it was."""
+        """Yield the bytes of a push, chunk by chunk: while one is on its way the next is encoded.
+        Raises NotFinite, after which the push is empty and the residual as before it."""
         for start, stop, first, last in protocol.chunk_bytes(self.up, self.size):
             with self.lock:
                 if not self.is_empty and self.encoded < stop:
@@ -474,12 +450,10 @@ class Slice:
             yield self.payload.raw[first:last]
 
     def finish_encoding(self):
-        """Encode what is left of a push, whose local values are about to go. False where they are not
-        finite."""
+        """Encode the rest of a push, whose local values are about to go."""
         with contextlib.suppress(NotFinite):
-            for _ in self.pieces() if not self.is_empty else ():
+            for _ in () if self.is_empty else self.pieces():
                 pass
-        return not self.is_empty
 
     def _encode(self, start, stop):
         delta = self._difference(start, protocol.scratch("delta", self.anchor, stop - start))
@@ -489,8 +463,7 @@ class Slice:
             raise NotFinite
         tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
         self.up.encode(delta, tensors, at)
-        if device is not None:
-            host.copy_(device)
+        host.copy_(device)
         if self.residual is not None:
             self.up.subtract(delta, tensors, at, self.residual[start:stop])
         self.encoded = stop
@@ -505,8 +478,7 @@ class Slice:
         for start, stop in protocol.chunks(count) if self.residual is not None else ():
             left, carried = self.residual[start:stop], torch.empty(stop - start, device=self.device)
             tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
-            if device is not None:
-                device.copy_(host)
+            device.copy_(host)
             self.up.decode(tensors, at, carried)
             carried.add_(left)
             left.zero_()  # `_difference` adds the residual
@@ -514,9 +486,9 @@ class Slice:
             left.copy_(carried.sub_(delta)) if delta.isfinite().all() else left.zero_()
 
     def _predicted(self, start, stop):
-        """Where a chunk would be if all workers had pushed what this one has, rounded to the
-        parameters' dtypes. SGD with Nesterov momentum as torch.optim.SGD defines it, with the own
-        difference in the gradient's place; everything needed is still what it was at the push."""
+        """Return a chunk as if all workers had pushed the same as this one, rounded to the
+        parameters' dtypes: SGD with Nesterov momentum as torch.optim.SGD defines it, with the own
+        difference in the gradient's place. All that goes in is still what it was at the push."""
         lr, momentum, nesterov = self.outer
         anchor, velocity = self.anchor[start:stop], self.velocity[start:stop]
         own = protocol.scratch("own", anchor, stop - start)
@@ -525,19 +497,26 @@ class Slice:
         step = own.add_(ahead.add_(own), alpha=momentum) if nesterov else ahead.add_(own)
         return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr, out=own))
 
+    def copied_residual(self):
+        """Return the residual as it is now, on the CPU."""
+        with self.lock:
+            return self.residual.cpu().clone()
+
     # --- The log ---
 
-    def take_entry(self, has_update, learns, moves):
-        """Add the entry in `update` to the anchor; with `moves` set the local values to the anchor
-        too, while it is in the cache. `learns`: the entry is an outer step with momentum. False
-        where the checksum then differs from the server's."""
+    def take(self, moves, whole=None, has_update=True, learns=False):
+        """Add the entry in `update` to the anchor, if the entry `has_update`; or set the anchor to
+        `whole`, a float32 vector on the CPU. With `moves` set the local values to the anchor too,
+        while it is in the cache. `learns`: the entry is an outer step with momentum. Returns False
+        where the checksum then differs from the one in `update`."""
         checksum = Checksum()
         for start, stop in protocol.chunks(self.size):
             anchor = self.anchor[start:stop]
-            if has_update:
+            if whole is not None:
+                anchor.copy_(whole[start:stop])
+            elif has_update:
                 tensors, at, device, host = self._at(self.down, self.update, start, stop - start)
-                if device is not None:
-                    device.copy_(host)
+                device.copy_(host)
                 self.down.add(tensors, at, anchor)
                 if learns and self.velocity is not None:
                     step = protocol.scratch("step", anchor, stop - start)
@@ -546,17 +525,6 @@ class Slice:
             if moves:
                 self.flat.write(start, anchor)
             checksum.add(anchor)
-        return torch.equal(checksum.digest(), self.update.tensors["checksum"])
-
-    def take_whole(self, values, moves):
-        """Set the anchor to the slice in full, a float32 vector on the CPU, and with `moves` the
-        local values too. False where its checksum differs from the one in `update`."""
-        checksum = Checksum()
-        for start, stop in protocol.chunks(self.size):
-            self.anchor[start:stop].copy_(values[start:stop])
-            if moves:
-                self.flat.write(start, self.anchor[start:stop])
-            checksum.add(values[start:stop])
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
     def _learn_velocity(self, start, stop, update):
@@ -574,32 +542,32 @@ class Slice:
 
     def adopt(self, alpha=None):
         """Put the local work since the mark on top of the anchor; with `alpha` (`mix`), alpha of the
-        local values and the rest of the anchor instead. False where the work is not finite."""
+        local values and the rest of the anchor instead. Returns False where the work is not finite."""
         with self.lock:
-            mark, self.mark, is_finite = self.mark, None, True
-            if mark is not None and self.carries_values:
+            mark = self.mark
+            if mark is None:
+                return True  # the local values have moved with the anchor
+            self.unmark()
+            if self.carries_values:
                 self.show_anchor()
-            for start, stop in protocol.chunks(self.size) if not self.carries_values else ():
-                if mark is None:
-                    break  # the local values have moved with the anchor
-                anchor, local = (
-                    self.anchor[start:stop],
-                    torch.empty(stop - start, device=self.device),
-                )
-                self.flat.read(start, local)
+                return True
+            is_finite = True
+            for start, stop in protocol.chunks(self.size):
+                anchor = self.anchor[start:stop]
+                target = torch.empty(stop - start, device=self.device)
+                self.flat.read(start, target)
                 if alpha is None:
-                    target = local.sub_(mark[start:stop])
+                    target.sub_(mark[start:stop])
                     is_finite = is_finite and math.isfinite(target.dot(target).item())
                     target.add_(anchor)
                 else:
-                    target = local.mul_(alpha).add_(anchor, alpha=1 - alpha)
+                    target.mul_(alpha).add_(anchor, alpha=1 - alpha)
                 self.flat.write(start, target)
-            self.spare = mark if mark is not None else self.spare
             return is_finite
 
     def mark_anchor(self):
-        """Make the anchor the mark: what the local values have beyond it goes on top of later ones.
-        Where a mark is kept, training has gone on from that."""
+        """Make the anchor the mark, so that the local work beyond it goes on top of a later anchor. A
+        mark that is kept already stays: training has gone on from it."""
         with self.lock:
             if self.mark is None:
                 self.mark = self._vector()
@@ -642,73 +610,68 @@ def reason_of(error):
     return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
 
 
-class Interrupted(ConnectionError):
+def pauses():
+    """Yield the seconds to wait after each attempt to reach the server; they grow."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield min(pause, LONGEST_PAUSE_SECONDS)
+        pause *= 1.5
+
+
+class Interrupted(Exception):
     """The training thread has ended a request, to join again or to leave."""
 
 
 class Link:
-    """The connections of one worker, and what they are for: `control` joins, sends heartbeats and
-    leaves; others come from a small pool as pushes and pulls need them.
+    """The connections and threads of one worker: `control` joins, sends heartbeats and leaves; data
+    connections come and are kept as pushes and pulls need them."""
 
-    beat: called with the control connection every `pause` seconds, from a thread of the link's own.
-    """
-
-    def __init__(self, server, worker_id, threads):
+    def __init__(self, server, worker_id):
         self.server, self.worker_id = server, worker_id
-        self.session = secrets.token_hex(8)  # names this process
+        self.session = secrets.token_hex(8)  # name of this process
         self.control, self.control_lock = None, threading.RLock()
         self.idle, self.used = [], set()  # data connections
-        self.bytes_out = self.bytes_in = 0  # of data connections that are closed
-        self.tasks = queue.SimpleQueue()
-        self.threads, self.limit, self.free = [], threads, 0
-        self.lock = threading.Lock()  # guards the four fields above
-        self.lost = threading.Event()  # the server does not know this worker any more
+        self.bytes_out = self.bytes_in = 0  # traffic of the data connections that are closed
+        self.threads = set()  # threads of tasks, one each
+        self.rested = threading.Condition()  # guards the lines above; notified when a task ends
+        self.lost = threading.Event()  # set while the server does not know this worker any more
         self.must_join = False  # whether a join has failed, of which the server may know nothing
         self.interrupted = threading.Event()
         self.closed = threading.Event()
-        self.outage = None  # (seconds when the outage that lasts still was noticed,), or None
+        self.outage = None  # time when the outage that still lasts was noticed, in seconds, or None
         self.heart = None
-        self.busy = 0  # tasks that are running or wait to
-        self.rested = threading.Condition(self.lock)  # notified when no task is left
 
     # --- Connections ---
 
     def connect(self):
-        """A new connection, past its hello."""
         hello = {"worker": self.worker_id, "session": self.session}
         return protocol.connect(self.server, hello)[0]
 
     def exchange(self, action):
         """Call action(connection) until it works, with growing pauses, and return what it returns.
         Raises Interrupted, and Refused where the server says no."""
-        pause = FIRST_PAUSE_SECONDS
-        while True:
+        for pause in pauses():
             if self.interrupted.is_set():
-                raise Interrupted("interrupted")
+                raise Interrupted
             try:
-                return self._once(action)
+                with self.borrowed() as conn:
+                    if self.interrupted.is_set():
+                        raise Interrupted
+                    result = action(conn)
+                    self.reached()
+                    return result
             except (OSError, ProtocolError) as error:
                 self.note_outage(error)
             except Refused as refusal:
                 if refusal.code != "rejoin":
                     raise
                 self.lost.set()
-                raise Interrupted(str(refusal)) from None
-            if self.interrupted.wait(min(pause, LONGEST_PAUSE_SECONDS)):
-                raise Interrupted("interrupted")
-            pause *= 1.5
-
-    def _once(self, action):
-        with self.borrowed() as conn:
-            if self.interrupted.is_set():
-                raise Interrupted("interrupted")
-            result = action(conn)
-            self.reached()
-            return result
+                raise Interrupted from None
+            self.interrupted.wait(pause)
 
     @contextlib.contextmanager
     def borrowed(self):
-        """A data connection, idle or new, which is kept for the next request if the block succeeds."""
+        """Yield a data connection, idle or new, and keep it if the block succeeds."""
         try:
             conn = self.idle.pop()
         except IndexError:
@@ -724,75 +687,68 @@ class Link:
             self.used.discard(conn)
 
     def _drop(self, conn):
-        with self.lock:
+        with self.rested:
             self.bytes_out += conn.bytes_out
             self.bytes_in += conn.bytes_in
         conn.close()
 
     def note_outage(self, error):
-        """A request has failed: connections that are idle have most likely died of the same."""
+        """Note that a request has failed. Idle connections have most likely died with it."""
         self.drop_idle()
         if self.outage is None and not self.interrupted.is_set():
             self.outage = time.monotonic()
             log(f"server {self.server}: {error}; trying again")
 
     def drop_idle(self):
-        """Close the connections that nobody uses."""
         while self.idle:
             with contextlib.suppress(IndexError):
                 self._drop(self.idle.pop())
 
     def reached(self):
-        """The server has answered."""
+        """Note that the server has answered."""
         since, self.outage = self.outage, None
         if since is not None:
             log(f"server {self.server} is there, after {time.monotonic() - since:.1f} s")
 
     def patience(self, seconds):
-        """Seconds that are left of `seconds` since the outage began; all of them where there is
-        none."""
+        """Return how many of `seconds` since the outage began are left; all if there is none."""
         since = self.outage
         return seconds if since is None else max(0.0, since + seconds - time.monotonic())
 
     # --- Threads ---
 
     def submit(self, task):
-        """Have a thread call `task()`. Daemon threads, started as they are needed: those of
-        concurrent.futures would keep a process from ending while a round is waited for."""
-        with self.lock:
-            self.busy += 1
-            if self.free <= 0 and len(self.threads) < self.limit:
-                self.threads.append(threading.Thread(target=self._work, daemon=True))
-                self.threads[-1].start()
-                self.free += 1
-            self.free -= 1
-        self.tasks.put(task)
+        """Have a thread call `task()`. Daemon threads: those of concurrent.futures would keep a
+        process from ending while a round is waited for."""
+        thread = threading.Thread(target=self._work, args=[task], daemon=True)
+        with self.rested:
+            thread.start()
+            self.threads.add(thread)
 
-    def _work(self):
-        while task := self.tasks.get():
-            task()
-            with self.lock:
-                self.free += 1
-                self.busy -= 1
-                self.rested.notify_all()
+    def _work(self, task):
+        task()
+        with self.rested:
+            self.threads.remove(threading.current_thread())
+            self.rested.notify_all()
 
     def interrupt(self):
         """End all requests, and wait until no task is left. Idle connections may be dead too."""
         self.interrupted.set()
-        with self.lock:
-            while self.busy:
+        with self.rested:
+            while self.threads:
                 for conn in self.used.copy():
                     conn.hang_up()
                 self.rested.wait(0.1)
         self.drop_idle()
+        self.interrupted.clear()
 
     # --- Joining, heartbeats, leaving ---
 
     def retry(self, action, seconds):
         """Call `action` until it works, for at most `seconds`. Raises ConnectionError then, and
         Refused at once, unless the server was only restarted meanwhile."""
-        began, pause = time.monotonic(), FIRST_PAUSE_SECONDS
-        while True:
+        began = time.monotonic()
+        for pause in pauses():
             try:
                 return action()
             except (OSError, ProtocolError, Refused) as error:
@@ -806,11 +762,10 @@ class Link:
                     ) from error
                 if pause == FIRST_PAUSE_SECONDS:
                     log(f"server {self.server}: {error}; trying again for up to {seconds:.0f} s")
-            self.closed.wait(min(pause, LONGEST_PAUSE_SECONDS))
-            pause *= 1.5
+            self.closed.wait(pause)
 
     def open_control(self):
-        """A new control connection. The caller holds `control_lock`."""
+        """Return a new control connection. The caller holds `control_lock`."""
         if self.control:
             self.control.close()
         self.control = self.connect()
@@ -818,8 +773,7 @@ class Link:
 
     def start_heart(self, seconds, beat):
         """Call beat(control connection) every so many seconds from now on."""
-        arguments = [seconds, beat]
-        self.heart = threading.Thread(target=self._beat, args=arguments, daemon=True)
+        self.heart = threading.Thread(target=self._beat, args=[seconds, beat], daemon=True)
         self.heart.start()
 
     def _beat(self, seconds, beat):
@@ -857,10 +811,10 @@ class Link:
         self.interrupted.set()
         for conn in [*self.idle, *self.used.copy()]:
             conn.close()
-        for _ in self.threads:
-            self.tasks.put(None)
         deadline = time.monotonic() + 5.0
-        for thread in [*self.threads, *filter(None, [self.heart])]:
+        with self.rested:
+            threads = [*self.threads, *filter(None, [self.heart])]
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def disown(self):
@@ -884,10 +838,10 @@ class Link:
 class Replica:
     """The slices of the global model on one worker, and the traffic that keeps them up to date.
 
-    slices: [Slice]; outbox: Outbox; listed: {slice: (Pending, why it was refused or "", step of the
-    run)} of pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
-    numbers were not finite; error: what ended a request for good. `changed` guards all of these and
-    is notified when one of them changes. step: local steps so far, which the worker counts.
+    slices: [Slice]; outbox: Outbox; listed: {slice: (Pending, reason of a refusal or "", step of the
+    run)} for pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
+    numbers were not finite; error: exception that ended a request for good. `changed` guards all of
+    these and is notified when one of them changes. step: local steps so far, which the worker counts.
     """
 
     def __init__(self, worker_id, link):
@@ -897,14 +851,14 @@ class Replica:
         self.listed, self.broken, self.error = {}, [], None
         self.is_uploading = False
         self.step = 0
-        self.settings = {}  # of the outer optimizer
+        self.settings = {}  # settings of the outer optimizer, by name
         self.mismatches = self.last_send = self.last_recv = 0
         self.began = {}  # slice -> seconds when its push was made
         self.last_sync_time = self.total_sync_time = 0.0
 
     def set_up(self, flats, reply):
-        """The slices of a run, from the reply to the first join. flats: a FlatModel for each; a last
-        one beyond num_fragments is that of the buffers."""
+        """Make the slices of a run, from the reply to the first join. flats: [(FlatModel, whether it
+        is the buffers', whether it predicts)] by slice, the buffers last."""
         up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
         feedback = up.lossy and reply.field("error_feedback", bool, True)
         self.settings = reply.field("settings", dict)
@@ -914,76 +868,75 @@ class Replica:
             if carries_values:
                 up = down = CODECS["fp32"]
             has_residual = feedback and not carries_values
-            slice = Slice(flat, up, down, has_residual, predicts, carries_values)
-            self.slices.append(slice)
+            self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
 
     def outer_at(self, version):
-        """(lr, momentum, nesterov) of the outer step that follows a version."""
-        lr, momentum, warmup, nesterov = (
-            self.settings[name]
-            for name in ("outer_lr", "outer_momentum", "momentum_warmup", "nesterov")
-        )
-        return lr, protocol.momentum_at(max(0, version.number), momentum, warmup), nesterov
+        """Return (lr, momentum, nesterov) of the outer step that follows a version."""
+        lr, top, nesterov = (self.settings[n] for n in ("outer_lr", "outer_momentum", "nesterov"))
+        warmup = self.settings["momentum_warmup"]
+        return lr, protocol.momentum_at(max(0, version.number), top, warmup), nesterov
 
     # --- Pushes ---
 
     def push(self, made, goes_on, facts):
-        """Send a push that the outbox has made on its way. facts: what else goes with it."""
+        """Send a push that the outbox has made on its way. facts: further fields of its message."""
         slice = self.slices[made.k]
         has_numbers = slice.has_changed() if slice.carries_values else made.steps > 0
         slice.begin(has_numbers, goes_on)
         made.facts = facts
         self.began[made.k] = time.monotonic()
-        # The uploading thread has another stream, perhaps.
+        # The thread that uploads may have another stream.
         queued = [stream.record_event() for stream in slice.flat.streams()]
         with self.changed:
             made.queued = queued  # before this, no thread sends it
         self.audit("push", made, base=made.base, first=made.first, last=made.last)
         self.kick()
 
-    def next_upload(self):
-        """The push that is to be sent next, if its numbers are there. Needs `changed`."""
-        made = self.outbox.upload()
-        return made if made and made.queued is not None else None
-
     def kick(self):
-        """Have the pushes sent that the server has not answered."""
+        """Have the next push sent that the server has not answered, one at a time."""
         with self.changed:
-            if self.is_uploading or self.next_upload() is None:
+            made = self.outbox.upload()
+            stopped = self.error or self.link.interrupted.is_set() or self.link.lost.is_set()
+            if self.is_uploading or stopped or made is None or made.queued is None:
                 return
             self.is_uploading = True
-        self.link.submit(self._upload)
+        self.link.submit(lambda: self._deliver(made))
 
     def resend(self):
-        """After a join: have all pushes sent again that no entry lists, in their order."""
+        """Have all pushes sent again, after a join, that no entry lists, in their order."""
         with self.changed:
             self.outbox.resend()
         self.kick()
 
-    def _upload(self):
-        """Send one push after the other; a thread of the link runs this."""
-        while True:
+    def _deliver(self, made):
+        """Send a push, then take the log up to the entry that lists it. A thread of the link runs
+        this; another one sends the next push meanwhile."""
+        try:
+            is_sent = self._upload(made)
+            self.kick()
+            if is_sent and not self.link.exchange(lambda conn: self.pull(conn, made.k, made.seq)):
+                with self.changed:
+                    self.outbox.resend(made)
+                self.kick()
+        except Interrupted:
+            return
+        except BaseException as error:  # a request has ended for good: training raises its error
             with self.changed:
-                made = self.next_upload()
-                stopped = self.link.interrupted.is_set() or self.link.lost.is_set()
-                if made is None or self.error or stopped:
-                    self.is_uploading = False
-                    self.changed.notify_all()
-                    return
-            try:
-                self.link.exchange(lambda conn, made=made: self._send(conn, made))
-                with self.changed:
-                    made.answered = True
-                    self.changed.notify_all()
-                self.link.submit(lambda made=made: self._pull(made))
-            except NotFinite:
-                with self.changed:
-                    self.broken.append(made)
-                    self.changed.notify_all()
-            except Interrupted:
-                continue
-            except BaseException as error:
-                self._fail(error)
+                self.error = self.error or error
+                self.changed.notify_all()
+
+    def _upload(self, made):
+        """Send a push. Returns False where its numbers are not finite: it is sent again without."""
+        try:
+            self.link.exchange(lambda conn: self._send(conn, made))
+            made.answered = True
+        except NotFinite:
+            self.broken.append(made)
+        finally:
+            with self.changed:
+                self.is_uploading = False
+                self.changed.notify_all()
+        return made.answered
 
     @torch.no_grad()
     def _send(self, conn, made):
@@ -1005,26 +958,7 @@ class Replica:
             conn.request("push", fields, slice.payload.specs, slice.pieces())
         self.last_send = conn.bytes_out - before
 
-    def _fail(self, error):
-        """A request has ended for good: the training thread raises its error."""
-        with self.changed:
-            self.error = self.error or error
-            self.changed.notify_all()
-
     # --- The log ---
-
-    def _pull(self, made):
-        """Take what the log says up to the entry that lists a push; a thread of the link runs this."""
-        try:
-            is_there = self.link.exchange(lambda conn: self.pull(conn, made.k, made.seq))
-        except Interrupted:
-            return
-        except BaseException as error:
-            return self._fail(error)
-        if not is_there:
-            with self.changed:
-                self.outbox.resend(made)
-            self.kick()
 
     @torch.no_grad()
     def pull(self, conn, k, seq):
@@ -1048,9 +982,10 @@ class Replica:
         version = protocol.version_of(reply.field("version", list))
         fates, whole = protocol.fates_of(reply.field("folded", dict)), None
         if reply.type == "slice":
-            reply.expect([TensorSpec("slice", torch.float32, (slice.size,)), Checksum.SPEC])
-            # An anchor that has no numbers yet takes them itself.
-            in_place = place.version == NONE and not slice.is_staged
+            spec = protocol.TensorSpec("slice", torch.float32, (slice.size,))
+            reply.expect([spec, Checksum.SPEC])
+            # An anchor on the CPU that has no numbers yet takes those of the message itself.
+            in_place = place.version == NONE and slice.device.type == "cpu"
             whole = slice.anchor if in_place else torch.empty(slice.size)
             conn.read(whole)
             conn.read(slice.update.tensors["checksum"])
@@ -1065,33 +1000,26 @@ class Replica:
             fate, pending = fates.get(self.worker_id), place.pending
             is_listed = pending is not None and fate is not None and fate.seq >= pending.seq
             moves = is_listed and slice.mark is None
-            if whole is not None:
-                is_equal = slice.take_whole(whole, moves)
-            else:
-                learns = not reply.field("plain", bool)
-                is_equal = slice.take_entry(len(reply.specs) > 1, learns, moves)
+            learns = whole is None and not reply.field("plain", bool)
+            is_equal = slice.take(moves, whole, len(reply.specs) > 1, learns)
             with self.changed:
                 if not is_equal:
                     self.mismatches += 1
                     place.version = NONE
                     raise ProtocolError(f"slice {k} at {version} has another checksum than there")
                 slice.outer = self.outer_at(version)
-                self._note(k, version, fates, whole is not None, reply.field("step", int))
+                made, refused = self.outbox.take(k, version, fates, whole is not None, self.step)
+                if made:
+                    self.listed[k] = made, refused, reply.field("step", int)
+                    self.last_sync_time = time.monotonic() - self.began[k]
+                    self.total_sync_time += self.last_sync_time
+                    self.changed.notify_all()
         self.audit_anchor(k)
 
-    def _note(self, k, version, fates, is_whole, step):
-        """Note what became of the pending push of slice k. Needs `changed`."""
-        made, refused = self.outbox.take(k, version, fates, is_whole, self.step)
-        if made:
-            self.listed[k] = made, refused, step
-            self.last_sync_time = time.monotonic() - self.began.get(k, time.monotonic())
-            self.total_sync_time += self.last_sync_time
-            self.changed.notify_all()
-
     def catch_up(self, conn, k):
-        """Bring a slice of which no push is out to the head of the log, and the local values with
-        it: what they have beyond the anchor goes on top. They stay where there is nothing newer.
-        False where they are not finite."""
+        """Bring a slice without a push on its way to the head of the log, and the local values with
+        it: local work goes on top. The values stay if the log has nothing newer. Returns False if
+        they are not finite."""
         slice, held = self.slices[k], self.outbox.places[k].version
         goes_on = slice.mark is not None
         slice.mark_anchor()
@@ -1106,7 +1034,7 @@ class Replica:
         return is_finite
 
     def progress(self):
-        """What a checkpoint says of each slice, as JSON has it."""
+        """Return the progress of each slice for a checkpoint, as JSON has it."""
         return [
             {
                 "version": list(place.version),
@@ -1116,15 +1044,6 @@ class Replica:
             }
             for k, place in enumerate(self.outbox.places)
         ]
-
-    def residuals(self):
-        """{name: CPU tensor} of what encoding has lost so far, by slice."""
-        found = {}
-        for k, slice in enumerate(self.slices):
-            if slice.residual is not None:
-                with slice.lock:
-                    found[f"residual.{k}"] = slice.residual.cpu().clone()
-        return found
 
     # --- For tests/trail.py ---
 
@@ -1194,7 +1113,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _joint(self):
-        """What all ranks do together. If it fails here, no rank can tell where the others are."""
+        """Mark a joint call. If it fails here, no rank can tell where the others are."""
         if self.is_broken:
             raise RuntimeError("a transfer between the ranks of this worker has failed before")
         self.is_broken = True
@@ -1202,8 +1121,8 @@ class Ranks:
         self.is_broken = False
 
     def tell(self, value):
-        """Rank 0's `value`, as JSON gives it back, on every rank; with one rank, `value` itself. Other
-        ranks' values are ignored. An unchanged value costs a broadcast of 8 bytes."""
+        """Return rank 0's `value`, as JSON gives it back, on every rank; with one rank, `value`
+        itself. Other ranks' values are ignored. An unchanged value costs a broadcast of 8 bytes."""
         if self.count == 1:
             return value
         news = json.dumps(value).encode() if self.leads else b""
@@ -1217,14 +1136,14 @@ class Ranks:
         return json.loads(self.told)
 
     def whole(self, names=None):
-        """The tensors that rank 0 works on, as a list: the parameters themselves, or where the model
-        is sharded the mirror's tensors, on the CPU, each of its parameter's dtype and full shape. A
+        """Return the list of tensors that rank 0 works on: the parameters themselves, or of a sharded
+        model the mirror's tensors, on the CPU, each of its parameter's dtype and full shape. A
         mirror's tensor holds noise until the first `gather`. Only on rank 0."""
         names = self.trainable if names is None else names
         return [self._mirrored(name) if self.is_sharded else self.named[name] for name in names]
 
     def _mirrored(self, name):
-        """The mirror's tensor, made on the first call; a tensor with two names is mirrored once."""
+        """Return the mirror's tensor, made on the first call; two names of a tensor share one."""
         if name not in self.mirror:
             own = self.named[name]
             twins = [room for twin, room in self.mirror.items() if self.named[twin] is own]
@@ -1284,7 +1203,7 @@ class Ranks:
                 self._send(tensor.detach())
 
     def _send(self, own):
-        """Rank 0's values of a plain tensor, to all: as bytes, since gloo has few dtypes."""
+        """Send rank 0's values of a plain tensor to all, as bytes, since gloo has few dtypes."""
         if self.count == 1 or not own.numel():
             return
         dense = own.contiguous()  # `own` itself, or a copy in row order
@@ -1307,8 +1226,8 @@ def is_sharded(tensor):
 
 
 def _part_of(whole, tensor):
-    """The rows of a whole tensor that this rank holds of the DTensor `tensor`. fully_shard cuts as
-    torch.chunk does, in the order of the mesh's process group: torch sorts the ranks of a group."""
+    """Return the rows of a whole tensor that belong in this rank's part of the DTensor `tensor`.
+    fully_shard cuts as torch.chunk does, in the order of the mesh's process group, by rank."""
     for dim, placement in enumerate(tensor.placements):
         if placement.is_shard():
             group = tensor.device_mesh.get_group(dim)
@@ -1318,8 +1237,8 @@ def _part_of(whole, tensor):
 
 
 def misplaced(tensor):
-    """The fault in how a DTensor lies on the ranks, as the end of a sentence; "" where fully_shard
-    could have placed the DTensor so."""
+    """Return the fault in how a DTensor lies on the ranks, as the end of a sentence; "" if
+    fully_shard could have placed it so."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements, mesh = tensor.placements, tensor.device_mesh
@@ -1338,7 +1257,7 @@ def misplaced(tensor):
 
 
 def fsdp_modules(model):
-    """The modules of a model that fully_shard has been applied to."""
+    """Return the modules of a model that fully_shard has been applied to."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return [module for module in model.modules() if isinstance(module, fsdp)]
 
@@ -1368,11 +1287,12 @@ class Buffers(protocol.FlatModel):
 
 
 class Trained:
-    """What of a model is synchronized, under the names that it has before it is compiled or wrapped.
+    """The synchronized tensors of a model, under their names from before it is compiled or wrapped.
 
-    named: {name: parameter} of what is trained; frozen: of what is not, and can be compared with
-    others'; buffers: {name: (module, attribute)}; optimizers: the innermost ones; clearings: how often
-    their state has been cleared; files: {name: text} of descriptive files. Raises ValueError where a parameter cannot be synchronized.
+    named: {name: trained parameter}; frozen: {name: parameter that is not trained, and can be
+    compared with other workers'}; buffers: {name: (module, attribute)}; optimizers: the innermost
+    ones; clearings: how often their state has been cleared; files: {name: text} of descriptive files.
+    Raises ValueError where a parameter cannot be synchronized.
     """
 
     def __init__(self, model, optimizer, files=None):
@@ -1390,7 +1310,11 @@ class Trained:
             check_parameter(name, parameter)
         self.frozen = {plain(name): parameter for name, parameter in frozen_parameters(model)}
         self.places = {plain(name): place for name, place in floating_buffers(model)}
-        self.buffers = {n: p for n, p in self.places.items() if is_in_range(getattr(*p))}
+        self.buffers = {
+            name: place
+            for name, place in self.places.items()
+            if protocol.within(getattr(*place).detach().float().reshape(-1))
+        }  # a mask's numbers may be the least there are
         self.clearings = 0
         self.files = files if files is not None else config_of(model)
 
@@ -1453,11 +1377,6 @@ def floating_buffers(model):
             yield name, (modules[owner], attribute)
 
 
-def is_in_range(buffer):
-    """Whether a buffer's numbers can be synchronized: a mask's may be the least there are."""
-    return protocol.within(buffer.detach().float().reshape(-1))
-
-
 def check_parameter(name, parameter):
     """Raise ValueError where a parameter that is trained cannot be synchronized."""
     fault = ""
@@ -1517,13 +1436,13 @@ def config_of(model):
 
 
 class Admission:
-    """How a worker gets into a run, for the first time or again: it says what it is and what it
-    holds, brings what the server lacks, and takes what it lacks itself from the log."""
+    """The joining of a worker, for the first time or again: it says what it is and holds, brings
+    what the server lacks, and takes what it lacks itself from the log."""
 
     def __init__(self, leader):
         self.leader, self.worker, self.replica = leader, leader.worker, leader.replica
         self.link, self.trained = leader.link, leader.worker.trained
-        self.fingerprints = {}  # of frozen parameters, worked out once
+        self.fingerprints = {}  # fingerprints of frozen parameters by name, worked out once
         self.kept = []  # slices whose local work of a checkpoint goes on
         self.out = []  # slices whose push comes to the server only now
 
@@ -1538,7 +1457,8 @@ class Admission:
             while reply.type == "bring":
                 reply = self.bring(conn, reply)
         if not self.worker.joins:
-            self.set_up(reply)
+            self.kept = []
+            self.replica.set_up(self.flats(*self.orders_of(reply)), reply)
         if self.link.heart is None:
             seconds = reply.field("heartbeat_seconds", float, low=0.01)
             self.link.start_heart(seconds, self.leader.beat)
@@ -1547,9 +1467,10 @@ class Admission:
         return reply
 
     def introduction(self):
-        """What a join says of this worker."""
+        """Return the fields of a join: this worker's settings, tensors and progress."""
         worker, count = self.worker, self.worker.schedule.count
-        specs, buffers = (protocol.specs_of(each.items()) for each in self.tensors())
+        specs = protocol.specs_of(self.trained.named.items())
+        buffers = protocol.specs_of(self.trained.buffer_tensors.items())
         places = self.replica.outbox.places if worker.joins else []
         return {
             "manifest": protocol.manifest_to_json(specs),
@@ -1569,14 +1490,10 @@ class Admission:
             "resumes": [] if places else self.resumable(),
         }
 
-    def tensors(self):
-        """({name: parameter}, {name: buffer}): the worker's tensors, in its own order."""
-        return self.trained.named, self.trained.buffer_tensors
-
     def resumable(self):
-        """By slice, the version that the local work of a checkpoint started from. A slice that was
-        saved while its push was out is resumed from the global one: what came after the push cannot
-        be told from what it carries."""
+        """Return, by slice, the version that the local work of a checkpoint started from. A slice
+        that was saved while its push was out is resumed from the global one: the steps after the
+        push cannot be told from those in the push."""
         saved = self.worker.saved.get("fragments", [])
         found = [FRESH if old["in_flight"] else Version(*old["version"]) for old in saved]
         more = self.worker.schedule.count - len(found)
@@ -1585,7 +1502,7 @@ class Admission:
         return found + [FRESH] * more
 
     def describe_frozen(self):
-        """[name, dtype, shape, fingerprint] of each frozen parameter."""
+        """Return [name, dtype, shape, fingerprint] of each frozen parameter."""
         frozen = self.trained.frozen
         if frozen and not self.fingerprints:
             whole = self.worker.ranks.whole(list(frozen))
@@ -1596,11 +1513,11 @@ class Admission:
         return [[*entry, self.fingerprints[entry[0]]] for entry in listed]
 
     def note_frozen(self, name, whole):
-        """A frozen parameter of a sharded model, as `Ranks.gather` finds it."""
+        """Note a frozen parameter of a sharded model, as `Ranks.gather` finds it."""
         self.fingerprints[name] = protocol.fingerprint(whole)
 
     def say_awaited(self, fields):
-        """The server still waits for others."""
+        """Log that the server still waits for others."""
         if self.worker.leave_by is not None:
             raise ConnectionError("this worker leaves")
         log(f"{self.worker.worker_id} waits for {fields.get('awaited')}")
@@ -1610,37 +1527,29 @@ class Admission:
         worker was started with."""
         slices = [k for k in reply.field("slices", list) if type(k) is int]
         files = self.trained.files if reply.field("files", bool, False) else {}
-        files = {n: t.encode() for n, t in files.items() if n in protocol.FILE_NAMES}
         raw = {
-            f"file:{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
             for name, text in files.items()
+            if name in protocol.FILE_NAMES
         }
         if self.worker.joins:
             sources = [slice.anchor for slice in self.replica.slices]
         else:
             flats = self.flats(*self.orders_of(reply))
-            sources = [self.own_slice(flat) for flat, *_ in flats]
+            sources = [torch.empty(flat.numel, device=flat.device) for flat, *_ in flats]
+            for values, (flat, *_) in zip(sources, flats, strict=True):
+                flat.read(0, values)
         if not all(0 <= k < len(sources) for k in slices):
             raise ProtocolError("bring: the server asks for a slice that there is not")
         found = {f"slice:{k}": sources[k].cpu() for k in slices}
-        return conn.request(
-            "bring",
-            {"slices": slices, "files": {name: len(text) for name, text in files.items()}},
-            protocol.specs_of(found.items()) + protocol.specs_of(raw.items()),
-            [*found.values(), *raw.values()],
-            on_wait=self.say_awaited,
-        )
-
-    @staticmethod
-    def own_slice(flat):
-        """The local values of a slice, as float32."""
-        values = torch.empty(flat.numel, device=flat.device)
-        flat.read(0, values)
-        return values
+        found |= {f"file:{name}": text for name, text in raw.items()}
+        fields = {"slices": slices, "files": {name: len(text) for name, text in raw.items()}}
+        specs = protocol.specs_of(found.items())
+        return conn.request("bring", fields, specs, [*found.values()], on_wait=self.say_awaited)
 
     def flats(self, names, buffers):
-        """[(FlatModel, whether it is the buffers', whether it predicts)] of the slices, in the order
-        of these names of parameters and buffers."""
+        """Return [(FlatModel, whether it is the buffers', whether it predicts)] by slice, for these
+        names of parameters and buffers in the server's order."""
         worker, count = self.worker, self.worker.num_fragments
         predicts = worker.fragment_update == "predict" and worker.delay > 0
         whole = worker.ranks.whole(list(names))
@@ -1650,17 +1559,12 @@ class Admission:
             found.append((Buffers(places), True, False))
         return found
 
-    def set_up(self, reply):
-        """The first join of this process: the slices in the layout of the server's manifest."""
-        self.kept = []
-        self.replica.set_up(self.flats(*self.orders_of(reply)), reply)
-
     def orders_of(self, reply):
-        """[names of the parameters, names of the buffers] in the order in which the server has
-        them, which may not be this worker's."""
-        named, buffers = self.tensors()
+        """Return [names of the parameters, names of the buffers] in the server's order, which may
+        not be this worker's."""
         orders = []
-        for name, own in (("manifest", named), ("buffers", buffers)):
+        tensors = {"manifest": self.trained.named, "buffers": self.trained.buffer_tensors}
+        for name, own in tensors.items():
             specs = protocol.manifest_from_json(reply.field(name, list), trained=name == "manifest")
             if {s.name: s.shape for s in specs} != {n: tuple(t.shape) for n, t in own.items()}:
                 raise ProtocolError("join: the server names other tensors than this worker has")
@@ -1711,7 +1615,7 @@ class Admission:
             slice.show_anchor()
 
     def resume(self, reply):
-        """The first join is through: go on where the checkpoint was, if the run is still there."""
+        """After the first join, go on where the checkpoint was, if the run is still there."""
         worker = self.worker
         worker.step = worker.run_step = reply.field("step", int)
         if worker.saved:
@@ -1727,13 +1631,10 @@ class Admission:
             worker.schedule.align(reply.field("next", int), reply.field("steps", int, None))
 
     def load_residual(self):
-        """Take up what encoding had lost of the pushes before the checkpoint."""
+        """Take up the losses in encoding the pushes before the checkpoint."""
         saved, slices = self.worker.saved, self.replica.slices
-        lossy = {
-            f"residual.{k}": slice.residual
-            for k, slice in enumerate(slices)
-            if slice.residual is not None
-        }
+        lossy = {f"residual.{k}": slice.residual for k, slice in enumerate(slices)}
+        lossy = {name: residual for name, residual in lossy.items() if residual is not None}
         if not lossy:
             return
         try:
@@ -1788,10 +1689,9 @@ class Admission:
 
 
 class Leader:
-    """What rank 0 does for a worker, which may have other ranks: it joins, adopts what is due, pushes
-    what is due, gives up what is not finite, and closes the run. Facts that concern all ranks are
-    attributes of the `worker`.
-    """
+    """The work of rank 0 for a worker, which may have other ranks: to join, to adopt and push what is
+    due, to give up what is not finite, and to close the run. Facts that concern all ranks are
+    attributes of the `worker`."""
 
     def __init__(self, worker):
         self.worker = worker
@@ -1826,14 +1726,9 @@ class Leader:
         """Join again: the server was restarted, or had given this worker up. False where it cannot be
         reached."""
         self.link.interrupt()
-        self.link.interrupted.clear()
-        seconds = (
-            self.link.patience(self.worker.reconnect_timeout)
-            if self.worker.leave_by is None
-            else 0.0
-        )
+        leaves = self.worker.leave_by is not None
         try:
-            self.join(seconds)
+            self.join(0.0 if leaves else self.link.patience(self.worker.reconnect_timeout))
         except ConnectionError as error:
             self.link.note_outage(error)
             self.link.must_join = True
@@ -1876,26 +1771,25 @@ class Leader:
                 self.adopt(k)
 
     def facts(self):
-        """What a push says of this worker's progress."""
-        return {
-            "step": self.worker.step,
-            "position": self.schedule.position,
-            "loss": self.sane_loss(),
-        }
+        """Return this worker's progress for a message; of the loss, a number within limits only."""
+        worker, loss = self.worker, self.worker.loss
+        if loss is not None and not abs(loss) < protocol.MAX_ABS:
+            loss = None
+        return {"step": worker.step, "position": self.schedule.position, "loss": loss}
 
     def adopt(self, k):
         """Wait until an entry lists the pending push of slice k, then move the local values with the
-        anchor. False where training is to go on without it."""
+        anchor; or let training go on without the server."""
         worker = self.worker
         replica, began = self.replica, time.monotonic()
         try:
-            if not self.wait(lambda: self.is_decided(k)) and not self.go_on(k):
-                return False
+            if not self.wait(lambda: self.is_decided(k)):
+                self.go_on(k)
         finally:
             worker.stall_time += time.monotonic() - began
         self.heed_replica()
         if k not in replica.listed:
-            return False  # given up: the server has the model of another run
+            return  # training goes on without, or the server has the model of another run
         with replica.changed:
             push, refused, step = replica.listed.pop(k)
         worker.run_step = max(worker.run_step, step)
@@ -1911,7 +1805,6 @@ class Leader:
             self.drop("local work is not finite")
         elif not replica.slices[k].is_empty and not refused:
             self.refusals = 0
-        return True
 
     def is_decided(self, k):
         """Whether slice k has no push whose fate is open."""
@@ -1943,7 +1836,7 @@ class Leader:
         return self.replica.broken or self.replica.error or self.link.lost.is_set()
 
     def heed_replica(self):
-        """See to what the link's threads have met: an error, or numbers that are not finite."""
+        """Raise an error of the link's threads, and drop numbers that are not finite."""
         if self.replica.error:
             raise self.replica.error
         while self.replica.broken:
@@ -1952,12 +1845,11 @@ class Leader:
                 self.drop("the pseudo-gradient is not finite", push)
 
     def go_on(self, k):
-        """Let training go on from the values that the push of slice k was made from. True where the
-        push is listed after all."""
+        """Let training go on from the values that the push of slice k was made from."""
         slice, replica = self.replica.slices[k], self.replica
         with slice.lock:
             if k in replica.listed:
-                return True
+                return
             slice.keep_mark()
             push = replica.outbox.places[k].pending
             if not push.late and self.worker.leave_by is None:
@@ -1966,10 +1858,9 @@ class Leader:
                     f"{push.steps} steps is kept until it is back"
                 )
             push.late = True
-        return False
 
     def count_refused(self, push, why):
-        """An entry lists a push without its numbers: its steps are in no version."""
+        """Count the steps of a push that an entry lists as refused: they are in no version."""
         self.worker.dropped_steps += push.steps
         self.replica.audit("dropped", push, first=push.first, last=push.last, why=why)
         log(f"WARNING: {self.worker.worker_id}: {why}; its {push.steps} steps are dropped")
@@ -2032,18 +1923,12 @@ class Leader:
                 )
 
     def beat(self, control):
-        """A heartbeat, from a thread of the link: say where this worker is, and hear of the others."""
+        """Send a heartbeat, from a thread of the link, and take in the reply."""
         worker = self.worker
         with self.replica.changed:
             blocked = list(self.replica.outbox.blocked(worker.local_step))
-        fields = {
-            "step": worker.step,
-            "position": self.schedule.position,
-            "steps_per_second": worker.steps_per_second,
-            "loss": self.sane_loss(),
-            "blocked": blocked,
-        }
-        reply = control.request("heartbeat", fields)
+        rate = {"steps_per_second": worker.steps_per_second}
+        reply = control.request("heartbeat", {**self.facts(), **rate, "blocked": blocked})
         orders = reply.field("orders", list)
         if "away" in orders and not worker.is_server_away:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
@@ -2057,11 +1942,6 @@ class Leader:
             vars(worker).update(heard)
         else:
             self.heard = heard
-
-    def sane_loss(self):
-        """The loss as the wire takes it: a number within its limits, or nothing."""
-        loss = self.worker.loss
-        return loss if loss is not None and abs(loss) < protocol.MAX_ABS else None
 
 
 STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
@@ -2140,7 +2020,7 @@ class DiLoCoWorker:
         self.source, self.reconnect_timeout = source, reconnect_timeout
         self.trained = Trained(model, optimizer, files)
         self.ranks = None  # the processes of this worker, from `start` on
-        self.link = Link(self.server, self.worker_id, threads=self.num_fragments + 2)
+        self.link = Link(self.server, self.worker_id)
         self.replica = Replica(self.worker_id, self.link)
         count = self.num_fragments + bool(self.trained.buffers)
         self.schedule = Schedule(self.sync_every, self.num_fragments, count)
@@ -2165,7 +2045,7 @@ class DiLoCoWorker:
         STARTED.add(self)
         try:
             self.ranks = Ranks({**self.trained.named, **self.trained.frozen})
-            found = self.ranks.tell(list(self.trained.buffers))  # those that are finite on rank 0
+            found = self.ranks.tell(list(self.trained.buffers))  # names of buffers finite on rank 0
             self.trained.buffers = {name: self.trained.places[name] for name in found}
             with torch.no_grad(), self._together(frozen=self.trained.frozen):
                 if self.ranks.leads:
@@ -2224,13 +2104,13 @@ class DiLoCoWorker:
                 self.replica.listed.clear()
 
     def _close_at_exit(self):
-        error = getattr(sys, "last_value", None)  # what nobody caught
+        error = getattr(sys, "last_value", None)  # the exception that nobody caught
         self.close(f"the process ended after {reason_of(error)}" if error else "the process ended")
 
     def _disown(self):
         """In a process forked from the worker's: leave the worker alone."""
         self.link.disown()
-        self.closed, self.flushed = threading.Event(), True
+        self.closed = threading.Event()
         self.closed.set()
         for slice in self.replica.slices:
             slice.lock = threading.RLock()
@@ -2272,7 +2152,7 @@ class DiLoCoWorker:
                 ranks.release(fetched)
 
     def _writes(self):
-        """How often each slice of (the parameters, the buffers) has been changed here."""
+        """Return how often each slice has been changed here: ([parameters'], [buffers'])."""
         counts, n = [slice.flat.writes for slice in self.replica.slices], self.num_fragments
         return counts[:n], counts[n:]
 
@@ -2294,8 +2174,7 @@ class DiLoCoWorker:
     # --- Steps ---
 
     def _stepped(self, optimizer, args, kwargs):
-        """The optimizer's hook. A subclass's `step` that calls its parent's runs it twice."""
-        if not is_nested_step(optimizer):
+        if not is_nested_step(optimizer):  # as where a subclass's `step` calls its parent's
             self._after_step()
 
     def _after_step(self):
@@ -2311,7 +2190,7 @@ class DiLoCoWorker:
 
     @property
     def optimizer(self):
-        """The optimizer whose steps count."""
+        """Optimizer whose steps count."""
         return self.trained.optimizers[-1]
 
     @property
@@ -2343,7 +2222,7 @@ class DiLoCoWorker:
 
     @property
     def sync_count(self):
-        """Rounds adopted: all fragments once."""
+        """Rounds adopted, each all fragments once."""
         return self.fragment_syncs // self.num_fragments
 
     @property
@@ -2353,8 +2232,7 @@ class DiLoCoWorker:
 
     @property
     def overlap(self):
-        """The share of the time of transfers, waiting for others included, in which this worker
-        went on training."""
+        """Share of the time of transfers, waits included, in which this worker went on training."""
         total = self.replica.total_sync_time
         return max(0.0, 1 - self.stall_time / total) if total else 0.0
 
@@ -2384,7 +2262,7 @@ class DiLoCoWorker:
                     tensor.copy_(values)
 
     def metrics(self):
-        """The numbers for a log, under `diloco/`."""
+        """Return the numbers for a log, under `diloco/`."""
         return {
             "diloco/sync_count": self.sync_count,
             "diloco/local_step": self.local_step,
@@ -2403,10 +2281,10 @@ class DiLoCoWorker:
         }
 
     def residual(self):
-        """What rounding has lost so far, which the next pushes make up for, as {name: tensor}; empty
-        where the upload codec loses nothing. Belongs to a checkpoint: as "residual" in `state_dict`
-        where tensors can be saved with that, or in a file of its own."""
-        return self.replica.residuals()
+        """Return the losses of rounding so far, by slice, as {name: CPU tensor}; empty if there are
+        none. They belong to a checkpoint: as "residual" in `state_dict`, or in a file."""
+        slices = {f"residual.{k}": slice for k, slice in enumerate(self.slices)}
+        return {name: s.copied_residual() for name, s in slices.items() if s.residual is not None}
 
     def save_residual(self, path):
         """Write `residual` into a safetensors file, if it is not empty."""
@@ -2414,8 +2292,8 @@ class DiLoCoWorker:
             protocol.save_file(path, residuals, {"program": "diloco", "run": self.run})
 
     def state_dict(self):
-        """Sync progress as JSON-able values, never parameters. With the model's parameters of the
-        same moment it lets another process go on with local work that had not been sent."""
+        """Return the sync progress as JSON-able values, never parameters. With the parameters of the
+        same moment another process can go on with local work that had not been sent."""
         return {
             "worker_id": self.worker_id,
             "run": self.run,
@@ -2504,7 +2382,7 @@ class DiLoCoCallback:
             self.worker.flush()
         metrics = self.worker.metrics()
         logs.update(metrics)
-        history = getattr(state, "log_history", None)  # where the Trainer has put a copy already
+        history = getattr(state, "log_history", None)  # its last entry may be a copy of `logs`
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 

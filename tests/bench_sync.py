@@ -153,7 +153,7 @@ def arithmetic_role(args):
         update = entry.payload.raw
         slice.update.raw[: len(update)].copy_(update)
         times.append(time.process_time())
-        slice.take_entry(has_update=True, learns=True, moves=True)
+        slice.take(moves=True, learns=True)
         times.append(time.process_time())
         encode, step, _, adopt = (after - before for before, after in itertools.pairwise(times))
         say(event="round", began=0, ended=0, worker=encode + adopt, server=step)

@@ -356,7 +356,7 @@ def test_a_copy_in_training_has_no_worker_and_can_go_on_later(serve, make):
     threads = threading.active_count()
     twin = make(callback)
     assert twin.worker is None and callback.worker is worker
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert twin.options == callback.options and twin.server == server.address
     assert twin.state_dict() == callback.state_dict() and twin.state_dict()["step"] == 3
     twin.close()
