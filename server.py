@@ -313,24 +313,32 @@ class Run:
             return False
         if self.is_open:
             return not self.is_stopping or id in self.stopping or id in self.indices
-        ready = id in self.stopping or self.is_ready(now)
+        ready = id in self._opening() and self.is_ready(now)
         return ready and self.is_whole and not any(self.lacking(w, now) for w in self.waiting)
 
+    def _opening(self):
+        """The ids that open the run: all that wait; of a run that is to stop, those it knows."""
+        if self.stopping.isdisjoint(self.waiting):
+            return self.waiting.keys()
+        return self.waiting.keys() & (self.stopping | self.expected.keys())
+
     def is_ready(self, now):
-        """Whether all are there that the run starts with: after a crash its members of before, as
-        far as they have been heard of within the worker timeout; else as many as a new run needs.
-        A crash before the first checkpoint leaves no names, but workers that hold a version."""
+        """Whether all are there that the run starts with: after a crash its members of before whose
+        last sign is no older than the worker timeout; else as many as a new run needs, one who
+        comes back to stop, or, where no names were left, one who holds a version, after a while."""
         limit = self.rules.worker_timeout
         if self.expected:
-            left = self.expected.keys() - self.waiting.keys()
-            return bool(self.waiting) and all(now - self.expected[w] > limit for w in left)
+            left = [seen for w, seen in self.expected.items() if w not in self.waiting]
+            return bool(self.waiting) and all(now - seen > limit for seen in left)
         holds = any(v > WEIGHTS for m in self.waiting.values() for v in m.versions)
-        return len(self.waiting) >= self.rules.workers or (holds and now - self.began > limit)
+        stops = not self.stopping.isdisjoint(self.waiting)
+        is_enough = stops or len(self.waiting) >= self.rules.workers
+        return is_enough or (holds and now - self.began > limit)
 
     def lacking(self, id, now):
         """The slices that a waiting worker is to bring: it is the first, by id, of those that hold
         the newest version, and the server holds an older one."""
-        if self.is_open or not (self.is_ready(now) or self.stopping & self.waiting.keys()):
+        if self.is_open or not self.is_ready(now):
             return []
         holders = [self.waiting[w] for w in sorted(self.waiting)]
         found = []
@@ -350,11 +358,9 @@ class Run:
         """Make a waiting worker a member. The run opens with the first one: all that wait become
         members in one event, before any of them is answered. `life(after)` names a life that
         sorts after `after`. Returns the ids of the new members."""
-        if self.is_open or id in self.stopping:
-            entering = [id]
-        else:
-            entering = sorted(self.waiting, key=lambda w: (self.indices.get(w, 1 << 53), w))
+        entering = [id]
         if not self.is_open:
+            entering = sorted(self._opening(), key=lambda w: (self.indices.get(w, 1 << 53), w))
             self._open(now, life)
         for worker in entering:
             self._enter(self.waiting.pop(worker), now)
@@ -483,7 +489,7 @@ class Run:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
-        late = self.lateness(push)
+        late = slice.lateness(push)
         if not push.refused and push.steps and late > self.rules.max_staleness:
             push.refused = f"a push {late} rounds old is over --max-staleness"
         first = slice.pushes.get((push.worker, push.seq))
@@ -491,10 +497,6 @@ class Run:
         slice.pushes[push.worker, push.seq] = push
         member.passed = max(member.passed, self.turn(push.k))
         return True
-
-    def lateness(self, push):
-        """Versions that a push is behind the head of its slice."""
-        return self.slices[push.k].lateness(push)
 
     def is_there(self, k, id, seq):
         """Whether a push is in the open round of slice k, or being folded."""
@@ -525,7 +527,7 @@ class Run:
             return False
         if not self.missing(k):
             return True
-        on_time = sorted(p.arrived for p in slice.pushes.values() if not self.lateness(p))
+        on_time = sorted(p.arrived for p in slice.pushes.values() if not slice.lateness(p))
         if 0 < quorum <= len(on_time):
             return now - on_time[quorum - 1] >= grace
         # A round that has late contributions only waits for the others' next round, but not for ever.
@@ -569,12 +571,10 @@ class Run:
         slice = self.slices[k]
         closed, slice.folding = slice.folding, None
         slice.version = closed.version
-        for worker, fate in closed.fates.items():
-            if worker not in slice.folded or slice.folded[worker].seq < fate.seq:
-                slice.folded[worker] = fate
         self.step = max([self.step, *(push.step for push in closed.pushes)])
         here = self.members.keys() | self.waiting.keys() | self.expected.keys()
-        slice.folded = recent(slice.folded, closed.version, self.rules.max_staleness, here)
+        fates = {**slice.folded, **closed.fates}
+        slice.folded = recent(fates, closed.version, self.rules.max_staleness, here)
 
     # --- Crashes ---
 

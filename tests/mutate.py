@@ -65,7 +65,7 @@ MUTATIONS = {
         "        k = min(range(count), key=lambda k: self.turn(k) + count * begun[k])\n",
         "        k = 0\n",
     ),
-    "a run that goes on waits for -n": ("server", "(holds and now - self.began > limit)", "False"),
+    "a run that goes on waits for -n": ("server", " or (holds and now - self.began > limit)", ""),
     "members from before a crash are not waited for": (
         "server",
         'self.expected = dict.fromkeys(names["members"], now)',
@@ -73,7 +73,7 @@ MUTATIONS = {
     ),
     "those who are expected are waited for for ever": (
         "server",
-        "all(now - self.expected[w] > limit for w in left)",
+        "all(now - seen > limit for seen in left)",
         "not left",
     ),
     "sequence numbers begin anew": (

@@ -200,9 +200,9 @@ class Server:
             return None
         was_open = run.is_open
         entered = run.enter(id, now, self.world.life)
-        for id in entered:
-            self.world.entered.setdefault(run.members[id].session, now)
-            self.recall(run.members[id])
+        for new in entered:
+            self.world.entered.setdefault(run.members[new].session, now)
+            self.recall(run.members[new])
         self.world.note("entered", entered, [tuple(slice.version) for slice in run.slices])
         if not was_open:
             self.world.opened(self, entered)
@@ -431,7 +431,9 @@ class Process:
             self.fate = "parted" if self.parting else "ended"
 
     def refused(self, call, code):
-        if call.kind == "leave":
+        if call.kind == "leave":  # it has ended all the same, and does not see what is lost
+            for k, numbers in enumerate(self.world.server.numbers if self.world.server else ()):
+                self.excused[k] |= self.must[k] - numbers.keys()
             self.fate = "parted" if self.parting else "ended"
         elif code == "rejoin":
             self.next = ("join",)
@@ -817,7 +819,7 @@ class World:
                 held = run.members[id].versions[k]
                 assert held <= slice.version, f"slice {k}: {id} holds {held}, not {slice.version}"
                 assert held.life < run.life, f"slice {k}: {id} holds {held}, not before {run.life}"
-        if self.now - run.began <= TIMEOUT and not run.stopping:
+        if self.now - run.began <= TIMEOUT:
             gone = server.expected - set(entered)
             assert not gone, f"opened without {gone}, who may come"
         server.expected = set()

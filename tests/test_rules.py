@@ -372,6 +372,22 @@ def test_who_leaves_does_not_wait_to_enter_either():
     assert not run.waiting
 
 
+def test_a_run_that_is_to_stop_opens_with_the_newest_version_that_anybody_who_waits_holds():
+    run = opened("ada", "bob", "cai")
+    older = [slice.version for slice in run.slices]
+    newest = [Version(version.life, 1) for version in older]
+    run.stop()
+    for id in ("ada", "bob"):
+        run.remove(id, ends=id == "ada")
+    run = reopened(run)
+    run.ask(member("bob", versions=older), 101)
+    assert not run.may_enter("bob", 101)  # cai is expected, and holds the newest
+    run.ask(member("cai", versions=newest), 102)
+    assert run.lacking("bob", 102) == [] and run.lacking("cai", 102) == [0, 1]
+    start(run, "bob", 102)
+    assert [slice.version for slice in run.slices] == newest and run.is_stopping
+
+
 def test_joins_wait_for_a_fold():
     run = opened("ada")
     push(run, "ada")
