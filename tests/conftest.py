@@ -181,6 +181,17 @@ def start():
 
 
 @pytest.fixture
+def mesh():
+    """A mesh of one rank of torch.distributed, in this process."""
+    import torch.distributed as dist  # for those tests only, as it takes long to import
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def serve(start, tmp_path):
     """serve(*args): a server on a free port, with `.port` and `.address`. `-m` is the folder
     `model` in the test's folder unless it is among the arguments."""

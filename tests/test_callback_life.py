@@ -353,10 +353,10 @@ def test_a_copy_in_training_has_no_worker_and_can_go_on_later(serve, make):
     callback = DiLoCoCallback(server.address, 2, "a")
     worker = begin(callback, training)
     training.steps(3)
-    threads = threading.active_count()
+    threads = {*threading.enumerate()}  # some of which may be about to end
     twin = make(callback)
     assert twin.worker is None and callback.worker is worker
-    assert threading.active_count() <= threads
+    assert {*threading.enumerate()} <= threads
     assert twin.options == callback.options and twin.server == server.address
     assert twin.state_dict() == callback.state_dict() and twin.state_dict()["step"] == 3
     twin.close()

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from conftest import LAUNCHER, ROOT, TRAINER, digest_of, status, until
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -361,14 +360,6 @@ def test_no_rank_is_left_waiting_in_a_transfer(serve, sharded, place, number):
     assert "MemoryError: no room for it" in raises[0].output
     if place == "gather":  # what rank 0 has no room for, the others send all the same
         assert "rank 0 of w0: MemoryError: no room for it" in raises[1].output
-
-
-@pytest.fixture
-def mesh():
-    """A mesh of one rank, in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use")

@@ -333,14 +333,6 @@ def test_one_process_needs_no_torch_distributed():
     assert all(whole is named[name] for name, whole in zip(named, ranks.whole(named), strict=True))
 
 
-@pytest.fixture
-def mesh():
-    """A mesh of one rank, in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use")
 def test_one_rank_can_be_sharded(mesh):
     check_shards(mesh)
