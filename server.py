@@ -2197,8 +2197,9 @@ class Server:
                 log(f"{conn.worker[0] or conn.peer} is refused: {error}")
             conn.refuse(error)
         except OSError as error:
-            if conn.worker[0] in self.run.members:
-                log(f"a connection to {conn.worker[0]} ended: {error}")
+            member = self.run.members.get(conn.worker[0])
+            if member and member.facts.conn is conn:  # its others mostly end with this one
+                log(f"the connection to {member.id} ended: {error}")
         finally:
             with self.lock:
                 self.connections -= 1

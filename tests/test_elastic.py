@@ -164,6 +164,7 @@ def test_a_push_of_a_killed_worker_that_had_arrived_whole_counts(
     assert steps_in(b.anchor[0]) == (first_push(mode), first_push(mode))
     b.step(mode["sync_every"]).stepped()
     server.wait_for("a is gone: not heard of for 1 s")
+    assert sum("connection to a ended" in line for line in server.lines) == 1  # of several
     assert round_line(tmp_path, 2)["losses"].keys() == {"b"}
 
 

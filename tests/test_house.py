@@ -13,7 +13,7 @@ DECIDING = {"passed", "since", "closed", "pushes", "folding", "folded", "closed_
 LINES = 1400  # that a product file may have at most
 # These two hold four and seven rooms each (see their docstrings), with the theory of each room in the
 # file: as many lines as it takes to say them plainly, until a room can be made simpler.
-LONGER = {"server.py": 2600, "diloco_callback.py": 2550}
+LONGER = {"server.py": 2550, "diloco_callback.py": 2450}
 CHANGING = {"add", "discard", "remove", "clear", "update", "pop", "setdefault", "append", "extend"}
 
 
