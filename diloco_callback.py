@@ -1101,9 +1101,10 @@ class Ranks:
         there = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
         self.leads = self.rank == 0  # whether this rank talks to the server
-        self.group = None  # gloo group, for `tell` and for tensors in CPU memory
+        self.groups = []  # one gloo group, for `tell` and for tensors in CPU memory; or none
         if self.count > 1:
-            self.group = dist.new_group(backend="gloo", timeout=RANKS_PATIENCE)
+            self.groups.append(dist.new_group(backend="gloo", timeout=RANKS_PATIENCE))
+            weakref.finalize(self, end_groups, self.groups)
         self.named = dict(named)
         self.trainable = [name for name, tensor in self.named.items() if tensor.requires_grad]
         self.is_sharded = any(map(is_sharded, self.named.values()))
@@ -1128,10 +1129,11 @@ class Ranks:
         news = json.dumps(value).encode() if self.leads else b""
         with self._joint():
             size = torch.tensor(0 if news == self.told else len(news))
-            dist.broadcast(size, 0, group=self.group)
+            dist.broadcast(size, 0, group=self.groups[0])
             if size:
                 raw = bytearray(news or size.item())
-                dist.broadcast(torch.frombuffer(raw, dtype=torch.uint8), 0, group=self.group)
+                text = torch.frombuffer(raw, dtype=torch.uint8)
+                dist.broadcast(text, 0, group=self.groups[0])
                 self.told = bytes(raw)
         return json.loads(self.told)
 
@@ -1207,7 +1209,7 @@ class Ranks:
         if self.count == 1 or not own.numel():
             return
         dense = own.contiguous()  # `own` itself, or a copy in row order
-        group = self.group if own.is_cpu else None  # None: the program's own, such as NCCL
+        group = self.groups[0] if own.is_cpu else None  # None: the program's own, such as NCCL
         dist.broadcast(dense.view(-1).view(torch.uint8), 0, group=group)
         if dense is not own:
             own.copy_(dense)
@@ -1218,6 +1220,17 @@ class Ranks:
         as `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
         for module in modules:
             module.reshard()
+
+
+def end_groups(groups):
+    """End process groups, with gloo's threads. A thread that lets go of a tensor takes Python's lock
+    for it; if Python has ended by then, the thread aborts the process."""
+    while groups:
+        group = groups.pop()
+        if (
+            dist.is_initialized()
+        ):  # else the program has ended all groups, and this one's name is gone
+            dist.destroy_process_group(group)
 
 
 def is_sharded(tensor):

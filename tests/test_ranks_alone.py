@@ -7,7 +7,9 @@ As a script, this file is one of the processes:
     python tests/test_ranks_alone.py check_tell 0 2 /tmp/store
 """
 
+import atexit
 import contextlib
+import gc
 import os
 import sys
 
@@ -19,6 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from conftest import until
+
 import protocol
 from diloco_callback import Ranks, fsdp_modules, is_sharded, misplaced
 
@@ -272,6 +276,27 @@ def check_death(call):
         raise SystemExit("nobody noticed")
 
 
+def threads():
+    """The number of threads of this process, gloo's among them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def check_end(how):
+    """The threads of the ranks' own group end with the Ranks, or with Python if that is sooner."""
+    before = threads()
+    ranks = Ranks({})
+    assert threads() > before
+    assert ranks.tell("news" if ranks.leads else None) == "news"
+    dist.barrier()  # whoever ends a group ends it for the others
+    if how == "exit":
+        atexit._run_exitfuncs()  # as when Python ends
+        assert ranks.groups == []
+    else:
+        del ranks
+        gc.collect()
+    until(lambda: threads() <= before, "the threads end", 10)  # the system takes a moment
+
+
 def main():
     check, rank, count, path = sys.argv[1:]
     torch.set_num_threads(1)
@@ -301,7 +326,8 @@ def launch(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("check", "count"),
-    [("check_meshes", 2), ("check_meshes", 4), ("check_plain", 2), ("check_plain", 3), ("check_tell", 2)],
+    [("check_meshes", 2), ("check_meshes", 4), ("check_plain", 2), ("check_plain", 3), ("check_tell", 2),
+     ("check_end=exit", 2), ("check_end=collected", 2)],
 )  # fmt: skip
 def test_every_rank_finds_its_check_true(launch, check, count):
     processes = launch(check, count)
@@ -323,7 +349,7 @@ def test_one_process_needs_no_torch_distributed():
     model, value = Model(), object()
     named = dict(model.named_parameters())
     ranks = Ranks(named)
-    assert (ranks.rank, ranks.count, ranks.leads, ranks.group) == (0, 1, True, None)
+    assert (ranks.rank, ranks.count, ranks.leads, ranks.groups) == (0, 1, True, [])
     assert ranks.tell(value) is value
     before = [tensor.detach().clone() for tensor in named.values()]
     ranks.gather()
