@@ -32,7 +32,7 @@ The life of a push:
     server   read whole, checked --push()--> in the open round --fold--> listed in an entry of the log
 
 Environment, where no argument is given: DILOCO_SERVER, DILOCO_SYNC_EVERY, DILOCO_WORKER_ID,
-DILOCO_NUM_FRAGMENTS.
+DILOCO_NUM_FRAGMENTS, DILOCO_TOKEN, DILOCO_TLS (see `protocol.Access`).
 """
 
 import atexit
@@ -50,19 +50,43 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 if __package__:  # explicit: inside a package, another `protocol` must never be imported
     from . import protocol
-    from .protocol import CODECS, FRESH, NONE, Checksum, Payload, ProtocolError, Refused, Version
+    from .protocol import (
+        CODECS,
+        FRESH,
+        NONE,
+        Checksum,
+        Payload,
+        ProtocolError,
+        Refused,
+        Version,
+        reason_of,
+    )
 else:
     import protocol
-    from protocol import CODECS, FRESH, NONE, Checksum, Payload, ProtocolError, Refused, Version
+    from protocol import (
+        CODECS,
+        FRESH,
+        NONE,
+        Checksum,
+        Payload,
+        ProtocolError,
+        Refused,
+        Version,
+        reason_of,
+    )
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
+LEAVE_SECONDS = 5.0  # time that a server has for each thing that a worker which ends waits for
+MAX_BRINGS = 100  # uploads that a server asks for in one join: by bad luck a few
+SAY_SECONDS = 60.0  # how often a wait that lasts is logged
 PARTING_SECONDS = 5.0  # time that a worker which is told to stop waits for its last push to arrive
 FIRST_PAUSE_SECONDS = 0.2  # between two attempts to connect; later pauses are longer
 LONGEST_PAUSE_SECONDS = 10.0
@@ -160,13 +184,16 @@ class Schedule:
             self.left = self.interval(self.next)
         return due
 
-    def align(self, k, steps=None, out=()):
-        """Let slice k be pushed next, in `steps`, or where that is None in a whole interval. With
-        None the place is kept where k is next already. Slices in `out` have a push on its way to
-        the server, so that their turn is over: the one behind them is next."""
-        for _ in range(self.count):
-            if k in out:
-                k, steps = (k + 1) % self.count, None
+    def align(self, turns, steps=None, out=()):
+        """Let the slice with the lowest turn be pushed next, in `steps`, or where that is None in a
+        whole interval. With None the place is kept where the slice is next already. `turns`: by
+        slice, the turn that its next push is for. Pushes of the slices in `out` are on their way to
+        the server; no round up to the latest of their turns waits for this worker then, and the
+        steps do not hold where another slice is next by that."""
+        passed = max((turns[k] for k in out), default=-1)
+        after = [turn + self.count * (turn <= passed) for turn in turns]
+        k = after.index(min(after))
+        steps = steps if turns[k] == min(turns) else None
         if (k, steps) != (self.next, None):
             whole = max(1, self.interval(k))
             self.next, self.left = k, min(steps or whole, whole)
@@ -338,6 +365,8 @@ class Outbox:
         forgotten, self.queue = self.queue, []
         for push in forgotten:
             self.places[push.k].pending = None
+        for place in self.places:
+            place.seq = 0  # its server counts for itself
         return forgotten
 
 
@@ -378,6 +407,7 @@ class Slice:
         self.update = Payload([*down.layout(self.size), Checksum.SPEC], pinned=pinned)
         self.encoded = 0  # elements of the push that are in the payload
         self.is_empty = True  # whether the push has no numbers
+        self.is_blank = True  # whether the anchor has no numbers yet
         self.is_broken = False  # whether its numbers are not finite, and its steps not dropped yet
         self.outer = (0.0, 0.0, True)  # lr, momentum, nesterov of the step that follows the anchor
         self.stages = {}  # (codec, elements) -> Payload on the device for one chunk
@@ -509,7 +539,7 @@ class Slice:
         `whole`, a float32 vector on the CPU. With `moves` set the local values to the anchor too,
         while it is in the cache. `learns`: the entry is an outer step with momentum. Returns False
         where the checksum then differs from the one in `update`."""
-        checksum = Checksum()
+        checksum, self.is_blank = Checksum(), False
         for start, stop in protocol.chunks(self.size):
             anchor = self.anchor[start:stop]
             if whole is not None:
@@ -592,6 +622,145 @@ class Slice:
                 self.mark.copy_(self.flat.rounded(0, self.anchor))
 
 
+# --- What the server says -----------------------------------------------------------------------
+#
+# Each reply is parsed once, into a record, before anything is done with it: types, ranges, and that
+# it carries no bytes which nobody reads. The functions raise ProtocolError; a server that talks
+# nonsense twice running is given up, with an error that names it.
+
+MOST = 1 << 20  # processes, members and shares that a server may speak of
+MOST_ENTRIES = 1000  # that a pull may bring; the server keeps fewer
+MOST_BRINGS = 100  # uploads that one join may ask for
+
+
+class Joined(NamedTuple):
+    """A reply to a join: a place in the run."""
+
+    run: str
+    index: int
+    rank: int
+    world: int
+    num_shares: int
+    heartbeat_seconds: float
+    up: protocol.Codec
+    down: protocol.Codec
+    error_feedback: bool
+    max_staleness: int
+    settings: dict  # of the outer optimizer, by name
+    step: int
+    turns: list  # by slice, the turn that its next push is for
+    steps: int | None  # until the first of these pushes; None: a whole interval
+    known: list  # by slice, sequence number that the server knows
+    frozen: list  # names of frozen tensors that differ from the server's
+
+
+def joined_of(reply, count):
+    """A Joined, of a run with `count` slices."""
+    reply.typed("join").expect([])
+    field, frozen = reply.field, reply.field("frozen", list, [])
+    if not all(type(name) is str for name in frozen):
+        raise ProtocolError("join: a frozen tensor without a name")
+    world, rank = field("world", int, low=1, high=MOST), field("rank", int)
+    if rank >= world:
+        raise ProtocolError(f"join: rank {rank} of {world}")
+    return Joined(
+        run=field("run", str),
+        index=field("index", int, high=MOST),
+        rank=rank,
+        world=world,
+        num_shares=field("num_shares", int, low=1, high=MOST),
+        heartbeat_seconds=field("heartbeat_seconds", float, low=0.01, high=3600.0),
+        up=codec_of(reply, "upload_codec"),
+        down=codec_of(reply, "download_codec"),
+        error_feedback=field("error_feedback", bool, True),
+        max_staleness=field("max_staleness", int),
+        settings=settings_of(field("settings", dict)),
+        step=field("step", int),
+        turns=reply.numbers("turns", count),
+        steps=field("steps", int, None, low=1),
+        known=reply.numbers("known", count),
+        frozen=frozen,
+    )
+
+
+def codec_of(reply, name):
+    """The codec that a field names."""
+    if (codec := reply.field(name, str)) not in CODECS:
+        raise ProtocolError(f"{reply.type}: there is no codec {codec!r}")
+    return CODECS[codec]
+
+
+def settings_of(settings):
+    """{name: value} of the outer optimizer's settings."""
+    found = protocol.Message("settings", settings, [])
+    return {
+        "outer_lr": found.field("outer_lr", float, high=protocol.MAX_ABS),
+        "outer_momentum": found.field("outer_momentum", float, high=1.0),
+        "nesterov": found.field("nesterov", bool),
+        "momentum_warmup": found.field("momentum_warmup", bool),
+    }
+
+
+class News(NamedTuple):
+    """An entry of a slice's log, or a slice in full: what its numbers lead to."""
+
+    version: Version
+    base: Version | None  # version that an entry leads on from; None: the slice in full
+    fates: dict  # worker -> Fate
+    plain: bool
+    step: int
+    more: bool  # whether another one follows
+
+
+def news_of(reply, k):
+    """A News, about slice k."""
+    reply.typed("entry", "slice").field("slice", int, k, low=k, high=k)
+    is_entry, version = reply.type == "entry", protocol.version_of(reply.field("version", list))
+    base = protocol.version_of(reply.field("base", list)) if is_entry else None
+    if base is not None and not base < version:
+        raise ProtocolError(f"an entry leads from version {base.number} to {version.number}")
+    more = reply.field("more", bool, False)
+    if more and not is_entry:
+        raise ProtocolError("a slice in full is not the last message of a reply")
+    fates, step = protocol.fates_of(reply.field("folded", dict)), reply.field("step", int)
+    return News(version, base, fates, not is_entry or reply.field("plain", bool), step, more)
+
+
+class Beat(NamedTuple):
+    """A reply to a heartbeat."""
+
+    rank: int
+    world: int
+    orders: list
+    stalls: list  # of dicts: rounds that wait too long
+
+
+def beat_of(reply):
+    """A Beat."""
+    reply.typed("heartbeat").expect([])
+    rank, world = reply.field("rank", int), reply.field("world", int, low=1, high=MOST)
+    orders = reply.field("orders", list)
+    if rank >= world or not all(type(order) is str for order in orders):
+        raise ProtocolError("heartbeat: a rank beyond the members, or an order that is no word")
+    return Beat(rank, world, orders, reply.field("stalls", list, []))
+
+
+class Wanted(NamedTuple):
+    """What the server asks a joining worker for."""
+
+    slices: list
+    files: bool
+
+
+def wanted_of(reply, count):
+    """A Wanted, of a run with `count` slices."""
+    reply.typed("bring").expect([])
+    slices = reply.numbers("slices", None, high=count - 1)
+    if len(set(slices)) < len(slices):
+        raise ProtocolError("bring: the server asks for a slice twice")
+    return Wanted(slices, reply.field("files", bool, False))
+
+
 # --- The link to the server ---------------------------------------------------------------------
 #
 # Networks fail, servers are restarted. `Link` makes requests in threads of its own and never gives
@@ -600,14 +769,7 @@ class Slice:
 # (`lost` is set: the training thread joins again), or the training thread interrupts.
 
 
-def log(text):
-    with contextlib.suppress(OSError, ValueError):  # a full disk, or nobody who reads, ends nothing
-        sys.stderr.write(f"diloco: {text}\n")  # one write: threads must not mix their lines
-
-
-def reason_of(error):
-    """An exception in one line, for the server's log."""
-    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
+log = protocol.Log("stderr", "diloco: ")
 
 
 def pauses():
@@ -626,14 +788,16 @@ class Link:
     """The connections and threads of one worker: `control` joins, sends heartbeats and leaves; data
     connections come and are kept as pushes and pulls need them."""
 
-    def __init__(self, server, worker_id):
-        self.server, self.worker_id = server, worker_id
+    def __init__(self, server, worker_id, access):
+        self.server, self.worker_id, self.access = server, worker_id, access
         self.session = secrets.token_hex(8)  # name of this process
         self.control, self.control_lock = None, threading.RLock()
         self.idle, self.used = [], set()  # data connections
         self.bytes_out = self.bytes_in = 0  # traffic of the data connections that are closed
         self.threads = set()  # threads of tasks, one each
         self.rested = threading.Condition()  # guards the lines above; notified when a task ends
+        self.joining = None  # control connection while the worker joins
+        self.is_leaving = False  # whether no join is worth waiting for any more
         self.lost = threading.Event()  # set while the server does not know this worker any more
         self.must_join = False  # whether a join has failed, of which the server may know nothing
         self.interrupted = threading.Event()
@@ -645,11 +809,25 @@ class Link:
 
     def connect(self):
         hello = {"worker": self.worker_id, "session": self.session}
-        return protocol.connect(self.server, hello)[0]
+        try:
+            return protocol.connect(self.server, hello, access=self.access)[0]
+        except ProtocolError as error:  # something else answers there, perhaps not for long
+            raise ConnectionError(f"no DiLoCo server answers there: {error}") from error
+
+    def nonsense(self, error, times):
+        """Note a reply that breaks a rule; raises Refused where it is not the first one running."""
+        if times > 1:
+            raise Refused(
+                "protocol",
+                f"server {self.server}: {error}, {times} times running; check that server and worker "
+                "are of one version, and their memory and network",
+            ) from error
+        self.note_outage(error)
 
     def exchange(self, action):
         """Call action(connection) until it works, with growing pauses, and return what it returns.
         Raises Interrupted, and Refused where the server says no."""
+        faults = 0
         for pause in pauses():
             if self.interrupted.is_set():
                 raise Interrupted
@@ -660,8 +838,11 @@ class Link:
                     result = action(conn)
                     self.reached()
                     return result
-            except (OSError, ProtocolError) as error:
+            except OSError as error:
                 self.note_outage(error)
+            except ProtocolError as error:
+                faults += 1
+                self.nonsense(error, faults)
             except Refused as refusal:
                 if refusal.code != "rejoin":
                     raise
@@ -720,16 +901,33 @@ class Link:
     def submit(self, task):
         """Have a thread call `task()`. Daemon threads: those of concurrent.futures would keep a
         process from ending while a round is waited for."""
-        thread = threading.Thread(target=self._work, args=[task], daemon=True)
         with self.rested:
-            thread.start()
-            self.threads.add(thread)
+            self.threads.add(self.start(self._work, task))
+
+    def start(self, target, *args):
+        """Return a daemon thread that calls target(*args). Where the system has no thread left, wait
+        until it has one."""
+        for pause in pauses():
+            thread = threading.Thread(target=target, args=args, daemon=True)
+            try:
+                thread.start()
+                return thread
+            except RuntimeError as error:
+                if self.closed.is_set():
+                    raise ConnectionError(f"{self.worker_id}: {error}") from error
+                if pause == FIRST_PAUSE_SECONDS:
+                    log(f"WARNING: {self.worker_id}: {error}; trying again")
+            self.closed.wait(pause)
 
     def _work(self, task):
-        task()
-        with self.rested:
-            self.threads.remove(threading.current_thread())
-            self.rested.notify_all()
+        try:
+            task()
+        except Exception:
+            log.trace(f"WARNING: a thread of {self.worker_id} has ended")
+        finally:  # whatever happens, nobody waits for a thread that has ended
+            with self.rested:
+                self.threads.discard(threading.current_thread())
+                self.rested.notify_all()
 
     def interrupt(self):
         """End all requests, and wait until no task is left. Idle connections may be dead too."""
@@ -747,15 +945,18 @@ class Link:
     def retry(self, action, seconds):
         """Call `action` until it works, for at most `seconds`. Raises ConnectionError then, and
         Refused at once, unless the server was only restarted meanwhile."""
-        began = time.monotonic()
+        began, faults = time.monotonic(), 0
         for pause in pauses():
             try:
                 return action()
             except (OSError, ProtocolError, Refused) as error:
                 if isinstance(error, Refused) and error.code != "rejoin":
                     raise
+                if isinstance(error, ProtocolError):
+                    faults += 1
+                    self.nonsense(error, faults)
                 waited = time.monotonic() - began
-                if waited > seconds or self.closed.is_set():
+                if waited > seconds or self.closed.is_set() or self.is_leaving:
                     raise ConnectionError(
                         f"server {self.server}: {error}, for {waited:.0f} s. Is the server running "
                         "there, and does a firewall let you through?"
@@ -763,6 +964,13 @@ class Link:
                 if pause == FIRST_PAUSE_SECONDS:
                     log(f"server {self.server}: {error}; trying again for up to {seconds:.0f} s")
             self.closed.wait(pause)
+
+    def leave_soon(self):
+        """End a join that waits, and try no other: a worker that was told to leave needs none. Takes no
+        lock, so that a signal handler may call it."""
+        self.is_leaving = True
+        for conn in (self.joining, *self.used.copy()) if self.joining else ():
+            conn.hang_up()
 
     def open_control(self):
         """Return a new control connection. The caller holds `control_lock`."""
@@ -773,8 +981,7 @@ class Link:
 
     def start_heart(self, seconds, beat):
         """Call beat(control connection) every so many seconds from now on."""
-        self.heart = threading.Thread(target=self._beat, args=[seconds, beat], daemon=True)
-        self.heart.start()
+        self.heart = self.start(self._beat, seconds, beat)
 
     def _beat(self, seconds, beat):
         pause, failures = seconds, 0
@@ -797,25 +1004,35 @@ class Link:
                 except Refused as refusal:
                     if refusal.code == "rejoin":
                         self.lost.set()  # the training thread joins again, after its step
+                except Exception:  # the heart beats on: without it the worker counts as gone
+                    log.trace(f"WARNING: a heartbeat of {self.worker_id} failed: it is tried again")
+                    self.control.close()
 
     def close(self, reason, was_member):
         """Leave the run, and end all threads; a task that does not end is left to itself."""
         self.closed.set()
-        with self.control_lock:
-            if self.control:
-                if was_member:
-                    with contextlib.suppress(OSError, ProtocolError, Refused):
-                        self.control.stall = 5.0
-                        self.control.request("leave", {"reason": reason[:200]})
-                self.control.close()
+        control = self.control
+        if self.control_lock.acquire(timeout=LEAVE_SECONDS):
+            try:
+                if self.control and was_member:
+                    self._say_leave(reason)
+            finally:
+                self.control_lock.release()
+        for conn in filter(None, {control, self.control}):
+            conn.close()  # also where another thread waits on it for a server that never lets go
         self.interrupted.set()
         for conn in [*self.idle, *self.used.copy()]:
             conn.close()
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + LEAVE_SECONDS
         with self.rested:
             threads = [*self.threads, *filter(None, [self.heart])]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _say_leave(self, reason):
+        with contextlib.suppress(OSError, ProtocolError, Refused):
+            self.control.deadline = time.monotonic() + LEAVE_SECONDS
+            self.control.request("leave", {"reason": reason[:200]})
 
     def disown(self):
         """In a process forked from the worker's: close its copies of the sockets, so that the server
@@ -857,13 +1074,12 @@ class Replica:
         self.last_sync_time = self.total_sync_time = 0.0
 
     def set_up(self, flats, reply):
-        """Make the slices of a run, from the reply to the first join. flats: [(FlatModel, whether it
+        """Make the slices of a run, from the first Joined. flats: [(FlatModel, whether it
         is the buffers', whether it predicts)] by slice, the buffers last."""
-        up, down = (CODECS[reply.field(f"{way}_codec", str)] for way in ("upload", "download"))
-        feedback = up.lossy and reply.field("error_feedback", bool, True)
-        self.settings = reply.field("settings", dict)
+        up, down, self.settings = reply.up, reply.down, reply.settings
+        feedback = up.lossy and reply.error_feedback
         self.slices, self.outbox = [], Outbox(self.worker_id, len(flats))
-        self.outbox.max_staleness = reply.field("max_staleness", int)
+        self.outbox.max_staleness = reply.max_staleness
         for flat, carries_values, predicts in flats:
             if carries_values:
                 up = down = CODECS["fp32"]
@@ -952,10 +1168,8 @@ class Replica:
             "closing": made.closing,
             **made.facts,
         }
-        if slice.is_empty:
-            conn.request("push", fields)
-        else:
-            conn.request("push", fields, slice.payload.specs, slice.pieces())
+        message = (slice.payload.specs, slice.pieces()) if not slice.is_empty else ()
+        conn.request("push", fields, *message).typed("push").expect([])
         self.last_send = conn.bytes_out - before
 
     # --- The log ---
@@ -967,41 +1181,59 @@ class Replica:
         then differ from the server's: the next try gets the slice in full."""
         before, held = conn.bytes_in, self.outbox.places[k].version
         conn.send("pull", {"slice": k, "version": held, "seq": seq})
-        while True:
-            reply = conn.reply(on_wait=lambda _: self.link.reached())
+        on_wait = (lambda _: self.link.reached()) if seq else None  # the head is there at once
+        for _ in range(MOST_ENTRIES):
+            reply = conn.reply(on_wait)
             if reply.type in ("again", "current"):
+                reply.expect([])
                 return reply.type == "current"
-            self._take(conn, k, reply)
-            if not reply.field("more", bool, False):
+            news = news_of(reply, k)
+            try:
+                whole = self._read(conn, k, news, reply)
+                self._take(k, news, whole, len(reply.specs) > 1)
+            except ProtocolError:
+                self.outbox.places[k].version = NONE  # the next try gets the slice in full
+                raise
+            if not news.more:
                 self.last_recv = conn.bytes_in - before
                 return True
+        raise ProtocolError(f"pull: more than {MOST_ENTRIES} entries of slice {k}")
 
-    def _take(self, conn, k, reply):
-        """Read an entry or a slice in full, and bring the anchor there."""
-        slice, place = self.slices[k], self.outbox.places[k]
-        version = protocol.version_of(reply.field("version", list))
-        fates, whole = protocol.fates_of(reply.field("folded", dict)), None
-        if reply.type == "slice":
+    def _read(self, conn, k, news, reply):
+        """Read the numbers of an entry or a slice in full, and return the latter, else None. Raises
+        ProtocolError where they are not finite: the anchor is as before then, or has none yet."""
+        slice, place, whole, is_finite = self.slices[k], self.outbox.places[k], None, True
+        if news.base is None:
             spec = protocol.TensorSpec("slice", torch.float32, (slice.size,))
             reply.expect([spec, Checksum.SPEC])
             # An anchor on the CPU that has no numbers yet takes those of the message itself.
-            in_place = place.version == NONE and slice.device.type == "cpu"
+            in_place = slice.is_blank and slice.device.type == "cpu"
             whole = slice.anchor if in_place else torch.empty(slice.size)
-            conn.read(whole)
-            conn.read(slice.update.tensors["checksum"])
-        elif protocol.version_of(reply.field("base", list)) != place.version:
+            for part in whole.split(protocol.CHUNK):
+                conn.read(part)
+                is_finite = is_finite and protocol.within(part)
+        elif news.base != place.version:
             raise ProtocolError(f"the entry does not lead on from version {place.version}")
-        elif reply.specs == [Checksum.SPEC]:
-            conn.read(slice.update.tensors["checksum"])
-        else:
+        elif reply.specs != [Checksum.SPEC]:
             reply.expect(slice.update.specs)
-            conn.read(slice.update.raw)
+            for start, stop, first, last in protocol.chunk_bytes(slice.down, slice.size):
+                conn.read(slice.update.raw[first:last])
+                is_finite = is_finite and slice.down.finite(slice.update.tensors, start, stop)
+        conn.read(slice.update.tensors["checksum"])
+        if not is_finite:
+            raise ProtocolError(f"slice {k} at version {news.version.number} is not finite")
+        return whole
+
+    def _take(self, k, news, whole, has_update):
+        """Bring the anchor to where an entry or a slice in full leads, as `_read` has read it."""
+        slice, place = self.slices[k], self.outbox.places[k]
+        version, fates = news.version, news.fates
         with uninterrupted(), slice.lock:
             fate, pending = fates.get(self.worker_id), place.pending
             is_listed = pending is not None and fate is not None and fate.seq >= pending.seq
             moves = is_listed and slice.mark is None
-            learns = whole is None and not reply.field("plain", bool)
-            is_equal = slice.take(moves, whole, len(reply.specs) > 1, learns)
+            learns = whole is None and not news.plain
+            is_equal = slice.take(moves, whole, has_update, learns)
             with self.changed:
                 if not is_equal:
                     self.mismatches += 1
@@ -1010,7 +1242,7 @@ class Replica:
                 slice.outer = self.outer_at(version)
                 made, refused = self.outbox.take(k, version, fates, whole is not None, self.step)
                 if made:
-                    self.listed[k] = made, refused, reply.field("step", int)
+                    self.listed[k] = made, refused, news.step
                     self.last_sync_time = time.monotonic() - self.began[k]
                     self.total_sync_time += self.last_sync_time
                     self.changed.notify_all()
@@ -1448,6 +1680,10 @@ def config_of(model):
 # --- Joining ------------------------------------------------------------------------------------
 
 
+class HolderEnded(ConnectionError):
+    """The process that held this worker's id has ended."""
+
+
 class Admission:
     """The joining of a worker, for the first time or again: it says what it is and holds, brings
     what the server lacks, and takes what it lacks itself from the log."""
@@ -1456,27 +1692,48 @@ class Admission:
         self.leader, self.worker, self.replica = leader, leader.worker, leader.replica
         self.link, self.trained = leader.link, leader.worker.trained
         self.fingerprints = {}  # fingerprints of frozen parameters by name, worked out once
+        self.said, self.said_at = "", -SAY_SECONDS  # whom the log has named last, and when
         self.kept = []  # slices whose local work of a checkpoint goes on
         self.out = []  # slices whose push comes to the server only now
+        self.ended = []  # [process id, start] of the process that held the id, if it is gone
 
     def ask(self):
         """Ask to join until there is an answer, at most for so long as the worker waits for a
-        server. Returns the reply."""
+        server. Returns a Joined."""
         with self.link.control_lock:
+            introduction = self.introduction()  # may take long, and a server waits a minute for it
             conn = self.link.open_control()
             self.link.lost.clear()
             self.link.must_join = False
-            reply = conn.request("join", self.introduction(), on_wait=self.say_awaited)
-            while reply.type == "bring":
-                reply = self.bring(conn, reply)
+            if self.worker.leave_by is not None:
+                conn.deadline = time.monotonic() + LEAVE_SECONDS
+            self.link.joining = conn
+            try:
+                reply = self.converse(conn, introduction)
+            except HolderEnded:  # says so, too, and has the id at once
+                conn = self.link.joining = self.link.open_control()
+                reply = self.converse(conn, self.introduction())
+            conn.deadline = None
+        joined = joined_of(reply, self.worker.schedule.count)
+        orders = self.orders_of(reply)
         if not self.worker.joins:
             self.kept = []
-            self.replica.set_up(self.flats(*self.orders_of(reply)), reply)
+            self.replica.set_up(self.flats(*orders), joined)
         if self.link.heart is None:
-            seconds = reply.field("heartbeat_seconds", float, low=0.01)
-            self.link.start_heart(seconds, self.leader.beat)
+            self.link.start_heart(joined.heartbeat_seconds, self.leader.beat)
         with torch.no_grad():
-            self.take(reply)
+            self.take(joined)
+        return joined
+
+    def converse(self, conn, introduction):
+        """Ask to join, and bring what the server asks for; returns the reply to the join."""
+        reply = conn.request("join", introduction, on_wait=self.say_awaited)
+        asked = 0
+        while reply.type == "bring":
+            asked += 1
+            if asked > MAX_BRINGS:
+                raise ProtocolError(f"the server has asked for {MAX_BRINGS} uploads and goes on")
+            reply = self.bring(conn, reply)
         return reply
 
     def introduction(self):
@@ -1501,6 +1758,8 @@ class Admission:
             "folded": [place.folded for place in places],
             "closed": [k for k, place in enumerate(places) if place.is_closed],
             "resumes": [] if places else self.resumable(),
+            "process": protocol.identity(),
+            "ended": self.ended,
         }
 
     def resumable(self):
@@ -1530,16 +1789,36 @@ class Admission:
         self.fingerprints[name] = protocol.fingerprint(whole)
 
     def say_awaited(self, fields):
-        """Log that the server still waits for others."""
+        """Log that the server still waits for others: at most once a second, and where nothing
+        changes once a minute. Raises HolderEnded where those are a process of this machine that had
+        this worker's id, and has ended."""
         if self.worker.leave_by is not None:
             raise ConnectionError("this worker leaves")
-        log(f"{self.worker.worker_id} waits for {fields.get('awaited')}")
+        holder = fields.get("holder")
+        if holder != self.ended and self.has_gone(holder):  # the server hears it once
+            self.ended = holder
+            raise HolderEnded("the process that had this id has ended")
+        said, text = time.monotonic() - self.said_at, str(fields.get("awaited"))[:200]
+        if said >= SAY_SECONDS or (said >= 1.0 and text != self.said):
+            self.said_at, self.said = time.monotonic(), text
+            log(f"{self.worker.worker_id} waits for {text}")
+
+    def has_gone(self, holder):
+        """Whether a process of this machine has ended: [process id, start]; where that is this very
+        process, whether the worker in it that had the id was closed."""
+        if type(holder) is not list or [type(number) for number in holder] != [int, int]:
+            return False
+        if holder[0] != os.getpid():
+            return protocol.has_ended(*holder)
+        mine = self.worker
+        others = [w for w in STARTED if w.worker_id == mine.worker_id and w is not mine]
+        return all(other.link.closed.is_set() for other in others)
 
     def bring(self, conn, reply):
         """Upload the slices that the server asks for: of the anchor, or of the model that this
         worker was started with."""
-        slices = [k for k in reply.field("slices", list) if type(k) is int]
-        files = self.trained.files if reply.field("files", bool, False) else {}
+        slices, wants_files = wanted_of(reply, self.worker.schedule.count)
+        files = self.trained.files if wants_files else {}
         raw = {
             name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
             for name, text in files.items()
@@ -1552,8 +1831,6 @@ class Admission:
             sources = [torch.empty(flat.numel, device=flat.device) for flat, *_ in flats]
             for values, (flat, *_) in zip(sources, flats, strict=True):
                 flat.read(0, values)
-        if not all(0 <= k < len(sources) for k in slices):
-            raise ProtocolError("bring: the server asks for a slice that there is not")
         found = {f"slice:{k}": sources[k].cpu() for k in slices}
         found |= {f"file:{name}": text for name, text in raw.items()}
         fields = {"slices": slices, "files": {name: len(text) for name, text in raw.items()}}
@@ -1584,19 +1861,16 @@ class Admission:
             orders.append([spec.name for spec in specs])
         return orders
 
-    def take(self, reply):
+    def take(self, joined):
         """Take from the log what this worker lacks, and note what the server knows of its pushes."""
         worker, replica, outbox = self.worker, self.replica, self.replica.outbox
-        run, known = reply.field("run", str), reply.field("known", list)
-        if len(known) != len(outbox.places) or not all(type(seq) is int for seq in known):
-            raise ProtocolError("join: the sequence numbers are not one a slice")
         is_first, is_finite = worker.joins == 0, True
-        if not is_first and run != worker.run:
+        if not is_first and joined.run != worker.run:
             forgotten = outbox.forget()
             self.leader.drop("the server has the model of another run", *forgotten)
             self.leader.refusals = 0
-        worker.run, resumes = run, self.resumable() if is_first else []
-        self.out = outbox.know(known)
+        worker.run, resumes = joined.run, self.resumable() if is_first else []
+        self.out = outbox.know(joined.known)
         with self.link.borrowed() as conn:
             for k in range(len(replica.slices)):
                 if outbox.places[k].pending:
@@ -1607,13 +1881,12 @@ class Admission:
                     is_finite = replica.catch_up(conn, k) and is_finite
         if not is_finite:
             self.leader.drop("local work is not finite")
-        self.fetch_frozen(reply.field("frozen", list, []))
+        self.fetch_frozen(joined.frozen)
         self.leader.heard = {}
-        worker.index, worker.rank = reply.field("index", int), reply.field("rank", int)
-        worker.world = reply.field("world", int, low=1)
-        worker.num_shares = reply.field("num_shares", int, low=1)
+        worker.index, worker.rank, worker.world = joined.index, joined.rank, joined.world
+        worker.num_shares = joined.num_shares
         if is_first:
-            self.resume(reply)
+            self.resume(joined)
 
     def take_first(self, conn, k, resumed):
         """Take a slice in full at the first join. Local work of a checkpoint that started from the
@@ -1627,10 +1900,10 @@ class Admission:
         else:
             slice.show_anchor()
 
-    def resume(self, reply):
+    def resume(self, joined):
         """After the first join, go on where the checkpoint was, if the run is still there."""
         worker = self.worker
-        worker.step = worker.run_step = reply.field("step", int)
+        worker.step = worker.run_step = joined.step
         if worker.saved:
             self.load_residual()
         worker.kept_local = bool(self.kept)
@@ -1641,7 +1914,7 @@ class Admission:
         if len(self.kept) == worker.num_fragments:  # the others wait for it just there
             worker.schedule.resume(worker.saved["position"])
         else:
-            worker.schedule.align(reply.field("next", int), reply.field("steps", int, None))
+            worker.schedule.align(joined.turns, joined.steps)
 
     def load_residual(self):
         """Take up the losses in encoding the pushes before the checkpoint."""
@@ -1673,16 +1946,18 @@ class Admission:
         if not names:
             return
         frozen = self.trained.frozen
-        if not frozen.keys() >= set(map(str, names)):
+        if not frozen.keys() >= set(names):
             raise ProtocolError("join: the server names frozen tensors that are not this worker's")
         chosen = {name: frozen[name] for name in names}
         whole = self.worker.ranks.whole(names)
         with self.link.borrowed() as conn:
-            reply = conn.request("fetch", {"frozen": names})
+            reply = conn.request("fetch", {"frozen": names}).typed("fetch")
             reply.expect(protocol.specs_of(chosen.items()))
             for spec, parameter in zip(reply.specs, whole, strict=True):
                 values = torch.empty(spec.shape, dtype=spec.dtype)
                 conn.read(values)
+                if values.isnan().any():
+                    raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
                 with torch.no_grad():
                     parameter.copy_(values)
                 self.fingerprints[spec.name] = protocol.fingerprint(values)
@@ -1711,18 +1986,21 @@ class Leader:
         self.schedule, self.replica, self.link = worker.schedule, worker.replica, worker.link
         self.admission = Admission(self)
         self.refusals = 0  # drops in a row
+        self.said_at = -SAY_SECONDS  # seconds when the log last named who keeps a round open
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
 
     def join(self, seconds):
         """Join, for the first time or again. Raises ConnectionError where there is no server for so
         many seconds."""
         worker = self.worker
-        reply = self.link.retry(self.admission.ask, seconds)
+        try:
+            joined = self.link.retry(self.admission.ask, seconds)
+        finally:
+            self.link.joining = None
         worker.joins += 1
         self.link.reached()
         if worker.joins > 1:
-            place = reply.field("next", int), reply.field("steps", int, None)
-            self.schedule.align(*place, self.admission.out)
+            self.schedule.align(joined.turns, joined.steps, self.admission.out)
         labels = worker.versions
         self.replica.audit("joined", labels=labels, index=worker.index, again=worker.joins > 1)
         for k in range(len(self.replica.slices)):
@@ -1941,20 +2219,38 @@ class Leader:
         with self.replica.changed:
             blocked = list(self.replica.outbox.blocked(worker.local_step))
         rate = {"steps_per_second": worker.steps_per_second}
-        reply = control.request("heartbeat", {**self.facts(), **rate, "blocked": blocked})
-        orders = reply.field("orders", list)
-        if "away" in orders and not worker.is_server_away:
+        told = {**self.facts(), **rate, "blocked": blocked}
+        beat = beat_of(control.request("heartbeat", told))
+        if "away" in beat.orders and not worker.is_server_away:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
-        worker.is_server_away = "away" in orders
+        worker.is_server_away = "away" in beat.orders
+        self.say_stalled(beat.stalls)
         heard = {
-            "stop_ordered": worker.stop_ordered or "stop" in orders,
-            "rank": reply.field("rank", int),
-            "world": reply.field("world", int, low=1),
+            "stop_ordered": worker.stop_ordered or "stop" in beat.orders,
+            "rank": beat.rank,
+            "world": beat.world,
         }
         if worker.ranks.count == 1:
             vars(worker).update(heard)
         else:
             self.heard = heard
+
+    def say_stalled(self, stalls):
+        """Log for whom a round waits too long, as a heartbeat's reply tells it; the one that it waits
+        for may be this worker itself."""
+        if not stalls or time.monotonic() - self.said_at < SAY_SECONDS:
+            return
+        match stalls[0]:
+            case {"slice": int(k), "seconds": int() | float() as seconds, "missing": [*missing]}:
+                missing = [name for name in missing if type(name) is str and name.isprintable()]
+            case _:
+                raise ProtocolError("heartbeat: a stall is not slice, seconds and missing")
+        self.said_at = time.monotonic()
+        me, whom = self.worker.worker_id, ", ".join(name[:80] for name in missing[:20])
+        text = f"the round of slice {k} has waited {seconds:.0f} s for {whom or 'more workers'}"
+        if me in missing:
+            text += f": all wait for this worker, whose training is at step {self.worker.step}"
+        log(f"WARNING: {me}: {text}")
 
 
 STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
@@ -1966,6 +2262,26 @@ def _after_fork():
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def metrics_of(worker):
+    """Return the numbers of a worker for a log, by name."""
+    return {
+        "diloco/sync_count": worker.sync_count,
+        "diloco/local_step": worker.local_step,
+        "diloco/last_sync_time": worker.replica.last_sync_time,
+        "diloco/total_sync_time": worker.replica.total_sync_time,
+        "diloco/last_send_mb": worker.replica.last_send / 1e6,
+        "diloco/last_recv_mb": worker.replica.last_recv / 1e6,
+        "diloco/steps_per_second": worker.steps_per_second,
+        "diloco/sync_every": worker.sync_every,
+        "diloco/num_fragments": worker.num_fragments,
+        "diloco/fragment_syncs": worker.fragment_syncs,
+        "diloco/overlap": worker.overlap,
+        "diloco/stall_time": worker.stall_time,
+        "diloco/dropped_steps": worker.dropped_steps,
+        "diloco/mismatches": worker.replica.mismatches,
+    }
 
 
 class DiLoCoWorker:
@@ -1988,6 +2304,7 @@ class DiLoCoWorker:
     outage; then training goes on, and what it does is sent when the server is back.
     state: what `state_dict` gave, to go on with local work that had not been sent.
     residual: path of what `save_residual` wrote with that; or `residual()` is in it as "residual".
+    token: the run's secret. tls: True, a fingerprint or a CA file; see `protocol.Access`.
 
     Where torch.distributed is initialized, all its ranks are one worker: each makes one of these,
     rank 0 speaks to the server, and all have the same parameters to the bit after each step. Of a
@@ -1995,9 +2312,10 @@ class DiLoCoWorker:
     a copy of the model, on the CPU. Raises ValueError where a DTensor is placed in another way.
 
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
-    when the server says no (wrong model, wrong setting), and ConnectionError on entry and exit when
-    there is no server for `reconnect_timeout`. `optimizer.step()` raises Refused, and
-    FloatingPointError where three pushes running are not finite; nothing else.
+    when the server says no (wrong model, wrong setting) or talks nonsense twice running, and
+    ConnectionError on entry and exit when there is no server for `reconnect_timeout`.
+    `optimizer.step()` raises Refused, and FloatingPointError where three pushes running are not
+    finite; nothing else, but ConnectionError on ranks that follow a rank which has failed.
     """
 
     def __init__(
@@ -2017,6 +2335,8 @@ class DiLoCoWorker:
         reconnect_timeout=RECONNECT_SECONDS,
         state=None,
         residual=None,
+        token=None,
+        tls=None,
     ):
         self.server = server or os.environ.get("DILOCO_SERVER")
         if not self.server:
@@ -2033,7 +2353,7 @@ class DiLoCoWorker:
         self.source, self.reconnect_timeout = source, reconnect_timeout
         self.trained = Trained(model, optimizer, files)
         self.ranks = None  # the processes of this worker, from `start` on
-        self.link = Link(self.server, self.worker_id)
+        self.link = Link(self.server, self.worker_id, protocol.Access.of(token, tls))
         self.replica = Replica(self.worker_id, self.link)
         count = self.num_fragments + bool(self.trained.buffers)
         self.schedule = Schedule(self.sync_every, self.num_fragments, count)
@@ -2099,6 +2419,7 @@ class DiLoCoWorker:
         """Leave soon: from now on a step, or `flush`, waits at most so long for its push to arrive,
         and for no other worker. A push that has arrived counts. Safe to call in a signal handler."""
         self.leave_by = time.monotonic() + seconds
+        self.link.leave_soon()
 
     def close(self, reason="done"):
         """Leave the run without sending what is left; does nothing the second time."""
@@ -2276,22 +2597,7 @@ class DiLoCoWorker:
 
     def metrics(self):
         """Return the numbers for a log, under `diloco/`."""
-        return {
-            "diloco/sync_count": self.sync_count,
-            "diloco/local_step": self.local_step,
-            "diloco/last_sync_time": self.replica.last_sync_time,
-            "diloco/total_sync_time": self.replica.total_sync_time,
-            "diloco/last_send_mb": self.replica.last_send / 1e6,
-            "diloco/last_recv_mb": self.replica.last_recv / 1e6,
-            "diloco/steps_per_second": self.steps_per_second,
-            "diloco/sync_every": self.sync_every,
-            "diloco/num_fragments": self.num_fragments,
-            "diloco/fragment_syncs": self.fragment_syncs,
-            "diloco/overlap": self.overlap,
-            "diloco/stall_time": self.stall_time,
-            "diloco/dropped_steps": self.dropped_steps,
-            "diloco/mismatches": self.replica.mismatches,
-        }
+        return metrics_of(self)
 
     def residual(self):
         """Return the losses of rounding so far, by slice, as {name: CPU tensor}; empty if there are
@@ -2328,10 +2634,18 @@ class DiLoCoCallback:
     what the Trainer of transformers puts into its checkpoints; the README says how.
     """
 
+    _tokens = {}  # noqa: RUF012 - {server: the last token that a callback of this process was given}
+
     def __init__(self, server=None, sync_every=None, worker_id=None, **options):
         self.server = server or os.environ.get("DILOCO_SERVER")
         self.options = {"sync_every": sync_every, "worker_id": worker_id, **options}
+        # The arguments go into checkpoints. The secret must not, but a trainer may make the callback
+        # anew from a checkpoint, in the same process.
         self.arguments = {"server": server, **self.options}
+        if token := self.arguments.pop("token", None):
+            self._tokens[self.server] = token
+        elif self.server in self._tokens:
+            self.options["token"] = self._tokens[self.server]
         self.worker = None
         self.saved, self.folder = {}, None
         self.warned = False

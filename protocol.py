@@ -7,17 +7,20 @@ Notable:
 - Tensor bytes go from a tensor's memory to the socket, and from the socket into a tensor's memory.
 - A header is checked before one byte of payload is read, and nothing is allocated for a payload
   that has not been checked.
-- A stall is a lack of progress in bytes, never a total time: a slow transfer that moves is fine.
+- A stall is a lack of progress in bytes, never a total time: a slow transfer that moves is fine, as
+  long as it keeps a least rate, below which a peer only pretends to send or to read.
 
 A malformed message is answered with an `error` message that names the broken rule, and then the
 connection ends. The rules stand in `parse_header` and `Message.field`, one line each.
 
-The requests of version 3, in which a Version travels as [life, number] and a Fate as a list too:
+The requests of version 4, in which a Version travels as [life, number] and a Fate as a list too:
 
     request    carries                                     reply
-    hello      protocol version, worker id, session        hello: protocol version, session
+    hello      protocol version, worker id, session,       hello: protocol version, session; or
+               nonce                                       challenge: nonce
+    proof      that the client knows the token             hello, with the server's proof
     join       manifest, settings, host; by slice the      join: place in the run, settings, heads,
-               version held and what is folded in it       slice to push first and in how many steps;
+               version held and what is folded in it       turns by slice, and steps to the first push;
                                                            or bring: slices that it shall upload
     bring      those slices in full, descriptive files     as join
     push       slice, seq, base, steps, closing; the       push: taken, or listed already
@@ -38,38 +41,54 @@ Needs torch and nothing else, so that it can be copied into other projects.
 import bisect
 import contextlib
 import ctypes
+import errno
 import fcntl
+import functools
 import glob
 import hashlib
+import hmac
 import ipaddress
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import secrets
 import select
 import shutil
 import socket
+import ssl
 import struct
+import sys
 import termios
 import threading
 import time
+import traceback
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 PORT = 8512
 MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
-MAX_HELLO_BYTES = 64 << 10  # longest header that is read from a peer before its hello
+MAX_HELLO_BYTES = 1 << 10  # longest header that is read from a peer that is no worker
 MAX_FILES_BYTES = 64 << 20  # all descriptive files together; the largest tokenizers are near 35 MB
 MAX_DISCARD_BYTES = 64 << 20  # most that is read after an error, so that the sender sees the reason
-HELLO_SECONDS = 10.0  # time that a peer has for its hello after connecting
+HELLO_SECONDS = 10.0  # time that a peer has for TLS and hello in all
+REFUSED_SECONDS = 2.0  # time in all that a refused peer gets to read the reason
+WRONG_TOKEN_SECONDS = 1.0  # pause before a wrong token is refused, so that guessing takes long
+SHORT_TOKEN = 16  # characters; shorter tokens can be guessed from one recorded hello
+TLS_PIECE = 16 << 10  # bytes handed to TLS at once: one record, so that a slow line shows progress
 STALL_SECONDS = 60.0  # time without a byte after which the peer or the line counts as gone
+LEAST_RATE = 1024.0  # bytes a second that a transfer moves at least
+RATE_SECONDS = 60.0  # time over which that is judged
+LARGE_BYTES = 64 << 10  # headers over this size are read and parsed a few at a time
+LARGE_SECONDS = 60.0  # time that such a header waits for its turn, and then has to arrive
+# Most brackets, quotes and commas in a header: 100,000 tensors have half as many, and each costs
+# many times its byte in memory once it is parsed.
+MAX_PARTS = {b"[": 450_000, b"{": 110_000, b'"': 1_300_000, b",": 2_000_000}
 # A peer that lost its power says nothing. After 30 s without a byte the system asks it every 10 s,
 # and after three questions without an answer, or a minute in which it took no byte, the line is
 # dead.
@@ -81,6 +100,9 @@ CHUNK = 1 << 19
 BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: the sum of a million numbers is finite, too
 MAX_FATES = 2000  # workers whose newest push one slice remembers
+
+MAX_SHOWN = 80  # characters of a peer's text that are shown
+LINES_PER_SECOND = 10  # lines of a log that strangers can cause
 
 # The descriptive files that may travel with a model. Nothing else is ever written by name.
 FILE_NAMES = (
@@ -123,13 +145,17 @@ class ProtocolError(Exception):
 class Refused(Exception):
     """A request was rejected for good: sending it again cannot succeed.
 
-    `code` is one word for programs: address, busy, version, id, setting, model, size, stopping,
-    rejoin, protocol.
+    `code` is one word for programs: address, token, tls, version, id, setting, model, size,
+    stopping, rejoin, protocol.
     """
 
     def __init__(self, code, message):
         super().__init__(message)
         self.code = code
+
+
+class TooSlow(ConnectionError):
+    """A transfer has stopped under way, or moves at less than the least rate."""
 
 
 def is_audited():
@@ -148,6 +174,187 @@ def audit(event, **facts):
                 os.write(handle, line.encode() + b"\n")
             finally:
                 os.close(handle)
+
+
+# --- Reporting --------------------------------------------------------------------------------
+#
+# What is said to people must never break what it is about. Nothing here raises or waits, whatever
+# has become of the output: a full disk, a pipe without a reader or with one that has stopped, a
+# terminal that has gone, a file descriptor that was closed, an encoding that lacks the characters.
+
+
+def shown(text):
+    """A peer's text, as people may see it: a plain word as it is, all else as its `repr`, cut to
+    MAX_SHOWN characters."""
+    text = str(text)
+    if re.fullmatch(r"[\w.:@+-]{1,80}", text, re.ASCII):
+        return text
+    return quoted(text)
+
+
+def printable(text, most=1000):
+    """A peer's sentence as people may see it: of printable characters, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+
+
+def quoted(value):
+    """A peer's value in an error: its `repr`, cut to MAX_SHOWN characters."""
+    whole = repr(value[: MAX_SHOWN + 1] if isinstance(value, str | list) else value)
+    return whole if len(whole) <= MAX_SHOWN else whole[: MAX_SHOWN - 4] + "..." + whole[0]
+
+
+def reason_of(error):
+    """An exception in one line."""
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
+
+
+class Log:
+    """Lines for people. stream: "stdout" or "stderr", looked up at each line; prefix: text before
+    each line; clock: whether the time stands before that."""
+
+    def __init__(self, stream, prefix="", clock=False):
+        self.stream, self.prefix, self.clock = stream, prefix, clock
+        self.lost, self.why = 0, ""  # lines that could not be written, and why
+        self.seldom_lines = {}  # kind -> [second, lines written in it, lines that were not]
+        self.lock = threading.RLock()  # a signal's handler may log, too
+
+    def __call__(self, text):
+        """Write a line, in one write, so that threads never mix their lines."""
+        begun = f"{time.strftime('%H:%M:%S')} " if self.clock else ""
+        self.write(f"{begun}{self.prefix}{text}\n")
+
+    def write(self, text):
+        """Write a text. Where that fails, it is counted, and said once the output works again."""
+        if not self.lock.acquire(timeout=1.0):  # its thread hangs, or was lost in a fork
+            self.lost += 1
+            return
+        try:
+            if self.lost:
+                self._put(f"{self.prefix}{self.lost} lines before this were lost: {self.why}\n")
+                self.lost = 0
+            self._put(text)
+        except Exception as error:
+            self.lost, self.why = self.lost + 1, reason_of(error)
+        finally:
+            self.lock.release()
+
+    def _put(self, text):
+        stream = getattr(sys, self.stream)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        if not is_writable(stream, 0.0 if self.lost else 1.0):
+            raise TimeoutError("whoever reads this has stopped reading")
+        stream.write(text)
+        stream.flush()
+
+    def trace(self, text):
+        """Log a text, and the traceback of the exception that is being handled."""
+        self(f"{text}\n{traceback.format_exc().rstrip()}")
+
+    def seldom(self, kind, text):
+        """Log a line of a kind that peers can cause: at most LINES_PER_SECOND of it, the rest are
+        counted."""
+        with self.lock:
+            second = int(time.monotonic())
+            if self.seldom_lines.setdefault(kind, [second, 0, 0])[0] != second:
+                self.settle()
+            entry = self.seldom_lines.setdefault(kind, [second, 0, 0])
+            is_few = entry[1] < LINES_PER_SECOND
+            entry[1 if is_few else 2] += 1
+        if is_few:
+            self(text[:400])
+
+    def settle(self):
+        """Say how many lines of each kind were not logged in the seconds before this one."""
+        with self.lock:
+            over = [
+                k for k, entry in self.seldom_lines.items() if entry[0] != int(time.monotonic())
+            ]
+            left = {kind: self.seldom_lines.pop(kind)[2] for kind in over}
+        for kind, count in left.items():
+            if count:
+                self(f"and {count} more {kind}")
+
+
+def is_writable(stream, seconds):
+    """Whether a line can be written without waiting for a reader for longer than so many
+    seconds."""
+    try:
+        handle = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # no file: a notebook's, or a test's
+        return True
+    poller = select.poll()
+    poller.register(handle, select.POLLOUT)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Faults(list):
+    """Texts on what went wrong and was survived, newest last; at most 20 are kept."""
+
+    @contextlib.contextmanager
+    def survive(self, log, what):
+        """Go on after any exception within, but log and note it. what: what was being done."""
+        try:
+            yield
+        except Exception as error:
+            if self.note(f"{what}: {reason_of(error)[:300]}"):
+                log.trace(f"WARNING: {what} failed, and is tried again")
+
+    def note(self, text):
+        """Note a fault. Returns whether it is another one than the last."""
+        is_new = not (self and self[-1].endswith(text))
+        if not is_new:
+            self.pop()
+        self.append(f"{time.strftime('%H:%M:%S')} {text}")
+        del self[:-20]
+        return is_new
+
+
+def flush_output():
+    """Write out what stdout and stderr still hold, and throw away what cannot be written: the exit
+    status of a process shall tell of its work, and not of its log."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
+def identity():
+    """[machine, process id, when it started] of this process, as others on the machine can see it."""
+    pid = os.getpid()
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        return [f"{boot}/{os.readlink('/proc/self/ns/pid')}", pid, started(pid)]
+    except (OSError, ValueError):  # not Linux
+        return [socket.gethostname(), pid, 0]
+
+
+def started(pid):
+    """When a process of this machine was started, in ticks; -1 for one that has ended and waits for
+    its parent, 0 where nothing tells."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, *rest = file.read().rpartition(")")[2].split()
+        return -1 if state in "ZX" else int(rest[18])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def has_ended(pid, start):
+    """Whether the process of this machine that `identity` named so has ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's
+        pass
+    found = started(pid)
+    return found == -1 or bool(found and start and found != start)
 
 
 # --- Positions in the log ---------------------------------------------------------------------
@@ -182,14 +389,15 @@ def version_of(value):
         case [str(life), int(number)] if type(number) is int and -1 <= number < 1 << 53:
             if re.fullmatch("[0-9a-f]{20}", life) or (life == "" and number <= WEIGHTS.number):
                 return Version(life, number)
-    raise ProtocolError(f"{str(value)[:80]} is not a version")
+    raise ProtocolError(f"{quoted(value)} is not a version")
 
 
 def new_life(after=""):
     """An id for one opening of a run. Ids sort by the time that they begin with, past `after`, so
-    that of two versions the one from the later life is the newer."""
-    begun = max(time.time_ns() // 1_000_000, int(after[:12] or "0", 16) + 1)
-    return f"{begun:012x}{secrets.token_hex(4)}"
+    that of two versions the one from the later life is the newer, whatever the clock says."""
+    now = time.time_ns() // 1_000_000 << 32
+    begun = max(now, int(after or "0", 16) + 1) + secrets.randbits(32)
+    return f"{min(begun, (1 << 80) - 1):020x}"
 
 
 def fates_of(value):
@@ -200,10 +408,11 @@ def fates_of(value):
     for worker, fate in value.items():
         match fate:
             case [int(seq), str(refused), int(round)] if _is_count(seq) and _is_count(round):
-                if len(worker) <= 256 and len(refused) <= 256 and refused.isprintable():
+                texts = worker, refused
+                if all(len(text) <= 256 and text.isprintable() for text in texts):
                     fates[worker] = Fate(seq, refused, round)
         if worker not in fates:
-            raise ProtocolError(f"{str(fate)[:80]} is not [sequence number, refusal, round]")
+            raise ProtocolError(f"{quoted(fate)} is not [sequence number, refusal, round]")
     return fates
 
 
@@ -277,7 +486,9 @@ def _unique(pairs):
     if len(keys) != len(pairs):
         raise ValueError("a name stands twice in one object")
     # A text with half of a surrogate pair is not UTF-8: encoding it raises a ValueError.
-    "".join([*keys, *(v for v in keys.values() if isinstance(v, str))]).encode()
+    for text in itertools.chain(keys, keys.values()):
+        if isinstance(text, str) and not text.isascii():
+            text.encode()
     return keys
 
 
@@ -305,23 +516,27 @@ def parse_entry(name, entry):
     """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
     ProtocolError."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ProtocolError(f"tensor {name!r}: needs dtype, shape and data_offsets, no more")
+        raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ProtocolError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(DTYPES)}")
+        raise ProtocolError(
+            f"tensor {quoted(name)}: dtype {quoted(dtype)} is not one of {list(DTYPES)}"
+        )
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
-        raise ProtocolError(f"tensor {name!r}: the shape is not a list of up to 32 counts")
+        raise ProtocolError(f"tensor {quoted(name)}: the shape is not a list of up to 32 counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ProtocolError(f"tensor {name!r}: data_offsets is not a pair of counts")
+        raise ProtocolError(f"tensor {quoted(name)}: data_offsets is not a pair of counts")
     spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
     if spec.nbytes != offsets[1] - offsets[0]:
         raise ProtocolError(
-            f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, but data_offsets "
+            f"tensor {quoted(name)}: {dtype} {quoted(shape)} takes {spec.nbytes} bytes, but data_offsets "
             f"spans {offsets[1] - offsets[0]}"
         )
     # torch computes the product of the sizes even where one of them is 0, and must not overflow.
     if math.prod(filter(None, shape)) >= 1 << 53:
-        raise ProtocolError(f"tensor {name!r}: the counts of shape {shape} are too large")
+        raise ProtocolError(
+            f"tensor {quoted(name)}: the counts of shape {quoted(shape)} are too large"
+        )
     return offsets[0], offsets[1], spec
 
 
@@ -332,7 +547,7 @@ def check_ranges(entries):
     for first, last, spec in entries:
         if first != end:
             raise ProtocolError(
-                f"tensor {spec.name!r}: its bytes begin at {first}, not where the one before "
+                f"tensor {quoted(spec.name)}: its bytes begin at {first}, not where the one before "
                 f"ends, at {end}: ranges must be in order, without overlap or gap"
             )
         end = last
@@ -403,9 +618,21 @@ class Payload:
 
 # --- Files ----------------------------------------------------------------------------------
 #
-# A file is written whole or not at all: beside its place, synced, then renamed. It is read by
+# A file or a checkpoint folder is written whole or not at all: beside its place, checked, synced,
+# then renamed, by the server and by workers alike. What stood in its place is there until the new
+# one is. A link in its place is replaced, and never written or removed through. It is read by
 # mapping, so that weights of many gigabytes cost memory only where they are used. A header that
-# announces more or fewer bytes than the file has tells of a write that a crash has cut.
+# announces more or fewer bytes than the file has tells of a write that a crash has cut, and a
+# checkpoint's SUMS of anything else that has happened to its files since.
+
+PICKLED = ".bin", ".pt", ".pth", ".ckpt"  # endings of files that torch.save wrote
+SUMS = "checksums.json"  # file in a checkpoint: {name: [size, checksum]} of all the others
+LOCK = ".diloco-lock"  # file in a server's folder that keeps a second server off
+CHECKPOINTS = "checkpoint-*", ".checkpoint-*.old"  # names of a server's, the second while replaced
+BESIDE = ".tmp-checkpoint"  # folder that a checkpoint is written into
+# What a file system says that cannot sync: others say in this way that they have nothing to sync.
+UNSYNCED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
+UNSYNCED |= {errno.EPERM, errno.EBADF, errno.EISDIR, errno.ENOTTY}
 
 
 def write_frame(file, fields, specs, tensors, **metadata):
@@ -441,30 +668,143 @@ def read_file_header(file, in_order=False, whole=True):
     return fields, specs
 
 
-def sync_folder(folder):
-    """Make renames within a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(file):
+    """Make what was written to a file or folder, open as this descriptor, survive a power cut,
+    where its file system can."""
     try:
-        os.fsync(handle)
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in UNSYNCED:
+            raise
+
+
+def sync_folder(folder):
+    """Make renames within a folder survive a power cut, where its file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        sync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path):
+    """Remove whatever has this name, if anything: of a link only the link."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def write_beside(path, write):
     """Write a file as a whole or not at all: `write(file)` fills a file beside it, which is
     synced, then renamed. On an error the file beside is removed and `path` is as it was."""
     beside = f"{path}.tmp-{os.getpid()}"
+    remove(beside)
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        if os.path.exists(beside):
-            os.unlink(beside)
+        with contextlib.suppress(OSError):
+            remove(beside)
         raise
     sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def save_folder(path, fill):
+    """Write a checkpoint folder as a whole or not at all: `fill(folder)` writes files into a folder
+    beside it, which are synced and checked, then the folder is renamed. On an error the folder
+    beside is removed, and `path` is as it was."""
+    parent, name = os.path.split(os.path.abspath(path))
+    beside, old = os.path.join(parent, BESIDE), os.path.join(parent, f".{name}.old")
+    os.makedirs(parent, exist_ok=True)
+    remove(beside)
+    os.mkdir(beside)
+    try:
+        fill(beside)
+        sums = {name: sum_of_file(os.path.join(beside, name)) for name in os.listdir(beside)}
+        raw = json.dumps(sums, indent=1).encode()
+        write_beside(os.path.join(beside, SUMS), lambda file: file.write(raw))
+        if os.path.lexists(path):  # until the new one is there, `checkpoints` finds it as the old
+            remove(old)
+            os.rename(path, old)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(beside)
+        raise
+    sync_folder(parent)
+    with contextlib.suppress(OSError):
+        remove(old)
+
+
+def sum_of_file(path):
+    """[size, checksum] of a file as it is on disk, after syncing it. Raises ProtocolError where it
+    is a safetensors file that is not whole."""
+    with open(path, "rb") as file:
+        sync(file.fileno())
+        if str(path).endswith(".safetensors"):
+            read_file_header(file)
+            file.seek(0)
+        checksum, buffer = Checksum(), torch.empty(4 * CHUNK, dtype=torch.uint8)
+        raw, size = memory(buffer), 0
+        while count := file.readinto(raw):
+            size += count
+            buffer[count:] = 0  # the last chunk counts as if it were full
+            checksum.add(buffer.view(torch.float32))
+    return [size, bytes(checksum.digest().tolist()).hex()]
+
+
+def check_folder(path):
+    """Check the files of a checkpoint folder against its SUMS; one that an older version of this
+    program wrote has none. Raises ProtocolError."""
+    try:
+        with open(os.path.join(path, SUMS), "rb") as file:
+            sums = parse_json(file.read(MAX_HEADER_BYTES), SUMS)
+    except FileNotFoundError:
+        return
+    for name, wanted in sums.items():
+        if os.path.basename(name) != name or sum_of_file(os.path.join(path, name)) != wanted:
+            raise ProtocolError(f"{quoted(name)} is not as it was written: its checksum differs")
+
+
+def lock_folder(folder, what):
+    """Keep others from writing to a folder for as long as the returned file is open. Raises
+    BlockingIOError, with a text that names the process, where another one has it, and OSError where
+    the folder cannot be locked at all. what: the holder in words, for that text."""
+    os.makedirs(folder, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    file = os.fdopen(os.open(os.path.join(folder, LOCK), flags, 0o644), "r+")
+    until = time.monotonic() + 2.0  # a process that is killed needs a moment to let go
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                owner = file.read(300).strip()
+                file.close()
+                raise BlockingIOError(
+                    f"{folder} is in use by {owner or 'another process'}"
+                ) from None
+        except BaseException:
+            file.close()
+            raise
+        time.sleep(0.1)
+    file.truncate()
+    file.write(f"{what} on host {socket.gethostname()}, process {os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def save_file(path, tensors, fields=None):
@@ -502,15 +842,29 @@ def load_folder(path):
     weights = {}
     for file in weight_files(path):
         try:
-            if file.endswith(".bin"):
-                mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote files of another kind
-                weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            else:
-                weights |= load_file(file)[1]
-        except (OSError, ProtocolError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            weights |= pickled(file) if file.endswith(PICKLED) else load_file(file)[1]
+        except Exception as error:  # whatever is wrong with somebody else's file
             text = " ".join(str(error).split())
             raise ProtocolError(f"cannot use the weights in {file}: {text}") from None
-    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    return weights
+
+
+def pickled(path):
+    """{name: CPU tensor} of a state_dict that torch.save wrote. Nothing in the file is executed.
+    Raises ProtocolError, and whatever torch.load raises."""
+    mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote files of another kind
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    found = found if isinstance(found, dict) else {}
+    weights = {str(n): value for n, value in found.items() if isinstance(value, torch.Tensor)}
+    if not weights:
+        inner = [name for name in ("state_dict", "model") if isinstance(found.get(name), dict)]
+        where = f", but a dict under {inner[0]!r}" if inner else ""
+        taken = f"torch.load(path)[{inner[0]!r}]" if inner else "model.state_dict()"
+        raise ProtocolError(
+            f"there are no tensors in it under their names{where}; write a file of the weights "
+            f"alone, torch.save({taken}, 'model.pt'), and name that"
+        )
+    return weights
 
 
 def weight_files(path):
@@ -525,8 +879,8 @@ def weight_files(path):
                     shards = sorted(set(json.load(index)["weight_map"].values()))
                 if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
                     raise ValueError("it names files outside its folder")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ProtocolError(f"cannot use {file}.index.json: {error!r}") from None
+            except Exception as error:
+                raise ProtocolError(f"cannot use {file}.index.json: {reason_of(error)}") from None
             return [os.path.join(path, shard) for shard in shards]
         if os.path.isfile(file):
             return [file]
@@ -538,38 +892,74 @@ def weight_files(path):
     return found
 
 
-def is_ours(path):
-    """Whether this program wrote the safetensors file at `path`. The file may be incomplete."""
+def header_of(path):
+    """The fields in the header of a safetensors file, which may be incomplete, or None where it has
+    no header that can be read."""
     try:
         with open(path, "rb") as file:
-            return read_file_header(file, whole=False)[0].get("program") == "diloco"
+            return read_file_header(file, whole=False)[0]
     except (OSError, ProtocolError):
-        return False
+        return None
+
+
+def is_ours(path):
+    """Whether this program wrote the safetensors file at `path`. The file may be incomplete."""
+    return (header_of(path) or {}).get("program") == "diloco"
 
 
 def checkpoints(folder):
-    """[(round, path)] of this program's checkpoints in a folder, newest first."""
+    """[(round, path)] of this program's checkpoints in a folder, newest first: by the life of the
+    run, then by the round. What cannot be read comes last: a new one is never older than that."""
     found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
-        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(path))
-        if number and is_ours(os.path.join(path, "outer.safetensors")):
-            found.append((int(number[1]), path))
-    return sorted(found, reverse=True)
+    places = (os.path.join(glob.escape(folder), name) for name in CHECKPOINTS)
+    for path in itertools.chain(*map(glob.glob, places)):
+        name = os.path.basename(path)
+        number = re.fullmatch(r"checkpoint-(\d{1,15})|\.checkpoint-(\d{1,15})\.old", name)
+        if not number or (number[2] and os.path.lexists(os.path.join(folder, name[1:-4]))):
+            continue
+        outer, model = (os.path.join(path, f"{n}.safetensors") for n in ("outer", "model"))
+        is_damaged = header_of(outer) is None and (os.path.exists(outer) or is_ours(model))
+        if is_ours(outer) or is_damaged or os.path.exists(os.path.join(path, SUMS)):
+            found.append((*age_of(header_of(outer) or {}), int(number[1] or number[2]), path))
+    return [(number, path) for *_, number, path in sorted(found, reverse=True)]
+
+
+def age_of(fields):
+    """(life, round) of the checkpoint whose header has these fields, which may be damaged; ("", -1)
+    where they do not tell."""
+    try:
+        heads = [version_of(saved["label"]) for saved in fields["fragments"]]
+        return max(heads).life, min(version.number for version in heads)
+    except (ProtocolError, LookupError, TypeError, ValueError):
+        return "", -1
 
 
 def discard(checkpoint):
     """Remove a checkpoint. It is renamed first, so that a crash never leaves half a checkpoint
     under its name."""
-    old = os.path.join(os.path.dirname(checkpoint), ".tmp-checkpoint-old")
+    old = os.path.join(os.path.dirname(checkpoint), BESIDE + "-old")
+    remove(old)
     os.rename(checkpoint, old)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def foreign_weights(folder):
-    """The weight files in a folder, or in its checkpoint folders, by another program than this."""
-    patterns = ("*.safetensors", "*.bin", "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
+    """The weight files in a folder, or in its checkpoint folders, by another program than this. A
+    damaged one is this program's where others of its files are beside it."""
+    pickled = [f"*{ending}" for ending in PICKLED]
+    patterns = ("*.safetensors", *pickled, "checkpoint-*/*.safetensors", "checkpoint-*/*.bin")
     paths = [p for g in patterns for p in glob.glob(os.path.join(glob.escape(folder), g))]
-    return [path for path in paths if not is_ours(path)]
+    own = {os.path.realpath(path) for _, path in checkpoints(folder)}
+    if own:
+        own.add(os.path.realpath(folder))
+
+    def is_damaged(path):
+        is_sealed = os.path.exists(os.path.join(os.path.dirname(path), SUMS))
+        is_own = os.path.realpath(os.path.dirname(path)) in own
+        is_readable = header_of(path) is not None and not is_sealed
+        return path.endswith(".safetensors") and is_own and not is_readable
+
+    return [path for path in paths if not is_ours(path) and not is_damaged(path)]
 
 
 def read_descriptive_files(folder):
@@ -606,10 +996,241 @@ def file_sizes_of(sizes):
     """{name: size in bytes} of the descriptive files that a worker uploads. Raises ProtocolError."""
     for name, size in sizes.items():
         if name not in FILE_NAMES or type(size) is not int or size < 0:
-            raise ProtocolError(f"bring: file {name!r} is not one of {FILE_NAMES}")
+            raise ProtocolError(f"bring: file {quoted(name)} is not one of {FILE_NAMES}")
     if sum(sizes.values()) > MAX_FILES_BYTES:
         raise ProtocolError(f"bring: the files are over {MAX_FILES_BYTES:,} bytes")
     return sizes
+
+
+# --- Who may speak ----------------------------------------------------------------------------
+#
+# A run may have a token, a secret that everybody who takes part knows. It never travels: client and
+# server each send a random nonce, and then prove with an HMAC over both nonces that they know the
+# token. The HMAC names the role of its sender, so that nobody can send a proof back to where it came
+# from, and both nonces, so that nobody can send it again. The client proves first, and goes on only
+# with a server that proves the same. With TLS, the client knows the server by its certificate too.
+# Without a token only peers with a loopback or private address may speak.
+
+PRIVATE = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
+        "169.254.0.0/16", "100.64.0.0/10", "fc00::/7", "fe80::/10",
+    )
+)  # fmt: skip
+
+
+def is_within(address, networks):
+    """Whether an address, as text, lies in one of the networks. An IPv4 address that is written as
+    an IPv6 one counts as IPv4."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    return any(found in network for network in networks)
+
+
+def proof_of(token, role, nonces, worker, session):
+    """The proof, as hexadecimal text, that the "client" or the "server" knows the token. `nonces`:
+    the client's, then the server's; `worker`, `session`: what the client has said hello with."""
+    text = json.dumps(["DiLoCo hello", PROTOCOL_VERSION, role, *nonces, worker, session])
+    key = token.encode("utf-8", "surrogateescape")
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def is_same(one, other):
+    """Whether two texts are equal; how long it takes does not tell where they differ."""
+    return hmac.compare_digest(one.encode(), other.encode())
+
+
+def read_token(token=None, path=None):
+    """The token that was given as text, in a file or in DILOCO_TOKEN, in this order; "" where none
+    was. Raises ValueError where the token is empty, OSError where the file cannot be read."""
+    where, text = "--token", token
+    if text is None and path is not None:
+        where = path
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            text = file.read().removesuffix("\n").removesuffix("\r")
+    elif text is None:
+        where, text = "DILOCO_TOKEN", os.environ.get("DILOCO_TOKEN")
+    if text == "":
+        raise ValueError(f"the token in {where} is empty; give one, or leave {where} out")
+    return text or ""
+
+
+def certificate_fingerprint(path):
+    """The SHA-256 of the first certificate in a PEM file, as hexadecimal text. Raises OSError, and
+    ValueError where there is none."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        pattern = "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
+        found = re.search(pattern, file.read(), re.DOTALL)
+    if not found:
+        raise ValueError(f"{path} holds no certificate in PEM")
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(found[0])).hexdigest()
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a server asks of those who connect. `token`: "" for none. `context`: an ssl.SSLContext,
+    or None for plain connections. `allow`: networks besides the private ones."""
+
+    token: str = field(default="", repr=False)
+    context: ssl.SSLContext | None = None
+    allow: tuple = ()
+
+    @property
+    def admits_all(self):
+        """Whether any address may connect: others cannot read along, and strangers have no token."""
+        return bool(self.token and self.context)
+
+    def check(self, address):
+        """Raise Refused where a peer with this address may not speak."""
+        if not self.admits_all and not is_within(address, (*PRIVATE, *self.allow)):
+            raise Refused(
+                "address",
+                f"{address} is neither a loopback nor a private address: this server needs a token "
+                "and TLS to let it in (--token-file, --tls-cert), or --allow for its network; or "
+                "connect through a VPN or an ssh tunnel",
+            )
+
+
+def server_context(cert, key=None):
+    """The ssl.SSLContext of a server with a certificate and key in PEM files, which may be one.
+    Raises OSError or ValueError with a text that says which file is wrong."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.num_tickets = 0  # a ticket that nobody reads can make a peer's last words get lost
+    for path in filter(None, (cert, key)):
+        open(path, "rb").close()  # ssl does not say which file is missing
+    try:
+        context.load_cert_chain(cert, key, password=lambda: "")  # asks nobody for a password
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"{key or cert} does not hold the key to the certificate in {cert}, in PEM and without "
+            f"a password ({error.reason or error})"
+        ) from None
+    return context
+
+
+@functools.lru_cache(maxsize=8)
+def client_context(tls):
+    """The ssl.SSLContext of a client that knows its server as Access.tls says. Raises OSError where
+    the file of an authority cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if is_fingerprint(tls):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif tls == "1":
+        context.load_default_certs()
+    else:
+        context.load_verify_locations(tls)
+    return context
+
+
+def is_fingerprint(text):
+    """Whether a text is a SHA-256 in hexadecimal, as `Access` has it."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a client needs to get in, and to know that the server is the right one.
+
+    token: the run's, or "". tls: "" for a plain connection; else how the server's certificate is
+    known: "1" for the authorities of this system, the path of a file with an authority in PEM, or
+    the SHA-256 of the certificate in hexadecimal, with or without colons.
+    """
+
+    token: str = field(default="", repr=False)
+    tls: str = ""
+
+    @classmethod
+    def of(cls, token=None, tls=None):
+        """From arguments, and from DILOCO_TOKEN and DILOCO_TLS for those that are None; `tls` may
+        be True or False too. Raises ValueError."""
+        tls = os.environ.get("DILOCO_TLS", "") if tls is None else tls
+        tls = {True: "1", False: "", "0": ""}.get(tls, tls)
+        plain = str(tls).replace(":", "").lower()
+        if is_fingerprint(plain):
+            tls = plain
+        elif tls not in ("", "1") and not os.path.isfile(tls):
+            raise ValueError(
+                f"{str(tls)[:80]!r} is neither a SHA-256 fingerprint of 64 hexadecimal digits nor "
+                "a file with the certificate of an authority"
+            )
+        elif tls:
+            try:
+                client_context(str(tls))
+            except OSError as error:
+                raise ValueError(f"{tls} cannot be used as an authority: {error}") from None
+        return cls(read_token(token), str(tls))
+
+    @staticmethod
+    def add_options(parser):
+        """Add the options by which a command line tells a client how to get in."""
+        add_token_options(parser)
+        add = parser.add_argument
+        add("--tls", action="store_true", help="speak TLS; the system's authorities must vouch")
+        add("--tls-ca", metavar="FILE", help="speak TLS; this authority (PEM) must vouch")
+        add("--tls-fingerprint", metavar="SHA256", help="speak TLS with this certificate only")
+
+    @classmethod
+    def of_options(cls, options):
+        """From parsed options, and from the environment for those that are not given. Raises
+        ValueError, OSError."""
+        if options.tls_fingerprint is not None:
+            given = options.tls_fingerprint
+            if not is_fingerprint(given.replace(":", "").lower()):
+                raise ValueError("--tls-fingerprint is not a SHA-256 of 64 hexadecimal digits")
+        else:
+            given = options.tls_ca or (options.tls or None)
+        return cls.of(read_token(options.token, options.token_file) or None, given)
+
+    def variables(self):
+        """{name: text} of the environment variables that say the same."""
+        values = {"DILOCO_TOKEN": self.token, "DILOCO_TLS": self.tls}
+        return {name: value for name, value in values.items() if value}
+
+    def secured(self, sock, host, server):
+        """A connected socket with TLS around it, if this asks for TLS. Raises Refused where the
+        server is not the one that `tls` names, or speaks no TLS, and OSError."""
+        if not self.tls:
+            return sock
+        sock.settimeout(STALL_SECONDS)  # a server with many at its door lets a peer wait
+        try:
+            sock = client_context(self.tls).wrap_socket(sock, server_hostname=host)
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(
+                "tls",
+                f"server {server}: its certificate is not to be trusted: {error.verify_message}; "
+                "give --tls-ca its authority, or --tls-fingerprint what the server prints at start",
+            ) from None
+        except ssl.SSLError as error:
+            if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                raise Refused(
+                    "tls",
+                    f"server {server} speaks no TLS: start it with --tls-cert, or leave --tls here",
+                ) from None
+            raise ConnectionError(f"no TLS with {server}: {error.reason or error}") from None
+        if is_fingerprint(self.tls):
+            shown = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
+            if not is_same(shown, self.tls):
+                sock.close()
+                raise Refused(
+                    "tls",
+                    f"server {server} has a certificate with the fingerprint {shown}, not "
+                    f"{self.tls}: it is another server, or its certificate is new",
+                )
+        return sock
+
+
+PLAIN = Access()  # no token, no TLS
+
+
+def add_token_options(parser):
+    """Add the options by which a command line gives the token of a run."""
+    add = parser.add_argument
+    add("--token", metavar="TEXT", help="the run's secret; others on this machine can read it here")
+    add("--token-file", metavar="FILE", help="file with the run's secret (or DILOCO_TOKEN)")
 
 
 # --- Connections ----------------------------------------------------------------------------
@@ -644,35 +1265,116 @@ class Message:
         if good and kind is str:
             good = len(value) <= 256 and (value.isprintable())
         if not good:
-            shown = repr(value)[:80]
             raise ProtocolError(
-                f"{self.type}: field {name!r} is {shown}, not a valid {kind.__name__}"
+                f"{shown(self.type)}: field {name!r} is {quoted(value)}, not a valid {kind.__name__}"
             )
+        return value
+
+    def typed(self, *types):
+        """The message itself, where it is of one of these types. Raises ProtocolError elsewhere."""
+        if self.type not in types:
+            raise ProtocolError(f"the reply is {self.type[:32]!r}, not {' or '.join(types)}")
+        return self
+
+    def numbers(self, name, count, high=1 << 53):
+        """A checked field that is a list of `count` numbers from 0 to `high`; of any length where
+        `count` is None. Raises ProtocolError."""
+        value = self.field(name, list, [] if count is None else REQUIRED)
+        good = all(type(number) is int and 0 <= number <= high for number in value)
+        if not good or count not in (None, len(value)):
+            raise ProtocolError(f"{self.type}: field {name!r} is {repr(value)[:80]}")
         return value
 
     def expect(self, specs):
         """Raise ProtocolError unless the payload is announced as exactly these tensors."""
         specs = list(specs)
         if self.specs != specs:
-            shown = ", ".join(describe(spec) for spec in self.specs[:4]) or "nothing"
-            wanted = ", ".join(describe(spec) for spec in specs) or "nothing"
-            raise ProtocolError(f"{self.type}: carries {shown}; expected {wanted}")
+            found, wanted = (
+                ", ".join(describe(spec) for spec in each[:4]) or "nothing"
+                for each in (self.specs, specs)
+            )
+            raise ProtocolError(f"{shown(self.type)}: carries {found}; expected {wanted}")
+
+
+class Pace:
+    """The least rate of the transfers on a connection: `rate` bytes a second over `window` seconds.
+    Only the time that is spent waiting for the peer counts."""
+
+    def __init__(self, rate, window):
+        self.rate, self.window = rate, window
+        self.begin()
+
+    def begin(self):
+        """A transfer begins, or a new window of it."""
+        self.moved, self.seconds = 0, 0.0
+
+    def note(self, count, seconds):
+        """So many bytes have moved, after a wait of so many seconds. Whether that is fast enough."""
+        self.moved += count
+        self.seconds += seconds
+        if self.seconds >= self.window:
+            if self.moved < self.rate * self.window:
+                return False
+            self.begin()
+        return True
+
+
+class Large:
+    """The place of a header over LARGE_BYTES, which belongs to a connection until what the header
+    says has been taken in. Two such headers are read at a time, and one is parsed, for at most a
+    fifth of a process's time: a flood of them costs little memory, and little of others' time.
+    Raises ConnectionError where no place becomes free in time."""
+
+    places = threading.BoundedSemaphore(2)
+    turn = threading.Lock()
+    free_at = 0.0  # seconds (time.monotonic) from which on the next one may be parsed
+
+    def __init__(self):
+        self.began = None  # seconds when it began to be parsed
+        if not self.places.acquire(timeout=LARGE_SECONDS):
+            raise ConnectionError(f"too many large headers came at once for {LARGE_SECONDS:g} s")
+
+    def parse(self, raw):
+        """As `parse_header`. Raises ProtocolError also where the header has too many parts."""
+        for mark, limit in MAX_PARTS.items():
+            if (found := raw.count(mark)) > limit:
+                raise ProtocolError(f"the header has {found:,} {mark.decode()!r}, over {limit:,}")
+        self.turn.acquire()
+        self.began = time.monotonic()
+        if (pause := Large.free_at - self.began) > 0:
+            time.sleep(pause)
+            self.began = time.monotonic()
+        return parse_header(raw)
+
+    def release(self):
+        """Let others have the place. Called once."""
+        if self.began is not None:
+            Large.free_at = time.monotonic() + 4 * (time.monotonic() - self.began)
+            self.turn.release()
+        self.places.release()
 
 
 def describe(spec):
     """A tensor in words, as `name F32[3, 4]`."""
-    return f"{spec.name} {DTYPE_NAMES[spec.dtype]}{list(spec.shape)}"
+    return f"{shown(spec.name)} {DTYPE_NAMES[spec.dtype]}{quoted(list(spec.shape))}"
 
 
 class Connection:
     """One TCP connection that carries frames, for one thread at a time.
 
-    Every method raises ConnectionError when the peer is gone or no byte has moved for `stall`
-    seconds, and ProtocolError when the peer breaks a rule.
+    Every method raises ConnectionError when the peer is gone, when no byte has moved for `stall`
+    seconds, when a message moves at less than the `least` rate (bytes a second, seconds over which
+    that is judged), or at the `deadline`; and ProtocolError when the peer breaks a rule.
     """
 
-    def __init__(self, sock, peer, stall=STALL_SECONDS):
+    least = LEAST_RATE, RATE_SECONDS  # of all connections that are not given another one
+
+    def __init__(self, sock, peer, stall=STALL_SECONDS, *, least=None):
         self.sock, self.peer, self.stall = sock, peer.removeprefix("::ffff:"), stall
+        self.pace = Pace(*(least or self.least))
+        self.is_server = False  # whether this is the server's end, where large headers take turns
+        self.large = []  # the Large of the last message, if that was one and is not taken in yet
+        self.deadline = None  # seconds (time.monotonic) when all must have been sent and received
         self.worker = "", ""  # (worker id, session) that the peer has said hello with
         self.max_header = MAX_HEADER_BYTES
         self.unread = 0  # payload bytes of the last message that are still in the socket
@@ -688,6 +1390,7 @@ class Connection:
         other, as `specs` announces them. The tensors are taken one at a time, so a generator may
         make them on the way."""
         header = encode_header({"type": type, **(fields or {})}, specs)
+        self.pace.begin()
         left = payload_bytes(specs)
         views = [memoryview(header)]
         for tensor in tensors:
@@ -699,40 +1402,104 @@ class Connection:
         if left:
             raise ValueError(f"the tensors differ from their specs by {left} bytes")
 
+    def send_raw(self, header):
+        """Send a message without a payload that `encode_header` has made."""
+        self.pace.begin()
+        self._send_all([memoryview(header)])
+
     def _send_all(self, views):
         # socket.sendall has a timeout for the whole, but a slow transfer is not a stall.
-        self.sock.settimeout(self.stall)
+        self.sock.settimeout(self._within(min(self.stall, self.pace.window)))
+        moved = time.monotonic()
         while views:
+            began = time.monotonic()
             try:
-                sent = self.sock.sendmsg(views)
+                if isinstance(self.sock, ssl.SSLSocket):  # it has no sendmsg
+                    sent = self.sock.send(views[0][:TLS_PIECE]) if views[0].nbytes else 0
+                else:
+                    sent = self.sock.sendmsg(views)
             except TimeoutError:
-                raise ConnectionError(f"{self.peer} took no byte for {self.stall:.0f} s") from None
+                self._within(self.stall)
+                self._note(0, time.monotonic() - began, "took")
+                if self.sock.gettimeout() and time.monotonic() - moved < self.stall:
+                    continue
+                raise TooSlow(f"{self.peer} took no byte for {self.stall:.0f} s") from None
+            except (ssl.SSLError, ValueError) as error:  # ValueError: another thread has closed it
+                raise ConnectionError(f"TLS with {self.peer}: {error}") from None
+            moved = time.monotonic()
+            self._note(sent, moved - began, "took")
             self.bytes_out += sent
             while views and sent >= views[0].nbytes:
                 sent -= views.pop(0).nbytes
             if views:
                 views[0] = views[0][sent:]
 
+    def _note(self, count, seconds, did):
+        if not self.pace.note(count, seconds):
+            moved, least = self.pace.moved / self.pace.seconds / 1024, self.pace.rate / 1024
+            raise TooSlow(
+                f"{self.peer} {did} {moved:.3g} KiB/s over {self.pace.seconds:.3g} s, below the "
+                f"least rate of {least:.3g} KiB/s (--min-rate on the server)"
+            )
+
+    def _within(self, seconds):
+        """`seconds`, None for ever, or what is left until the deadline."""
+        if self.deadline is None:
+            return seconds
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise ConnectionError(f"{self.peer} did not answer in time")
+        return left if seconds is None else min(seconds, left)
+
     def receive(self, idle):
         """The next message's header. `idle`: seconds to wait for its first byte, None for ever."""
         if self.unread:
             raise RuntimeError(f"{self.unread} bytes of the last message have not been read")
+        self.taken_in()
         start = bytearray(8)
-        self._receive_into(memoryview(start), idle)
+        self._receive_into(memoryview(start), idle, begins=True)
         length = header_length(start)
         if length > self.max_header:
             raise ProtocolError(f"a header of {length:,} bytes before the peer has said hello")
+        try:
+            if length > LARGE_BYTES and self.is_server:
+                fields, specs = self._receive_large(length)
+            else:
+                fields, specs = parse_header(self._header(length))
+            type = fields.pop("type", None)
+            if not isinstance(type, str) or len(type) > 32:
+                raise ProtocolError("a message without a type")
+        except BaseException:
+            self.taken_in()
+            raise
+        if type not in ("join", "bring"):
+            self.taken_in()
+        self.unread = payload_bytes(specs)
+        return Message(type, fields, specs)
+
+    def _receive_large(self, length):
+        self.large.append(Large())
+        before, self.deadline = self.deadline, self._deadline_of(LARGE_SECONDS)
+        raw = self._header(length)
+        self.deadline = before
+        return self.large[0].parse(raw)
+
+    def taken_in(self):
+        """What the last header says has been taken in: another large one may be read."""
+        with contextlib.suppress(IndexError):
+            self.large.pop().release()
+
+    def _deadline_of(self, seconds):
+        end = time.monotonic() + seconds
+        return end if self.deadline is None else min(end, self.deadline)
+
+    def _header(self, length):
         raw = bytearray()
         while len(raw) < length:  # grows with what arrives, not with what was announced
             part = bytearray(min(length - len(raw), 1 << 16))
             self._receive_into(memoryview(part), self.stall)
             raw += part
-        fields, specs = parse_header(bytes(raw))
-        self.unread = payload_bytes(specs)
-        type = fields.pop("type", None)
-        if not isinstance(type, str) or len(type) > 32:
-            raise ProtocolError("a message without a type")
-        return Message(type, fields, specs)
+        return raw
 
     def read(self, tensor):
         """Fill a contiguous CPU tensor from the payload of the last message."""
@@ -741,22 +1508,42 @@ class Connection:
         self._receive_into(memory(tensor), self.stall)
         self.unread -= tensor.nbytes
 
-    def _receive_into(self, view, idle):
-        self.sock.settimeout(idle)
-        unsent = self._unsent()
+    def _receive_into(self, view, idle, begins=False):
+        """Fill `view`. With `begins` it is the start of a message: the wait for its first byte is no
+        part of a transfer."""
+        limit = idle if begins else min(self.stall, self.pace.window)
+        self.sock.settimeout(self._within(limit))
+        unsent, moved = self._unsent(), time.monotonic()
         while view.nbytes:
+            began = time.monotonic()
             try:
                 count = self.sock.recv_into(view)
             except TimeoutError:
+                self._within(idle)
+                if not begins:
+                    self._note(0, time.monotonic() - began, "sent")
                 before, unsent = unsent, self._unsent()
                 if unsent < before:  # on a slow line our own last message is still on its way
+                    moved = time.monotonic()
                     continue
-                seconds = self.sock.gettimeout() or 0  # 0: the keep-alive noticed
-                raise ConnectionError(f"{self.peer} sent no byte for {seconds:.0f} s") from None
+                seconds = time.monotonic() - moved
+                if limit and seconds < idle and not begins:
+                    continue
+                kind = ConnectionError if begins else TooSlow
+                raise kind(f"{self.peer} sent no byte for {seconds:.0f} s") from None
+            except (ssl.SSLError, ValueError) as error:  # ValueError: another thread has closed it
+                raise ConnectionError(f"TLS with {self.peer}: {error}") from None
             if not count:
                 raise ConnectionError(f"{self.peer} closed the connection")
-            if self.sock.gettimeout() != self.stall:  # settimeout is a system call every time
-                self.sock.settimeout(self.stall)
+            moved = time.monotonic()
+            if begins:
+                self.pace.begin()
+                begins, idle, limit = False, self.stall, min(self.stall, self.pace.window)
+            else:
+                self._note(count, moved - began, "sent")
+            within = self._within(limit)
+            if self.sock.gettimeout() != within:  # settimeout is a system call every time
+                self.sock.settimeout(within)
             self.bytes_in += count
             view = view[count:]
 
@@ -784,20 +1571,26 @@ class Connection:
 
     def reply(self, on_wait=None):
         """The next message of a reply, past any `wait` messages (the fields of each are passed to
-        `on_wait`). Raises Refused when the reply is an `error`."""
+        `on_wait`; without that, nothing may make us wait). Raises Refused when the reply is an
+        `error`."""
+        began, waits = time.monotonic(), 0
         while True:
             reply = self.receive(self.stall)
-            if reply.type == "wait":
-                if on_wait:
-                    on_wait(reply.fields)
-            elif reply.type == "error":
+            if reply.type == "error":
                 self._raise_refused(reply)
-            else:
+            elif reply.type != "wait":
                 return reply
+            reply.expect([])  # else the bytes would be taken for the next message
+            waits += 1
+            if on_wait is None or waits > 10 + 10 * (time.monotonic() - began):
+                raise ProtocolError(
+                    f"server {self.peer} says `wait` where or as often as none does"
+                )
+            on_wait(reply.fields)
 
     def _raise_refused(self, reply):
-        text = reply.fields.get("message", "refused without a reason")
-        raise Refused(reply.fields.get("code", ""), f"server {self.peer}: {text}")
+        text = reply.fields.get("message") or "refused without a reason"
+        raise Refused(str(reply.fields.get("code"))[:32], f"server {self.peer}: {printable(text)}")
 
     def _raise_last_words(self):
         # A server that refuses in the middle of our payload says why before it hangs up.
@@ -808,40 +1601,13 @@ class Connection:
         if reply.type == "error":
             self._raise_refused(reply)
 
-    def greet(self, fields):
-        """The server's side of hello: check who is there, note (worker id, session) as `worker`,
-        both empty for a peer that only looks, and answer with `fields`."""
-        address = ipaddress.ip_address(self.peer.partition("%")[0])
-        if not (address.is_loopback or address.is_private):
-            raise Refused(
-                "address",
-                f"{address} is neither a loopback nor a private address, and this server cannot "
-                "yet tell friend from stranger; connect through a VPN or an ssh tunnel",
-            )
-        self.max_header = MAX_HELLO_BYTES
-        hello = self.receive(idle=HELLO_SECONDS)
-        if hello.type != "hello":
-            raise ProtocolError(f"the first message is {hello.type!r}, not 'hello'")
-        hello.expect([])
-        version = hello.field("protocol", int)
-        if version != PROTOCOL_VERSION:
-            raise Refused(
-                "version",
-                f"this server speaks version {PROTOCOL_VERSION} of the protocol, you {version}; "
-                "take the same version of the files on both machines",
-            )
-        if name := hello.field("worker", str, ""):
-            self.worker = name, hello.field("session", str)
-            self.max_header = MAX_HEADER_BYTES
-        self.send("hello", {"protocol": PROTOCOL_VERSION, **fields})
-
     def refuse(self, error):
         """Tell the peer why, then read on for a while: otherwise TCP's reset may discard the
         message before the peer reads it."""
         with contextlib.suppress(OSError, ProtocolError):
-            self.stall = 2.0
+            self.deadline = time.monotonic() + REFUSED_SECONDS
             self.send("error", {"message": str(error), "code": getattr(error, "code", "protocol")})
-            self.sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
             self.unread = MAX_DISCARD_BYTES
             self.discard()
 
@@ -849,10 +1615,12 @@ class Connection:
         """End the conversation, also from another thread than the one that uses the connection, which
         meets a ConnectionError."""
         with contextlib.suppress(OSError):  # the peer may have closed it already
-            self.sock.shutdown(socket.SHUT_RDWR)
+            # SSLSocket.shutdown would take TLS away from under the thread that uses it.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def close(self):
         """End the conversation and close the socket."""
+        self.taken_in()
         self.hang_up()
         self.sock.close()
 
@@ -861,9 +1629,119 @@ class Connection:
         try:
             poller = select.poll()  # recv alone would wait in spite of its flags
             poller.register(self.sock, select.POLLIN)
-            return bool(poller.poll(0)) and self.sock.recv(1, socket.MSG_PEEK) == b""
+            if not poller.poll(0):
+                return False
+            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK) == b""  # also below TLS
         except (OSError, ValueError):  # a closed socket has no number to register
             return True
+
+
+# --- Hello ----------------------------------------------------------------------------------
+#
+# The first messages of a connection say who is there. With a token each side proves that it knows it,
+# by a MAC over both sides' random numbers, the worker's names and its own role: the token itself is
+# never sent, and what somebody has recorded proves nothing later.
+
+
+def introduce(conn, who, token=""):
+    """The client's side of hello. `who`: worker id and session, or {} for a peer that only
+    looks. Returns the server's fields. Raises Refused where the server says no, or where only
+    one side has a token or knows it."""
+    hello = {"protocol": PROTOCOL_VERSION, "nonce": secrets.token_hex(16), **who}
+    if len(encode_header({"type": "hello", **hello}, [])) - 8 > MAX_HELLO_BYTES:
+        raise Refused("id", f"the worker id {who['worker'][:20]!r}... is too long for a hello")
+    reply = conn.request("hello", hello)
+    if reply.type == "challenge":
+        if not token:
+            raise Refused(
+                "token",
+                f"server {conn.peer} asks for the token of its run, and none is given here: "
+                "use --token-file or DILOCO_TOKEN",
+            )
+        nonces = hello["nonce"], reply.field("nonce", str)
+        names = who.get("worker", ""), who.get("session", "")
+        reply = conn.request("proof", {"proof": proof_of(token, "client", nonces, *names)})
+        theirs = reply.field("proof", str, "")
+        if not is_same(theirs, proof_of(token, "server", nonces, *names)):
+            raise Refused("token", f"server {conn.peer} does not know the token of the run")
+    elif token:
+        raise Refused(
+            "token",
+            f"server {conn.peer} asks for no token, so it may be a false one: start the server "
+            "with the token too, or leave the token out here",
+        )
+    if reply.type != "hello":
+        raise ProtocolError(f"the server answers hello with {reply.type[:32]!r}")
+    reply.expect([])
+    return reply.fields
+
+
+def greet(conn, fields, guard=Guard(), seconds=HELLO_SECONDS):
+    """The server's side of hello: check who is there, note (worker id, session) as `worker`,
+    both empty for a peer that only looks, and answer with `fields`. TLS and hello have
+    `seconds` together. Raises Refused, ProtocolError and OSError; the peer is to be refused
+    or closed then."""
+    conn.deadline, conn.max_header = time.monotonic() + seconds, MAX_HELLO_BYTES
+    conn.is_server = True
+    _secure(conn, guard)
+    guard.check(conn.peer)
+    hello = conn.receive(idle=None)
+    if hello.type != "hello":
+        raise ProtocolError(f"the first message is {hello.type!r}, not 'hello'")
+    hello.expect([])
+    version = hello.field("protocol", int)
+    if version != PROTOCOL_VERSION:
+        raise Refused(
+            "version",
+            f"this server speaks version {PROTOCOL_VERSION} of the protocol, you {version}; "
+            "take the same version of the files on both machines",
+        )
+    name = hello.field("worker", str, "")
+    session = hello.field("session", str) if name else ""
+    proof = _challenge(conn, guard.token, hello, name, session) if guard.token else {}
+    if name:
+        conn.worker, conn.max_header = (name, session), MAX_HEADER_BYTES
+    conn.send("hello", {"protocol": PROTOCOL_VERSION, **proof, **fields})
+    conn.deadline = None
+
+
+def _secure(conn, guard):
+    # A peer that speaks no TLS hears so in plain words: a TLS alert would not tell it why.
+    if not guard.context:
+        return
+    conn.sock.settimeout(conn._within(None))
+    try:
+        first = conn.sock.recv(1, socket.MSG_PEEK)
+        if first and first != b"\x16":  # what every TLS conversation begins with
+            raise Refused(
+                "tls",
+                "this server speaks TLS: use --tls-fingerprint with the fingerprint that it "
+                "prints at start, or --tls or --tls-ca",
+            )
+        conn.sock = guard.context.wrap_socket(
+            conn.sock, server_side=True, do_handshake_on_connect=False
+        )
+        conn.sock.settimeout(conn._within(None))
+        conn.sock.do_handshake()
+    except TimeoutError:
+        raise ConnectionError(f"{conn.peer} takes too long") from None
+    except ssl.SSLError as error:
+        raise ConnectionError(f"no TLS with {conn.peer}: {error.reason or error}") from None
+
+
+def _challenge(conn, token, hello, name, session):
+    # The fields by which this server proves that it knows the token, once the client has.
+    nonces = hello.field("nonce", str), secrets.token_hex(16)
+    conn.send("challenge", {"nonce": nonces[1]})
+    proof = conn.receive(idle=None)
+    if proof.type != "proof":
+        raise ProtocolError(f"the answer to a challenge is {proof.type!r}, not 'proof'")
+    proof.expect([])
+    given = proof.field("proof", str)
+    if not is_same(given, proof_of(token, "client", nonces, name, session)):
+        time.sleep(WRONG_TOKEN_SECONDS)
+        raise Refused("token", "the token is wrong: it is not the one of this server's run")
+    return {"proof": proof_of(token, "server", nonces, name, session)}
 
 
 def parse_address(text, port=PORT):
@@ -877,20 +1755,21 @@ def parse_address(text, port=PORT):
     return host, number
 
 
-def connect(server, session_fields, timeout=10.0):
+def connect(server, session_fields, timeout=10.0, access=PLAIN):
     """Connect to "host:port", say hello and return (Connection, the server's hello fields).
 
     `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
-    when there is nobody, Refused when the server says no.
+    when there is nobody, Refused when the server says no or is not the one that `access` names.
     """
     host, port = parse_address(server)
-    conn = Connection(socket.create_connection((host, port), timeout), server)
+    sock = socket.create_connection((host, port), timeout)
     try:
-        reply = conn.request("hello", {"protocol": PROTOCOL_VERSION, **session_fields})
+        sock = access.secured(sock, host, server)
+        conn = Connection(sock, server)
+        return conn, introduce(conn, session_fields, access.token)
     except BaseException:
-        conn.close()
+        sock.close()
         raise
-    return conn, reply.fields
 
 
 # --- The model as one flat vector -----------------------------------------------------------
@@ -913,13 +1792,20 @@ def manifest_to_json(specs):
 def manifest_from_json(listed, trained=True):
     """The specs of an untrusted manifest. Raises ProtocolError where a name stands twice. A
     manifest of what is `trained` must have at least one tensor, and only floating-point ones."""
+    specs, total = [], 0
     try:
-        for name, _, shape in listed:  # before anything is multiplied
-            if not isinstance(name, str) or len(shape) > 32 or not all(map(_is_count, shape)):
+        for name, dtype, shape in listed:
+            if len(shape) > 32 or not all(map(_is_count, shape)):
                 raise ValueError("a tensor needs a name and a shape of up to 32 counts")
-        specs = [TensorSpec(name, DTYPES[dtype], tuple(shape)) for name, dtype, shape in listed]
-        parse_header(encode_header({}, specs)[8:])
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+            if not isinstance(name, str) or name == "__metadata__":
+                raise ValueError(f"{str(name)[:80]!r} is no name of a tensor")
+            name.encode()  # half of a surrogate pair raises a ValueError
+            specs.append(TensorSpec(name, DTYPES[dtype], tuple(shape)))
+            total += specs[-1].nbytes
+            # torch computes the product of the sizes even where one of them is 0.
+            if max(total, math.prod(filter(None, shape))) >= 1 << 53:
+                raise ValueError("its sizes are too large")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ProtocolError(f"the manifest is malformed: {error!r}") from None
     if (trained and not specs) or len({spec.name for spec in specs}) != len(specs):
         raise ProtocolError("the manifest is empty or names a tensor twice")
@@ -945,17 +1831,17 @@ def explain_mismatch(server, worker):
     ours = {spec.name: spec for spec in server}
     theirs = {spec.name: spec for spec in worker}
     faults = [
-        f"tensor {name!r} is {list(ours[name].shape)} on the server and {list(spec.shape)} here"
+        f"tensor {quoted(name)} is {list(ours[name].shape)} on the server and {list(spec.shape)} here"
         for name, spec in theirs.items()
         if name in ours and spec.shape != ours[name].shape
     ]
     faults += [
-        f"tensor {n!r} {list(s.shape)} of the server is missing here"
+        f"tensor {quoted(n)} {list(s.shape)} of the server is missing here"
         for n, s in ours.items()
         if n not in theirs
     ]
     faults += [
-        f"tensor {n!r} {list(s.shape)} is not in the server's model"
+        f"tensor {quoted(n)} {list(s.shape)} is not in the server's model"
         for n, s in theirs.items()
         if n not in ours
     ]
@@ -1171,6 +2057,15 @@ class Codec:
         """Whether all numbers of an encoded chunk are finite and at most MAX_ABS in size."""
         raise NotImplementedError
 
+    def square(self, tensors, start, stop):
+        """The sum of the squares of an encoded chunk's numbers; infinite where not all of them are
+        finite and at most MAX_ABS in size."""
+        numbers = self.decoded(tensors, start, torch.empty(stop - start))
+        total = numbers.dot(numbers).item()
+        # A finite sum has no number over 2e19. Another one may have, which is no fault yet.
+        is_fine = math.isfinite(total) or self.finite(tensors, start, stop)
+        return square_of(numbers, total) if is_fine else math.inf
+
     def decoded(self, tensors, start, like):
         """The decoded elements from `start` on, as many as `like` has. They may stand in scratch
         memory: use them before the next call."""
@@ -1299,6 +2194,13 @@ def within(numbers, limit=MAX_ABS):
     unsigned = scratch("unsigned", signed, signed.numel())
     torch.bitwise_and(signed, torch.iinfo(bits).max, out=unsigned)
     return signed.numel() == 0 or unsigned.amax().item() <= largest
+
+
+def square_of(numbers, total=math.inf):
+    """The sum of the squares of float32 numbers, which may be too large for a float32; `total`: the
+    sum as float32 has it, if that is known."""
+    total = numbers.dot(numbers).item() if total == math.inf else total
+    return total if math.isfinite(total) else numbers.double().square().sum().item()
 
 
 def same_bits(one, other):

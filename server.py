@@ -13,6 +13,7 @@ Notable:
 - `GlobalModel` has the numbers, as one flat float32 vector; it knows no architecture. A fold goes
   through a slice once, and its entry is sent while it is still being made.
 - `Store` has the disk. `Server`, `Gate` and `Rounds` are the shell: threads, connections, one lock.
+- `Door` lets connections in: it keeps strangers out, and those that it cannot keep out few.
 - Workers come and go: a silent one is given up, one that comes back sends its pushes again.
 - The same command after a crash goes on from the newest whole checkpoint, and from whatever newer
   slices the workers still hold.
@@ -30,48 +31,63 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import ipaddress
 import itertools
 import json
+import math
 import os
+import resource
 import secrets
-import shutil
+import selectors
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
-import traceback
 import weakref
 from dataclasses import dataclass, field
 
 import torch
 
 import protocol
-from protocol import NONE, WEIGHTS, Fate, ProtocolError, Refused, TensorSpec, Version, recent
+from protocol import FRESH, NONE, WEIGHTS, Fate, ProtocolError, Refused, TensorSpec, Version, recent
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 TICK_SECONDS = 0.25  # how often the server looks for rounds and workers whose time has come
 LEAST_SHARES = 8  # shares of the text: so many workers can join before none is left to read
 FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more threads would only wait for memory
-MAX_CONNECTIONS = 1024  # some 50 workers with a dozen connections each, and a reserve for mishaps
+MAX_CONNECTIONS = 1024  # of members: some 50 with a dozen connections each, and a reserve
+MAX_STRANGERS = 256  # connections of others at each stage, from the first byte to a request
+MAX_PER_ADDRESS = 32  # hellos that are read at once from one address
+STRANGER_SECONDS = 60.0  # time that a peer which is no member has for its next request
+COMPLAINT_SECONDS = 10.0  # how often the door says at most that it cannot let anybody in
 LEAVE_SECONDS = 15.0  # time that spawned workers get to end by themselves
 FAREWELL_SECONDS = 3.0  # time that a server which ends waits to tell its workers so
 KNOWN_WORKERS = 1000  # ids whose index is remembered after they have gone
+STALLED_SECONDS = 60.0  # wait for a push that is said where no round has been closed yet
+LEAST_STALL_SECONDS = 10.0  # a shorter wait is never said
+SAY_SECONDS = 60.0  # how often a wait that lasts is said
+STATUS_SECONDS = 0.05  # time between two statuses that are made
+MAX_PUSHES = 8  # that processes of one worker, one after the other, may have in an open round
+SEQ_AHEAD = 1000  # that a sequence number may lie above the last one that was counted
+PACES = 10  # steps of a cycle that count at most, over those of the workers that opened the run
+LEAD = 3  # cycles that a worker may have made since the last round that it was in
+MOST_STEPS = 10**9  # of one push
+MOST_ROUNDS = (
+    1 << 40
+)  # highest version number, and LAST_LIFE the last life, that a worker may bring
+LAST_LIFE = "7" + "f" * 19
+HISTORY = 10  # closed rounds whose norms a push is compared with
+LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
-# Errors that a damaged file may lead to.
-DAMAGED = OSError, ProtocolError, LookupError, TypeError, ValueError, AttributeError, RuntimeError
 NAMES = "members.json"  # file in the output folder with the names of who takes part
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
 now = time.monotonic
 
 
-def log(text):
-    """Write a line of the log, in one write, so that threads never mix their lines. A full disk, or
-    nobody who reads, ends no thread."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.write(f"{time.strftime('%H:%M:%S')} server: {text}\n")
-        sys.stdout.flush()
+log, shown = protocol.Log("stdout", "server: ", clock=True), protocol.shown
 
 
 # --- The rules of a run -----------------------------------------------------------------------
@@ -100,18 +116,14 @@ class Rules:
     grace: float = 0.0  # seconds that a quorum waits for the others
     min_workers: int = 1  # workers below which no round closes
     max_staleness: int = 10  # versions that a counted push may be behind
+    max_push_ratio: float = 100.0  # most that a push's norm may be, over the median; 0: anything
     worker_timeout: float = 30.0  # seconds of silence after which a worker is given up
+    drop_stuck: float = 0.0  # seconds after which who keeps a round open is given up; 0: never
 
     @property
     def heartbeat_seconds(self):
         """How often workers are asked to say that they live."""
         return min(HEARTBEAT_SECONDS, self.worker_timeout / 4)
-
-    @property
-    def cut_seconds(self):
-        """How long a worker whose connection was cut may take to connect again before another
-        process gets its id."""
-        return 1.5 * self.heartbeat_seconds + 0.5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -127,7 +139,9 @@ class Push:
     closing: bool = False  # whether it is the worker's last push of the slice
     refused: str = ""  # why it counts as an empty contribution
     arrived: float = 0.0  # seconds, when it was here whole for the first time
-    step: int = 0  # step of the run that its worker had reached
+    step: int = 0  # step of the run that its worker had reached, as far as that can be
+    counted: int = 0  # of its steps, as many as its worker can have made
+    norm: float | None = None  # of its numbers; None where there are none to be judged
     tokens: int = 0
     loss: float | None = None
     payload: object = None  # its numbers, which the rules do not look at
@@ -146,6 +160,7 @@ class Round:
     members: list  # ids of those that push the slice
     plain: bool  # whether it has closing contributions only: a plain mean, no momentum
     share: float  # contributors over the members that push the slice
+    outsized: list = field(default_factory=list)  # pushes that were refused when it closed
     opened: float  # seconds, when its first contribution came
     closed: float  # seconds
 
@@ -156,12 +171,53 @@ class Round:
         return {p.worker: Fate(p.seq, p.refused, self.version.number) for p in ordered}
 
 
+def outsized(pushes, norms, ratio):
+    """{push: why it is refused} of the pushes of a round that are too large for it: whose norm is
+    larger than usual, and over `ratio` times as large for its steps. norms: [(norm per step, norm)],
+    the medians of the last closed rounds."""
+    if not ratio or len(norms) < LEAST_HISTORY:
+        return {}
+    usual, whole = (statistics.median(each) for each in zip(*norms, strict=True))
+    per_step = {push: push.norm / max(1, push.counted) for push in pushes if push.norm}
+    return {
+        push: f"a norm of {norm:.3g} a step is over --max-push-ratio {ratio:g} times {usual:.3g}, the "
+        "median of the last rounds"
+        for push, norm in per_step.items()
+        if not push.refused and norm > ratio * usual and push.norm > whole
+    }
+
+
+def medians(pushes):
+    """(norm per step, norm) of the pushes that count, or None without any: the medians. A push of
+    zeros tells nothing."""
+    found = [push for push in pushes if push.norm and not push.refused]
+    if not found:
+        return None
+    per_step = statistics.median(push.norm / max(1, push.counted) for push in found)
+    return per_step, statistics.median(push.norm for push in found)
+
+
+def believed(versions, life):
+    """The versions that a worker says it holds, with FRESH in the place of those that it cannot
+    hold: of a life after `life`, or after more rounds than there can have been."""
+    return [v if v.life <= life and v.number <= MOST_ROUNDS else min(v, FRESH) for v in versions]
+
+
+def free_index(id, indices, members):
+    """An id's own index where that is free, else the lowest free one."""
+    taken = {member.index for member in members.values() if member.id != id}
+    own = indices.get(id, -1)
+    free = min(set(range(len(taken) + 1)) - taken)
+    return own if own >= 0 and own not in taken else free
+
+
 @dataclass(eq=False)
 class Slice:
     """The head of a slice's log, and the open round."""
 
     version: Version = NONE
     folded: dict = field(default_factory=dict)  # worker -> Fate of its newest listed push
+    norms: list = field(default_factory=list)  # (norm per step, norm) of the last closed rounds
     pushes: dict = field(default_factory=dict)  # (worker, seq) -> Push of the open round
     folding: Round | None = None  # closed round whose entry is being made
     closed_at: float = 0.0  # seconds, when the last round was closed
@@ -182,14 +238,29 @@ class Slice:
         listed = [self.folded[id].seq] if id in self.folded else []
         return max([0, *listed, *(push.seq for push in self.present if push.worker == id)])
 
+    def most_seq(self, id):
+        """The highest sequence number that a worker's next push can have. One that has made none,
+        or whose last one is forgotten, has made no more than there were rounds."""
+        return (self.known(id) or max(0, self.version.number)) + SEQ_AHEAD
+
+    def cycles(self, member):
+        """The rounds since a worker's last push was listed, or since it became a member: so many
+        cycles its next push may carry."""
+        fate = self.folded.get(member.id)
+        return max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
+
     def lateness(self, push):
         """Versions that a push is behind the head."""
         return max(0, self.version.number - push.base.number)
 
-    def close(self, version, indices, pushing, now):
-        """Make a Round that leads to `version` of what has been contributed. `pushing`: the ids of
-        the workers that push the slice."""
+    def close(self, version, indices, pushing, now, ratio):
+        """Make a Round that leads to `version` of what has been contributed; pushes that are too
+        large for it are refused. `pushing`: the ids of the workers that push the slice."""
         pushes = sorted(self.pushes.values(), key=lambda p: (indices.get(p.worker, 0), p.seq))
+        judged = outsized(pushes, self.norms, ratio)
+        for push, why in judged.items():
+            push.refused = why
+        self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
@@ -199,6 +270,7 @@ class Slice:
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
             share=len(self.pushers) / len(pushing),
+            outsized=list(judged),
             opened=min(push.arrived for push in pushes),
             closed=now,
         )
@@ -221,10 +293,12 @@ class Member:
     sync_every: int = 1
     fragments: int = 1  # slices that have a step of their own in its cycle
     heard: float = 0.0  # seconds, when the worker last spoke
-    cut: float | None = None  # seconds, when its connection ended; None while there is one
+    has_ended: bool = False  # whether its process is known to have ended
     index: int = -1
     since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
     passed: int = -1  # highest turn that it has contributed to
+    pace: int = 1  # steps of its cycle that count at most
+    begun: tuple = (0, 0)  # (step of the run, number of the newest version) when it became a member
     blocked: tuple = ()  # (slice, sequence number) of its own push that its training waits for
     step: int = 0  # step of the run that it has reached
     position: int = 0  # steps since its cycle began
@@ -232,16 +306,65 @@ class Member:
     loss: float | None = None
 
     def holds_id(self, rules, now):
-        """Whether no other process gets the worker's id: it has been heard of, and its connection
-        has not been cut for long."""
-        is_silent = now - self.heard > rules.worker_timeout
-        return not is_silent and (self.cut is None or now - self.cut < rules.cut_seconds)
+        """Whether no other process gets the worker's id, whatever has become of its connection."""
+        return not self.has_ended and now - self.heard <= rules.worker_timeout
+
+    @property
+    def was_in(self):
+        """Whether it says that it has been a member before."""
+        return any(version > WEIGHTS for version in self.versions)
+
+    def reach(self, step, number):
+        """Note the step that it says it has reached, as far as it can have: a cycle for each round
+        since it became a member, `number` being that of the newest version."""
+        rounds = max(0, number - self.begun[1])
+        self.step = min(step, self.begun[0] + self.pace * (rounds + LEAD))
+        return self.step
+
+    def begin(self, old, furthest, number, pace):
+        """Become a member, perhaps in the place of `old`, when a run has come to the step `furthest`
+        and the version `number`, and a cycle counts for `pace` steps at most."""
+        self.begun = (min(self.step, furthest) if self.was_in else furthest), number
+        self.pace = min(self.sync_every, pace)
+        if old is not None and old.session == self.session:
+            self.closed |= old.closed
+            self.passed, self.begun = old.passed, old.begun
+        self.reach(self.step if self.was_in else self.begun[0], number)
+
+    def is_stuck(self, slices):
+        """Whether its training waits for a push of its own in an open round."""
+        k, seq = self.blocked or (len(slices), 0)
+        return k < len(slices) and (self.id, seq) in slices[k].pushes
 
     def to_go(self, k, now):
         """Steps until the worker pushes slice k, as a part of its cycle."""
         due = min(k + 1, self.fragments) * self.sync_every // self.fragments
         steps = (due - self.position - 1) % self.sync_every + 1
         return max(0.0, steps - self.speed * (now - self.heard)) / self.sync_every
+
+
+def is_begun(slices):
+    """Whether a slice holds a version that a run has made."""
+    return any(slice.version.life for slice in slices)
+
+
+def newest(slices):
+    """The number of the newest version, -1 where there is none."""
+    return max((slice.version.number for slice in slices), default=-1)
+
+
+def opened_at(run):
+    """(pace, step) of a run that those who wait open. Who was in it may have made a cycle more than
+    is on disk for each round that is not."""
+    paces = [member.sync_every for member in run.waiting.values()]
+    pace = min(statistics.median_low(paces), PACES * (run.pace or max(paces)))
+    cycles = max(0, newest(run.slices) - run.kept) + LEAD
+    steps = [
+        min(member.step, run.step + min(member.sync_every, PACES * pace) * cycles)
+        for member in run.waiting.values()
+        if member.was_in
+    ]
+    return pace, max([run.step, *steps])
 
 
 class Run:
@@ -263,6 +386,8 @@ class Run:
         self.away, self.stopping = set(), set()
         self.is_open = False
         self.step = 0  # step of the worker that is furthest
+        self.pace = 0  # steps of a cycle, of the workers that opened the run
+        self.kept = -1  # number of the newest version that was on disk
         self.forced = 0  # rounds that were closed because nothing else could move
 
     # --- Who takes part ---
@@ -288,19 +413,21 @@ class Run:
         """A worker asks to take part. Raises Refused where it cannot."""
         if other := self.holder(member.id, member.session, now):
             raise Refused("id", f"worker id {other.id!r} is held by a live process")
-        was_in = any(version > WEIGHTS for version in member.versions)
-        if was_in and self.sessions.get(member.id, member.session) != member.session:
+        if member.was_in and self.sessions.get(member.id, member.session) != member.session:
             raise Refused("id", f"another process has taken over worker id {member.id!r}")
         known = member.id in self.indices or member.id in self.stopping
         if self.is_stopping and not known:
             raise Refused("stopping", "this run is being stopped")
+        has_past = is_begun(self.slices) or self.indices or self.expected
+        is_stranger = has_past and not known and member.id not in self.expected
+        life = "" if is_stranger else self.life or LAST_LIFE
+        member.versions = believed(member.versions, life)  # a stranger's replace nothing
         self.slices = self.slices or [Slice() for _ in member.versions]
         member.heard = now
         self.waiting[member.id] = member
 
     def here(self, id, session, now):
-        """A worker that waits to enter shows that it is alive. False where it is waited for no
-        more."""
+        """A worker that waits to enter is alive. False where it is waited for no more."""
         member = self.waiting.get(id)
         if member is None or member.session != session:
             return False
@@ -375,7 +502,7 @@ class Run:
                 slice.version = Version(self.life, 0)
         if self.stopping.isdisjoint(self.waiting) and not self.expected:
             self.stopping.clear()
-        self.step = max([self.step, *(m.step for m in self.waiting.values())])
+        self.pace, self.step = opened_at(self)
         self.expected, self.is_open = {}, True
 
     def _enter(self, member, now):
@@ -386,14 +513,12 @@ class Run:
                 if push.worker == member.id and push.session != member.session and is_resumed:
                     del slice.pushes[name]  # the resumed process makes those steps again
             stays = old is not None and (is_resumed or old.session == member.session)
-            first = slice.version.number + bool(slice.pushes)
+            # Steps from the version that the open round starts from are awaited in it.
+            first = slice.version.number + (bool(slice.pushes) and not is_resumed)
             member.since.append(old.since[k] if stays else first)
-        if old is not None and old.session == member.session:
-            member.closed |= old.closed
-            member.passed = old.passed
-        if not any(version > WEIGHTS for version in member.versions):
-            member.step = max([self.step, *(other.step for other in self.members.values())])
-        member.index = self._free_index(member.id)
+        furthest = max([self.step, *(other.step for other in self.members.values())])
+        member.begin(old, furthest, newest(self.slices), PACES * self.pace)
+        member.index = free_index(member.id, self.indices, self.members)
         member.heard, member.cut = now, None
         self.indices.pop(member.id, None)
         self.indices[member.id], self.sessions[member.id] = member.index, member.session
@@ -404,29 +529,22 @@ class Run:
             del self.indices[worker]
             self.sessions.pop(worker, None)
 
-    def _free_index(self, id):
-        """An id's own index where that is free, else the lowest free one."""
-        taken = {member.index for member in self.members.values() if member.id != id}
-        own = self.indices.get(id, -1)
-        free = min(set(range(len(taken) + 1)) - taken)
-        return own if own >= 0 and own not in taken else free
-
     def known(self, id):
         """By slice, the highest sequence number of a worker's pushes that are listed, in the open
         round or being folded. A process without a push in its outbox counts on from there."""
         return [slice.known(id) for slice in self.slices]
 
     def place(self, id, now):
-        """Where a worker that has entered begins: (slice that it pushes first, in how many steps;
-        None for a whole interval). The slice is the first one, in the order of turns, that waits
-        for the worker or that nobody has pushed yet; the steps are those of the member that comes
-        to it next."""
-        count = len(self.slices)
-        begun = [bool(s.pushes) and id not in self.missing(k) for k, s in enumerate(self.slices)]
-        k = min(range(count), key=lambda k: self.turn(k) + count * begun[k])
-        me = self.members[id]
+        """Where a worker begins: (by slice, the turn that its next push is for; steps until its push
+        of the lowest one, None for a whole interval). A round that has its push or does not wait for
+        it is over for it. The steps are those of the member that comes to the slice next."""
+        turns = [self.turn(k) for k in range(len(self.slices))]
+        for k, slice in enumerate(self.slices):
+            if slice.pushes and id not in self.missing(k):
+                turns[k] += len(self.slices)
+        me, k = self.members[id], turns.index(min(turns))
         left = [m.to_go(k, now) for m in self.members.values() if m is not me and m.speed]
-        return k, max(1, round(min(left) * me.sync_every)) if left else None
+        return turns, max(1, round(min(left) * me.sync_every)) if left else None
 
     def hear(self, id, session, now):
         """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
@@ -435,14 +553,14 @@ class Run:
             if id in self.expected:
                 self.expected[id] = now  # alive, and about to join again
             raise Refused("rejoin", f"worker {id!r} is not a member of the run; join again")
-        member.heard, member.cut = now, None
+        member.heard, member.has_ended = now, False
         return member
 
-    def lose(self, id, session, now):
-        """A worker's control connection has ended, which is not yet the end of the worker."""
+    def free(self, id, session):
+        """A worker's process has ended, as whoever knows it says: another one may have its id."""
         for other in (self.members.get(id), self.waiting.get(id)):
             if other and other.session == session:
-                other.cut = now
+                other.has_ended = True
 
     def forget(self, id, session):
         """A worker that waits to enter has gone, or does not bring what it was asked for."""
@@ -480,16 +598,22 @@ class Run:
     def push(self, push, now):
         """Take a contribution into the open round of its slice. False where an entry lists it
         already. One that is too old counts as an empty contribution, so that nobody waits for it
-        in vain. Raises Refused where its worker must join again. The caller has waited for the end
-        of a fold of the slice."""
+        in vain. Raises Refused where its worker must join again, and where its sequence number is
+        no next one. The caller has waited for the end of a fold of the slice."""
         member, slice = self.hear(push.worker, push.session, now), self.slices[push.k]
         if slice.folding:
             raise RuntimeError("a push came into a slice that is being folded")
+        if push.seq > (most := slice.most_seq(push.worker)):
+            raise Refused("protocol", f"push: the sequence number {push.seq} is over {most}")
+        push.step = member.reach(push.step, newest(self.slices))
+        push.counted = min(push.steps, member.pace * slice.cycles(member))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
         late = slice.lateness(push)
+        if push.base.life > self.life:
+            push.refused = "it starts from a version that this run has not made"
         if not push.refused and push.steps and late > self.rules.max_staleness:
             push.refused = f"a push {late} rounds old is over --max-staleness"
         first = slice.pushes.get((push.worker, push.seq))
@@ -546,24 +670,19 @@ class Run:
         found = [k for k in range(len(self.slices)) if self.is_over(k, now)]
         if found or not self.members or any(slice.folding for slice in self.slices):
             return found
-        if all(self._is_stuck(member) for member in self.members.values()):
+        if all(member.is_stuck(self.slices) for member in self.members.values()):
             k = min((member.blocked[0] for member in self.members.values()), key=self.turn)
             if self.has_enough(k):
                 self.forced += 1
                 return [k]
         return []
 
-    def _is_stuck(self, member):
-        if not member.blocked:
-            return False
-        k, seq = member.blocked
-        return k < len(self.slices) and (member.id, seq) in self.slices[k].pushes
-
     def take(self, k, now):
         """Close the open round of slice k; returns the Round, which `publish` ends."""
         slice = self.slices[k]
         version = Version(self.life, slice.version.number + 1)
-        return slice.close(version, self.indices, self.pushing(k) | slice.pushers, now)
+        pushing = self.pushing(k) | slice.pushers
+        return slice.close(version, self.indices, pushing, now, self.rules.max_push_ratio)
 
     def publish(self, k):
         """The log of slice k has its new entry. Ids that are gone and whose last push is too far
@@ -585,6 +704,8 @@ class Run:
             "stopping": sorted(self.stopping),
             "indices": dict(self.indices),
             "sessions": dict(self.sessions),
+            "life": self.life,
+            "pace": self.pace,
         }
 
     def reopen(self, names, heads, now):
@@ -593,7 +714,65 @@ class Run:
         self.expected = dict.fromkeys(names["members"], now)
         self.stopping, self.indices = set(names["stopping"]), dict(names["indices"])
         self.sessions = dict(names.get("sessions", {}))
+        self.life, self.pace = names.get("life", ""), names.get("pace", 0)
         self.slices = [Slice(version, dict(folded)) for version, folded in heads]
+        self.kept = newest(self.slices)
+
+
+class Stalls:
+    """Which open rounds wait for too long, and for whom: a worker that is alive need not be working.
+
+    A round waits from its first contribution on. Too long is ten times the median length of the last
+    rounds, or --round-timeout. Of several such rounds only the one at the lowest turn tells who is
+    stuck: who is missing in the others may be waiting for that one.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.lengths = collections.deque(maxlen=20)  # seconds, of the rounds that were closed last
+        self.oldest = None, 0.0  # (slice, version) of the open round at the lowest turn, since when
+
+    @property
+    def limit(self):
+        """Seconds after which a wait is too long."""
+        rules = self.run.rules
+        if rules.quorum:
+            return max(LEAST_STALL_SECONDS, rules.grace)
+        if not self.lengths:
+            return STALLED_SECONDS
+        return max(LEAST_STALL_SECONDS, 10 * statistics.median(self.lengths))
+
+    def closed(self, k):
+        """The round of slice k has been closed."""
+        self.lengths.append(self.run.slices[k].took)
+
+    def waiting(self):
+        """[(slice, seconds when its open round got the first contribution)] in the order of turns."""
+        slices = self.run.slices
+        found = [k for k, slice in enumerate(slices) if slice.pushes and not slice.folding]
+        found.sort(key=self.run.turn)
+        return [(k, min(p.arrived for p in slices[k].pushes.values())) for k in found]
+
+    def found(self, now):
+        """[{slice, seconds, missing}] of the rounds that wait for too long, in the order of turns."""
+        return [
+            {"slice": k, "seconds": round(now - since, 1), "missing": sorted(self.run.missing(k))}
+            for k, since in self.waiting()
+            if now - since > self.limit
+        ]
+
+    def stuck(self, now):
+        """The ids of members to be given up: those for which the open round at the lowest turn has
+        waited longer than --drop-stuck, since it is that. Called several times a second."""
+        waiting = self.waiting()
+        is_folding = any(slice.folding for slice in self.run.slices)
+        name = (waiting[0][0], self.run.slices[waiting[0][0]].version) if waiting else None
+        if name is None or is_folding or name != self.oldest[0]:
+            self.oldest = None if is_folding else name, now
+            return []
+        limit = self.run.rules.drop_stuck
+        is_stuck = 0 < limit < now - self.oldest[1]
+        return sorted(self.run.missing(name[0])) if is_stuck else []
 
 
 # --- The global model -------------------------------------------------------------------------
@@ -735,6 +914,46 @@ class Snapshot:
         """Stop keeping copies."""
         with self.lock:
             self.taken, self.kept = self.count + 1, {}
+
+
+class Shared(Snapshot):
+    """The parameters of a slice at one version, for any number of readers at their own pace. What
+    folds leave for them is theirs together: a slow reader costs a slice at most, and the same as
+    many slow ones. Who comes later starts at the beginning, as long as no fold has begun."""
+
+    def __init__(self, vectors, version):
+        super().__init__(vectors)
+        self.version = version
+        self.places = {}  # reader -> elements that it has taken
+
+    @contextlib.contextmanager
+    def reading(self):
+        """For one more reader: yields what gives it the chunks, then their Checksum. Begun while the
+        slice is not being folded."""
+        reader = object()
+        self._move(reader, 0)
+        try:
+            yield self._pieces(reader)
+        finally:
+            self._move(reader, None)
+
+    def _pieces(self, reader):
+        sums = protocol.Checksum()
+        for start, stop in protocol.chunks(self.count):
+            with self.lock:
+                [part] = self.kept.get(start) or self._copy(start, stop)
+            self._move(reader, stop)
+            sums.add(part)
+            yield part
+        yield sums.digest()
+
+    def _move(self, reader, place):
+        with self.lock:
+            self.places[reader] = place
+            if place is None:
+                del self.places[reader]
+            self.taken = min(self.places.values(), default=self.count + 1)
+            self.kept = {start: parts for start, parts in self.kept.items() if start >= self.taken}
 
 
 def interleaved(snapshots):
@@ -923,7 +1142,7 @@ class GlobalModel:
         for push in pushes[1:]:
             self.up.add(push, start, delta)
         delta.div_(len(pushes))
-        square = delta.dot(delta).item()
+        square = protocol.square_of(delta)
         if round.plain:
             delta.mul_(-round.share)
         else:
@@ -932,6 +1151,10 @@ class GlobalModel:
             delta.add_(residual[0])
         update = entry.payload.tensors
         self.down.encode(delta, update, start)
+        if not self.down.finite(update, start, stop):  # a huge --outer-lr, for one
+            for numbers in (delta, velocity, *residual):
+                numbers.zero_()
+            self.down.encode(delta, update, start)
         if residual:
             self.down.subtract(delta, update, start, residual[0])
         self.down.add(update, start, part)
@@ -948,7 +1171,7 @@ class GlobalModel:
         delta.copy_(total.div_(len(pushes))).sub_(part)
         entry.codec.encode(delta, entry.payload.tensors, start)
         part.add_(delta)
-        return part, delta.dot(delta).item()
+        return part, protocol.square_of(delta)
 
     # --- Reading and writing whole slices ---
 
@@ -962,6 +1185,17 @@ class GlobalModel:
         the lock while slice k is not being folded; the caller closes the snapshot after use."""
         snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1])
         with self.lock:
+            self.snapshots[k].add(snapshot)
+        return snapshot
+
+    def shared(self, k, version):
+        """The Shared of slice k's parameters, which are at `version`: the same for all who ask before
+        the next fold. Called with the lock while slice k is not being folded."""
+        with self.lock:
+            for snapshot in self.snapshots[k]:
+                if getattr(snapshot, "version", None) == version:
+                    return snapshot
+            snapshot = Shared(self.vectors(k)[:1], version)
             self.snapshots[k].add(snapshot)
         return snapshot
 
@@ -1047,43 +1281,111 @@ def choose_output(model, output_dir):
     return output, model if foreign or own else None
 
 
-def load_checkpoint(path, up, down, error_feedback):
-    """(state, GlobalModel) of a checkpoint folder, also of one by protocol version 2: that has
-    plain sequence numbers, no slice of buffers, and buffers of any dtype."""
-    _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
-    state, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
-    specs = [
-        TensorSpec(name, protocol.DTYPES[state["dtypes"][name]], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-    count = len(specs) - state.get("buffers", 0)  # the buffers come last
-    buffers = [spec for spec in specs[count:] if spec.dtype.is_floating_point]
+def heads_of(fields):
+    """[(Version, {worker: Fate})] by slice, from the header of a checkpoint. That of protocol
+    version 2 has plain sequence numbers. Raises ProtocolError."""
     heads = []
-    for saved in state["fragments"]:
-        life, number = saved["label"]
-        fates = {
-            worker: Fate(fate, "", number) if type(fate) is int else Fate(*fate)
-            for worker, fate in saved["folded"].items()
-        }
-        heads.append((Version(life, number), fates))
-    num_fragments = state.get("num_fragments", len(heads))
+    for saved in fields["fragments"]:
+        version, folded = protocol.version_of(saved["label"]), saved["folded"]
+        if type(folded) is dict:
+            plain = {w: [fate, "", max(0, version.number)] for w, fate in folded.items()}
+            folded = {w: plain[w] if type(fate) is int else fate for w, fate in folded.items()}
+        heads.append((version, protocol.fates_of(folded)))
+    return heads
+
+
+def names_of(fields):
+    """What `Run.names` gave, from JSON that may be damaged. Raises ProtocolError."""
+    lists = {name: fields.get(name, []) for name in ("members", "stopping")}
+    tables = {name: fields.get(name, {}) for name in ("indices", "sessions")}
+    for names, kind in ((lists, list), (tables, dict)):
+        for name, found in names.items():
+            if type(found) is not kind or not all(type(id) is str for id in found):
+                raise ProtocolError(f"{name} is not a {kind.__name__} of names")
+    for name, kind in (("indices", int), ("sessions", str)):
+        if not all(type(value) is kind for value in tables[name].values()):
+            raise ProtocolError(f"a value of {name} is not of the type {kind.__name__}")
+    if min(tables["indices"].values(), default=0) < 0:
+        raise ProtocolError("a worker's index is negative")
+    life, pace = fields.get("life", ""), fields.get("pace", 0)
+    if type(pace) is not int or pace < 0:
+        raise ProtocolError("the pace is not a number of steps")
+    return lists | tables | {"life": protocol.version_of([life, 0]).life, "pace": pace}
+
+
+def state_of(fields):
+    """The state of a run, checked, from the header of a checkpoint. Raises ProtocolError."""
+    check = protocol.Message("checkpoint", fields, []).field
+    state = {"heads": heads_of(fields), **names_of(fields)}
+    state["run"], state["life"] = check("run", str), check("life", str)
+    state["step"], state["shares"] = check("step", int), check("shares", int, low=1)
+    state["settings"] = settings = check("settings", dict)
+    check = protocol.Message("checkpoint's settings", settings, []).field
+    for name in settings:
+        if name not in DEFAULTS:
+            raise ProtocolError(f"there is no setting {protocol.quoted(name)}")
+        check(name, type(DEFAULTS[name]), None, high=1 if name == "outer_momentum" else 1e6)
+    state["frozen"] = frozen = fields.get("frozen", {})
+    if not all([type(text) for text in entry] == [str] * 3 for entry in frozen.values()):
+        raise ProtocolError("a frozen tensor is not [dtype, fingerprint, whose]")
+    for life in (state["run"], state["life"]):
+        protocol.version_of([life, 2])
+    if max(version for version, _ in state["heads"]).life > state["life"]:
+        raise ProtocolError("it has a version of a life that had not begun")
+    return state
+
+
+def load_checkpoint(path, up, down, error_feedback):
+    """(state, GlobalModel) of a checkpoint folder, also of one by protocol version 2: that has no
+    slice of buffers, and buffers of any dtype. All is checked before the first of it is used.
+    Raises ProtocolError, whatever is wrong with it."""
+    try:
+        protocol.check_folder(path)
+        return read_checkpoint(path, up, down, error_feedback)
+    except MemoryError:  # no fault of the checkpoint
+        raise
+    except Exception as error:
+        raise ProtocolError(protocol.reason_of(error)) from error
+
+
+def read_checkpoint(path, up, down, error_feedback):
+    """As load_checkpoint, but raises anything."""
+    _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
+    fields, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
+    state = state_of(fields) | {"files": protocol.read_descriptive_files(path), "path": path}
+    heads, dtypes = state["heads"], fields["dtypes"]
+    if dtypes.keys() != tensors.keys():
+        raise ProtocolError("the two files are of different models")
+    specs = [TensorSpec(n, protocol.DTYPES[dtypes[n]], tuple(t.shape)) for n, t in tensors.items()]
+    count = len(specs) - fields.get("buffers", 0)  # the buffers come last
+    buffers = [spec for spec in specs[count:] if spec.dtype.is_floating_point]
+    num_fragments = fields.get("num_fragments", len(heads))
     if len(heads) < num_fragments + bool(buffers):
         heads.append((heads[-1][0], {}))
+    state["norms"] = norms_of(fields.get("norms"), len(heads))
+    if not 0 < count <= len(specs) or not 1 <= num_fragments <= 1000:
+        raise ProtocolError(f"{count} parameters in {num_fragments} slices")
     params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
+    if params.dtype != torch.float32 or len(heads) != num_fragments + bool(buffers):
+        raise ProtocolError(f"{params.dtype} parameters, and {len(heads)} versions of slices")
     model = GlobalModel(specs[:count], buffers, num_fragments, up, down, error_feedback, params)
-    model.momentum.copy_(outer["momentum"])
-    if model.residual is not None and "residual" in outer:
-        model.residual.copy_(outer["residual"])
+    for name, vector in (("momentum", model.momentum), ("residual", model.residual)):
+        if vector is not None and (name == "momentum" or name in outer):
+            if outer[name].dtype != torch.float32 or outer[name].shape != vector.shape:
+                raise ProtocolError(f"the {name} is not of the size of the parameters")
+            vector.copy_(outer[name])
     for spec, start, stop in protocol.ranges(buffers):
         model.values[start:stop].copy_(tensors[spec.name].reshape(-1))
-    if len(heads) != model.count:
-        raise ValueError(f"{len(heads)} heads for {model.count} slices")
-    return {**state, "heads": heads, "path": path}, model
+    for vector in (model.params, model.momentum, model.residual, model.values):
+        for part in () if vector is None else vector.split(protocol.CHUNK):
+            if not protocol.within(part):
+                raise ProtocolError("its numbers are not all finite")
+    return state, model
 
 
 def write_vectors(folder, state, model, snapshots):
-    """Write both safetensors files of a checkpoint, synced: parameters and buffers in one,
-    momentum, residual and state in the other, all of them side by side."""
+    """Write both safetensors files of a checkpoint: parameters and buffers in one, momentum,
+    residual and state in the other, all of them side by side. Raises FloatingPointError."""
     total = model.params.numel()
     vectors = ("momentum", "residual") if model.residual is not None else ("momentum",)
     specs = [TensorSpec(name, torch.float32, (total,)) for name in vectors]
@@ -1097,6 +1399,8 @@ def write_vectors(folder, state, model, snapshots):
         outer.write(protocol.encode_header(state | program, specs, format="pt"))
         begin, done = outer.tell(), 0
         for run, *others in interleaved(snapshots[: model.num_fragments]):
+            if not all(protocol.within(part) for part in (run, *others)):
+                raise FloatingPointError("the model's numbers are not all finite")
             params.write(protocol.memory(run))
             for place, other in enumerate(others):
                 outer.seek(begin + 4 * (place * total + done))
@@ -1105,9 +1409,6 @@ def write_vectors(folder, state, model, snapshots):
         for snapshot in snapshots[model.num_fragments :]:
             for piece in snapshot.pieces():
                 params.write(protocol.memory(piece))
-        for file in (params, outer):
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Store:
@@ -1126,6 +1427,8 @@ class Store:
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
         self.faults = {}  # what could not be saved -> why
+        self.latest_life = ""  # latest life of a checkpoint in the folder, also of a damaged one
+        self.guard = None  # open file that keeps a second server off the folder
         self.marks = {}  # (id of a tensor of -m, dtype) -> future of its fingerprint
         self.lock = threading.Lock()  # guards `marks`
         # Hashing has threads of its own: a fold must not wait for gigabytes of frozen weights.
@@ -1138,34 +1441,47 @@ class Store:
 
     # --- Opening ---
 
+    def hold(self):
+        """Keep other servers off the output folder. Raises SystemExit where one is there; where the
+        folder cannot be locked, as on some network disks, that is logged only."""
+        try:
+            self.guard = protocol.lock_folder(self.output, "a server")
+        except BlockingIOError as error:
+            raise SystemExit(f"{error}; end that one first, or name another --output-dir") from None
+        except OSError as error:
+            log(f"WARNING: {self.output} cannot be locked against a second server: {error}")
+
     def open(self, up, down, error_feedback):
-        """(state, GlobalModel) of the newest checkpoint that can be read, or (None, None). The
-        state is what `save` was given, with the `path`. Reads weights, files and names too."""
+        """(state, GlobalModel) of the newest checkpoint that is sound, or (None, None). The state is
+        what `save` was given, with the `path`. Reads weights, files and names too. Raises SystemExit
+        where none of the checkpoints that are there can be used."""
+        found = protocol.checkpoints(self.output) or protocol.checkpoints(self.model)
         if self.source:
-            is_folder = os.path.isdir(self.source)
-            folder = self.source if is_folder else os.path.dirname(self.source)
-            try:
-                self.weights = protocol.load_folder(self.source)
-                self.files = protocol.read_descriptive_files(folder)
-            except (OSError, ProtocolError) as error:
-                raise SystemExit(str(error)) from None
+            self._read_source(bool(found))
         self.names = self._read_names(self.output)
-        for _, path in protocol.checkpoints(self.output) or protocol.checkpoints(self.model):
+        broken = []
+        ages = {
+            path: protocol.age_of(protocol.header_of(os.path.join(path, "outer.safetensors")) or {})
+            for _, path in found
+        }
+        self.latest_life = max((life for life, _ in ages.values()), default="")
+        for path in sorted(
+            ages, key=lambda path: ages[path] > ("", -1)
+        ):  # to name all that are broken
             try:
                 state, model = load_checkpoint(path, up, down, error_feedback)
-                versions = [version for version, _ in state["heads"]]
-                names = {name: state.get(name, []) for name in ("members", "stopping")}
-                names |= {name: state.get(name, {}) for name in ("indices", "sessions")}
-                files = protocol.read_descriptive_files(path)
-                text = f"round {min(v.number for v in versions)}, step {state['step']}"
-            except DAMAGED as error:
-                log(f"WARNING: {path} is not usable, trying the one before: {error!r}")
+            except ProtocolError as error:
+                log(f"WARNING: {path} is not usable, trying the one before: {error}")
+                broken.append(f"{path}: {error}")
                 continue
-            self.names = self.names or self._read_names(os.path.dirname(path)) or names
-            self.files, self.frozen = files, state.get("frozen", {})
-            self.saved = versions, bool(state["members"])
-            log(f"continuing from {os.path.abspath(path)} ({text})")
+            self._go_on_from(state)
             return state, model
+        if broken:
+            raise SystemExit(
+                f"no checkpoint in {os.path.dirname(found[0][1])} can be used: {'; '.join(broken)}. "
+                "Bring them back from a copy, or move them away: the run then goes on with what "
+                "its workers hold, or starts anew"
+            )
         where = os.path.abspath(self.output)
         if self.source:
             log(f"starting from the weights in {self.source}; output goes to {where}")
@@ -1174,21 +1490,37 @@ class Store:
             log("*** If you meant to continue or to fine-tune one, check the path of -m. ***")
         return None, None
 
+    def _read_source(self, has_checkpoints):
+        """Read the weights and files of -m. Where they are this program's own, a damaged file costs
+        nothing as long as there are checkpoints."""
+        is_folder = os.path.isdir(self.source)
+        folder = self.source if is_folder else os.path.dirname(self.source)
+        try:
+            self.weights = protocol.load_folder(self.source)
+            self.files = protocol.read_descriptive_files(folder)
+        except (OSError, ProtocolError) as error:
+            if not (has_checkpoints and self.source == self.output):
+                raise SystemExit(str(error)) from None
+            log(f"WARNING: {error}; going on with the checkpoints")
+
+    def _go_on_from(self, state):
+        """Take over the state of a checkpoint."""
+        path, versions = state["path"], [version for version, _ in state["heads"]]
+        self.names = self.names or self._read_names(os.path.dirname(path)) or names_of(state)
+        self.files, self.frozen = state.pop("files"), state["frozen"]
+        self.saved = versions, bool(state["members"])
+        text = f"round {min(v.number for v in versions)}, step {state['step']}"
+        log(f"continuing from {os.path.abspath(path)} ({text})")
+
     def _read_names(self, folder):
         path = os.path.join(folder, NAMES)
-        if not os.path.exists(path):
-            return None
         try:
             with open(path, "rb") as file:
-                names = protocol.parse_json(file.read(), path)
-            return {
-                "members": [str(name) for name in names["members"]],
-                "stopping": [str(name) for name in names["stopping"]],
-                "indices": {name: int(index) for name, index in names["indices"].items()},
-                "sessions": {name: str(text) for name, text in names["sessions"].items()},
-            }
-        except DAMAGED as error:
-            log(f"WARNING: {path} is not usable: {error!r}")
+                return names_of(protocol.parse_json(file.read(), path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ProtocolError) as error:
+            log(f"WARNING: {path} is not usable: {error}")
             return None
 
     # --- Saving ---
@@ -1220,14 +1552,12 @@ class Store:
                 os.unlink(path)
                 protocol.sync_folder(self.output)
 
-    def append_round(self, line):
-        """Append a line about a round, a dict, to rounds.jsonl."""
-        try:
+    def append_rounds(self, lines):
+        """Append lines about rounds, dicts, to rounds.jsonl. Calls come one at a time."""
+        with self._surviving("rounds.jsonl"):
             os.makedirs(self.output, exist_ok=True)
             with open(os.path.join(self.output, "rounds.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            log(f"WARNING: cannot write rounds.jsonl: {error}")
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def save(self, state, model, snapshots):
         """Write a checkpoint, unless the newest one has the same versions. `state`: `heads`, which
@@ -1249,25 +1579,21 @@ class Store:
                 self.saved = versions, bool(state["members"])
 
     def _write_checkpoint(self, name, state, model, snapshots):
-        path, beside = (os.path.join(self.output, n) for n in (name, ".tmp-checkpoint"))
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(beside + "-old", ignore_errors=True)
-        os.mkdir(beside)
-        try:
-            write_vectors(beside, state, model, snapshots)
-            self._write_files(beside)
-            if os.path.exists(path):  # a checkpoint of the same round, but of other versions
-                if not protocol.is_ours(os.path.join(path, "outer.safetensors")):
-                    raise FileExistsError(f"{path} is not this program's")
-                protocol.discard(path)
-            os.rename(beside, path)
-            protocol.sync_folder(self.output)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+        path = os.path.join(self.output, name)
+
+        def fill(folder):
+            write_vectors(folder, state, model, snapshots)
+            self._write_files(folder)
+
+        own = [other for _, other in protocol.checkpoints(self.output)]
+        if os.path.lexists(path) and path not in own:
+            raise FileExistsError(f"{path} is not this program's")
+        protocol.save_folder(path, fill)
         log(f"saved {os.path.abspath(path)}")
-        for _, old in protocol.checkpoints(self.output)[self.limit :]:
-            protocol.discard(old)
+        with self._surviving("removing old checkpoints"):
+            for _, old in protocol.checkpoints(self.output)[self.limit :]:
+                if old != path:
+                    protocol.discard(old)
 
     def _write_files(self, folder):
         for name, text in self.files.items():
@@ -1396,6 +1722,7 @@ class Facts:
     source: str  # name of its training data
     ranks: int  # processes of the worker
     run: str  # id of the run that the worker was in before, or ""
+    process: list  # [machine, process id, when the process started]; ["", 0, 0] if unknown
     differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
     was_asked: bool = False  # whether the worker was asked to bring slices or files
     is_told: bool = False  # whether the worker has heard that the server ends
@@ -1412,21 +1739,55 @@ def facts_of(conn, message):
         buffers=protocol.manifest_from_json(message.field("buffers", list, []), trained=False),
         frozen=protocol.frozen_of(message.field("frozen", list, [])),
         source=message.field("source", str, ""),
-        ranks=message.field("ranks", int, 1, low=1),
+        ranks=message.field("ranks", int, 1, low=1, high=1 << 20),
         run=message.field("run", str, ""),
+        process=message.field("process", list, ["", 0, 0]),
     )
+    if [type(part) for part in facts.process] != [str, int, int] or len(facts.process[0]) > 256:
+        raise ProtocolError("join: process is not [machine, process id, when it started]")
     named = [spec.name for spec in facts.manifest + facts.buffers] + [*facts.frozen]
     if len(set(named)) != len(named):  # tensors of one name would share a place in a file
         raise ProtocolError("join: a name stands for two tensors of the model")
     return facts
 
 
-def blocked_of(message):
-    """(slice, sequence number) of the push that a worker's training waits for, or ()."""
-    blocked = message.field("blocked", list, [])
-    if [type(number) for number in blocked] not in ([], [int, int]) or min(blocked, default=0) < 0:
+def blocked_of(message, count):
+    """(slice, sequence number) of the push that a worker's training waits for, or (), of a run with
+    `count` slices. Raises ProtocolError."""
+    blocked = message.numbers("blocked", None)
+    if len(blocked) not in (0, 2) or (blocked and blocked[0] >= count):
         raise ProtocolError("heartbeat: blocked is not [slice, sequence number]")
     return tuple(blocked)
+
+
+def held_of(message, count):
+    """(versions, resumes, folded) of a join, by slice. Raises ProtocolError where these are not one
+    a slice, or name pushes that cannot be in the versions held."""
+    held = [protocol.version_of(version) for version in message.field("versions", list)]
+    resumes = [protocol.version_of(version) for version in message.field("resumes", list, [])]
+    listed = message.field("folded", list, [])
+    if len(held) != count or any(len(each) not in (0, count) for each in (resumes, listed)):
+        raise ProtocolError("join: the lists of versions and pushes are not one a slice")
+    folded = [protocol.fates_of(fates) for fates in listed]
+    if not folded and max(held) > WEIGHTS:
+        raise ProtocolError("join: a version of a run without the pushes folded in it")
+    for version, fates in zip(held, folded, strict=bool(folded)):
+        most = max(0, version.number)
+        if any(fate.round > most or fate.seq > most + SEQ_AHEAD for fate in fates.values()):
+            raise ProtocolError(f"join: a push that cannot be in version {version.number}")
+    return held, resumes, folded
+
+
+def norms_of(value, count):
+    """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
+    kept = [[] for _ in range(count)]
+    for norms, pairs in zip(kept, value if type(value) is list else (), strict=False):
+        for pair in pairs if type(pairs) is list else ():
+            match pair:
+                case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
+                    norms.append((each, whole))
+        del norms[:-HISTORY]
+    return kept
 
 
 def rank_of(member, members):
@@ -1461,45 +1822,350 @@ def status_of(member):
     }
 
 
+def die(why):
+    """End the process at once, with the traceback of the exception that is being handled: what cannot
+    go on must not look as if it did."""
+    try:
+        log.trace(f"FATAL: {why}; the same command goes on from the newest checkpoint")
+    finally:
+        os._exit(1)
+
+
+class Clerk:
+    """The small files of a run, the members' names and rounds.jsonl, which a thread of its own writes:
+    a disk that hangs stops no round. The server's lock guards all of it."""
+
+    def __init__(self, server):
+        self.server, self.store, self.lock = server, server.store, server.lock
+        self.asked = self.done = 0  # requests to write the names: made, and answered
+        self.named = None  # names of the members as they are on disk
+        self.lines = collections.deque(maxlen=1000)  # of rounds.jsonl that are to be written
+
+    def keep_names(self):
+        """Have the names written; returns the number of the request."""
+        with self.lock:
+            self.asked += 1
+            self.lock.notify_all()
+            return self.asked
+
+    def is_done(self, request):
+        """Whether the names that a request was about are on disk, or are known not to be. Needs the
+        lock."""
+        return self.done >= request
+
+    def settle(self, seconds):
+        """Have all written, and wait for that for at most so many seconds."""
+        request = self.keep_names()
+        with self.lock:
+            self.lock.wait_for(lambda: self.is_done(request), seconds)
+
+    def append(self, line):
+        """Have a line about a round, a dict, written."""
+        with self.lock:
+            self.lines.append(line)
+            self.lock.notify_all()
+
+    def work(self):
+        """Write what is asked for, for as long as the process lives."""
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: self.done < self.asked or self.lines)
+                names, request = self.server.run.names(), self.asked
+                lines = [*self.lines]
+                self.lines.clear()
+            with self.server.faults.survive(log, "writing the members' names and rounds"):
+                if lines:
+                    self.store.append_rounds(lines)
+                if names != self.named:
+                    left = names["members"] or names["stopping"]
+                    self.store.save_names(names if left else None)
+                    self.named = names
+            with self.lock:
+                self.done = request
+                self.lock.notify_all()
+
+
+class Ids:
+    """Who holds a worker id: the process that joined with it, whatever becomes of its connection,
+    until the worker timeout has passed without a word from it, or until it is known to have ended.
+    That says --spawn, or a process on the same machine, of the same address, once the connection has
+    ended, too: no more than a stranger there could have done without."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+
+    def wait(self, conn, member, ended):
+        """Wait until a joining worker can have its id, or its holder has shown life since. ended:
+        [process id, start] of the holder, where the worker has seen that it is gone."""
+        began, limit = now(), self.run.rules.worker_timeout
+
+        def is_decided():
+            other = self.run.holder(member.id, member.session, now())
+            is_named = other and self.are_near(member, other) and ended == other.facts.process[1:]
+            if is_named and other.facts.conn.closed_by_peer():
+                log(f"the old process of {shown(member.id)} has ended, as the new one says")
+                self.run.free(other.id, other.session)
+                return True
+            return other is None or now() - began > limit
+
+        self.server.wait(conn, is_decided, lambda: self.explain(member))
+        if conn.closed_by_peer():  # the worker has asked again, over another connection
+            raise ConnectionError(f"{conn.peer} closed the connection")
+
+    def are_near(self, member, other):
+        """Whether two processes run on the same machine, as far as they say so and come from the same
+        address."""
+        mine, its = member.facts, other.facts
+        return bool(mine.process[0]) and (mine.process[0], mine.conn.peer) == (
+            its.process[0],
+            its.conn.peer,
+        )
+
+    def explain(self, member):
+        """The fields of a `wait` message to a worker whose id is held. A worker on the holder's own
+        machine is told the holder's process, to look for it. Needs the lock."""
+        other = self.run.holder(member.id, member.session, now())
+        if other is None:
+            return {"awaited": "its turn"}
+        silent, limit = now() - other.heard, self.run.rules.worker_timeout
+        text = f"its id: another process on {shown(other.facts.host)}, silent for {silent:.0f} s, "
+        fields = {
+            "awaited": text + f"holds it until {limit:g} s have passed without a word from it"
+        }
+        if self.are_near(member, other):
+            fields["holder"] = other.facts.process[1:]
+        return fields
+
+
+def share(facts, server):
+    """Let the Facts of a worker that waits or takes part have the objects of the model, and of the
+    Facts of others, where they are equal: a large manifest is there once. Needs the lock."""
+    for name in ("manifest", "buffers"):
+        value = getattr(server.model, name)
+        if getattr(facts, name) == value:
+            setattr(facts, name, value)
+    for other in (*server.run.members.values(), *server.run.waiting.values()):
+        if other.facts.frozen == facts.frozen:
+            facts.frozen = other.facts.frozen
+
+
+def read_join(server, conn, message):
+    """The Member that a join describes. A large description goes no further than this where the model
+    is not that of the run, and nothing is kept twice while the worker waits."""
+    try:
+        member = server.gate.introduced(conn, message)
+        message.fields.clear()
+        with server.lock:
+            if server.run.life and server.model and conn.large:
+                server.model.check(member.facts.manifest, member.facts.buffers)
+                share(member.facts, server)
+    finally:
+        conn.taken_in()
+    return member
+
+
+def say_brought(server, member, k):
+    """Log that a worker has brought its version of a slice."""
+    run, version = server.run, server.run.slices[k].version
+    protocol.audit("take", life=run.life, fragment=k, label=version, worker=member.id)
+    if version > WEIGHTS:
+        log(f"slice {k}: version {version.number} comes from {shown(member.id)}")
+    elif k == 0:
+        count = sum(spec.numel for spec in server.model.manifest)
+        tensors = len(server.model.manifest)
+        log(f"{count:,} parameters in {tensors} tensors come from {shown(member.id)}")
+
+
+class Transfers:
+    """The transfers of workers: of each kind (of a slice) a worker has one under way, of which the
+    newest is the one that counts. A worker whose transfer stops, or moves at less than --min-rate,
+    is given up like a silent one, whatever its heartbeats say."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+        self.newest = {}  # (worker id, kind) -> Connection that has asked last
+        self.moving = {}  # (worker id, kind) -> Connection that is served
+        self.uploads = set()  # (worker id, session) of workers that wait, and bring something
+
+    @contextlib.contextmanager
+    def only(self, conn, kind):
+        """A block that serves a connection, once the one that was served before for the same has
+        been ended and has given its memory back. Raises ConnectionError where a newer one comes."""
+        name = conn.worker[0], kind
+        with self.lock:
+            self.newest[name] = conn
+            while name in self.moving and self.newest.get(name) is conn:
+                self.moving[name].hang_up()
+                self.lock.wait(0.5)
+            if self.newest.get(name) is not conn:
+                raise ConnectionError(f"a newer {kind} of {conn.worker[0]} has taken its place")
+            self.moving[name] = conn
+        try:
+            with self.patient(conn, kind, lambda: self.newest.get(name) is conn):
+                yield
+        finally:
+            self.release(conn, kind)
+
+    def release(self, conn, kind):
+        """A connection's transfer is over, or all but its last bytes: a newer one does not end it."""
+        name = conn.worker[0], kind
+        with self.lock:
+            for found in (self.newest, self.moving):
+                if found.get(name) is conn:
+                    del found[name]
+            self.lock.notify_all()
+
+    @contextlib.contextmanager
+    def patient(self, conn, kind, counts=None):
+        """A block that serves a connection. Where its transfer stops or is too slow, the worker is
+        given up, if the connection `counts()`, or is that of its join."""
+        try:
+            yield
+        except protocol.TooSlow as error:
+            self.give_up(conn, f"its {kind} stopped or was slower than --min-rate: {error}", counts)
+            raise
+
+    def give_up(self, conn, why, counts):
+        id, session = conn.worker
+        with self.lock:
+            for found in (self.run.members, self.run.waiting):
+                member = found.get(id)
+                if member is None or member.session != session:
+                    continue
+                if not (counts() if counts else member.facts.conn is conn):
+                    continue
+                if found is self.run.members:
+                    self.server.gate.remove(id, f"is gone: {why}", ends=False)
+                else:
+                    log(f"{shown(id)} waits to join no more: {why}")
+                    self.run.forget(id, session)
+                    self.lock.notify_all()
+        self.server.clerk.keep_names()
+        self.server.rounds.turn()
+
+    @contextlib.contextmanager
+    def upload(self, conn):
+        """A block in which a worker that waits to join shows that it is alive by sending."""
+        with self.lock:
+            self.uploads.add(conn.worker)
+        try:
+            with self.patient(conn, "upload"):
+                yield
+        finally:
+            with self.lock:
+                self.uploads.discard(conn.worker)
+
+    def hear(self):
+        """Note that who uploads is alive. Needs the lock."""
+        for id, session in self.uploads:
+            self.run.here(id, session, now())
+
+
+class Watch:
+    """Says who keeps rounds open, every minute, and gives them up where --drop-stuck wants that."""
+
+    def __init__(self, server):
+        self.server, self.stalls = server, Stalls(server.run)
+        self.found = []  # as Stalls.found, of a moment ago
+        self.said = {}  # slice -> seconds when its wait was last said
+
+    def look(self):
+        """Called several times a second. Needs the lock."""
+        server, limit = self.server, self.server.args.drop_stuck
+        self.found = [] if server.closed else self.stalls.found(now())
+        self.said = {stall["slice"]: self.said.get(stall["slice"]) for stall in self.found}
+        for stall in self.found:
+            k, said = stall["slice"], self.said[stall["slice"]]
+            if said is None or now() - said >= SAY_SECONDS:
+                self.said[k] = now()
+                whom = ", ".join(stall["missing"][:20]) or "more workers (--min-workers)"
+                log(
+                    f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
+                    "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
+                )
+        for id in [] if server.closed else self.stalls.stuck(now()):
+            why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
+            server.gate.remove(id, why, ends=False)
+
+
+class Handouts:
+    """What anybody may ask for, made once for all who ask, however many read it or do not."""
+
+    def __init__(self, server):
+        self.server, self.lock = server, threading.Lock()
+        self.ready, self.is_making = threading.Condition(), False  # guards the next line
+        self.made, self.frame = -STATUS_SECONDS, b""  # when the status was begun; its bytes
+        self.source, self.packed = None, {}  # files as the store has them, and as tensors
+
+    def status(self):
+        """The reply to a status request: of a moment after it came, but of all that come within a
+        short while the same."""
+        asked = now()
+        with self.ready:
+            while self.made < asked and self.is_making:
+                self.ready.wait()
+            if self.made >= asked:
+                return self.frame
+            self.is_making = True
+        try:
+            time.sleep(max(0.0, self.made + STATUS_SECONDS - now()))
+            began = now()
+            with self.server.lock:
+                fields = self.server.status()
+            self.frame = protocol.encode_header({"type": "status", **fields}, ())
+            self.made = began
+            return self.frame
+        finally:
+            with self.ready:
+                self.is_making = False
+                self.ready.notify_all()
+
+    def files(self):
+        """{name: uint8 tensor} of the model's descriptive files that are not empty."""
+        with self.lock:
+            if self.source is not self.server.store.files:
+                self.source = self.server.store.files
+                self.packed = {
+                    name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                    for name, text in self.source.items()
+                    if text
+                }
+            return self.packed
+
+
 class Gate:
     """The requests of workers that come and go: to join, to bring slices, to stay and to leave."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
         self.store, self.args = server.store, server.args
+        self.ids = Ids(server)
 
     def on_join(self, conn, message):
         """Let a worker take part: the worker brings what the server lacks, then gets its place."""
+        with self.server.transfers.patient(conn, "join"):
+            self.take_join(conn, message)
+
+    def take_join(self, conn, message):
         message.expect([])
         if self.server.ended.is_set():
             raise ConnectionError("the server ends")
-        member = self.introduced(conn, message)
-        id, session = conn.worker
-
-        def is_doubtful():
-            other = self.holder(id, session)
-            return other is not None and other.cut is not None
-
-        self.server.wait(conn, lambda: not is_doubtful(), lambda: f"the old {id}")
+        ended = message.field("ended", list, [])
+        member = read_join(self.server, conn, message)
         facts = member.facts
         jobs = self.store.compare(facts.frozen)
         hashing = "the server, which compares the frozen weights with those of -m"
         self.server.wait(conn, lambda: all(j.done() for j in jobs.values()), lambda: hashing)
         facts.differs = self.store.differing(facts.frozen, jobs)
+        self.ids.wait(conn, member, ended)
         with self.lock:
             self.check(member)
+            share(facts, self.server)
             self.run.ask(member, now())
             self.lock.notify_all()
-        log(f"{id} on {facts.host} ({conn.peer}) asks to join")
+        who = f"{shown(member.id)} on {shown(facts.host)} ({conn.peer})"
+        log.seldom("requests to join", f"{who} asks to join")
         self.admit(conn, member)
-
-    def holder(self, id, session):
-        """The Member of another process that holds a worker id, or None. A connection that has ended
-        may not have been noticed yet. Needs the lock."""
-        other = self.run.holder(id, session, now())
-        if other and other.cut is None and other.facts.conn.closed_by_peer():
-            self.server.hang_up(other.facts.conn)
-        return self.run.holder(id, session, now())
 
     def introduced(self, conn, message):
         """The Member that a join describes. Raises ProtocolError where the description is malformed,
@@ -1507,13 +2173,7 @@ class Gate:
         facts, field, run_id = facts_of(conn, message), message.field, self.server.run_id
         fragments = field("num_fragments", int, low=1, high=1000)
         count = fragments + bool(facts.buffers)
-        held = [protocol.version_of(version) for version in field("versions", list)]
-        resumes = [protocol.version_of(version) for version in field("resumes", list, [])]
-        folded = [protocol.fates_of(fates) for fates in field("folded", list, [])]
-        if len(held) != count or any(len(each) not in (0, count) for each in (resumes, folded)):
-            raise ProtocolError("join: the lists of versions and pushes are not one a slice")
-        if not folded and max(held) > WEIGHTS:
-            raise ProtocolError("join: a version of a run without the pushes folded in it")
+        held, resumes, folded = held_of(message, count)
         if run_id and facts.run != run_id:  # what it holds belongs to another run
             held, folded, resumes = [min(version, protocol.FRESH) for version in held], [], []
         size = 4 * sum(spec.numel for spec in facts.manifest + facts.buffers) / 1e9
@@ -1529,9 +2189,9 @@ class Gate:
             versions=held,
             folded=folded,
             resumes=resumes,
-            closed={k for k in field("closed", list, []) if type(k) is int and 0 <= k < count},
+            closed=set(message.numbers("closed", None, high=count - 1)),
             facts=facts,
-            sync_every=field("sync_every", int, low=1),
+            sync_every=field("sync_every", int, low=1, high=1 << 31),
             fragments=fragments,
             step=field("step", int, 0),
             position=field("position", int, 0),
@@ -1539,18 +2199,17 @@ class Gate:
 
     def check(self, member):
         """Raise Refused where a worker cannot take part in this run. Needs the lock."""
-        id, session = member.id, member.session
-        if other := self.holder(id, session):
-            left = max(0.0, self.args.worker_timeout - (now() - other.heard))
+        id = member.id
+        if other := self.run.holder(id, member.session, now()):
             raise Refused(
                 "id",
-                f"worker id {id!r} is held by a live process on {other.facts.host} "
-                f"({other.facts.conn.peer}); give this one another --worker-id, or if that machine "
-                f"is dead, try again in {left:.0f} s",
+                f"worker id {protocol.quoted(id)} is held by a live process on "
+                f"{shown(other.facts.host)} ({other.facts.conn.peer}); give this one another "
+                "--worker-id, or end that one",
             )
         self.check_settings(member)
         others = [*self.run.members, *self.run.waiting.keys() - {id}]
-        is_new = not self.run.life and not others
+        is_new = not is_begun(self.run.slices) and not others
         if self.server.model is None or is_new:
             self.lay_out(member)
         self.server.model.check(member.facts.manifest, member.facts.buffers)
@@ -1583,7 +2242,7 @@ class Gate:
         names = ["num_fragments", "source"] + ["sync_every"] * (member.fragments > 1)
         mine = settings_of(member)
         run = [(n, settings_of(o)[n], f"{o.id!r} on {o.facts.host}") for o in others for n in names]
-        if self.run.life or self.run.is_whole:
+        if is_begun(self.run.slices) or self.run.is_whole:
             run.append(("num_fragments", self.server.model.num_fragments, "the run so far"))
         for name, value, whose in run:
             if value != mine[name]:
@@ -1620,7 +2279,9 @@ class Gate:
             wanted = {"slices": member.asked, "files": not self.store.files}
             return conn.send("bring", {**wanted, **self.layout()})
         conn.stall = protocol.STALL_SECONDS
-        self.server.write_names()
+        request = self.server.clerk.keep_names()
+        kept = functools.partial(self.server.clerk.is_done, request)
+        self.server.wait(conn, kept, lambda: "the server's disk")  # a crash forgets nobody
         conn.send("join", fields)
         for k in range(self.server.model.count):
             self.server.model.warm(k, len(run.members))
@@ -1639,13 +2300,14 @@ class Gate:
         run, was_open = self.run, self.run.is_open
         entered = run.enter(id, now(), protocol.new_life)
         if was_open:
-            log(f"{id} joins the run as worker {run.members[id].index}")
+            log(f"{shown(id)} joins the run as worker {run.members[id].index}")
         else:
             facts = run.members[id].facts
             self.server.run_id = self.server.run_id or run.life
-            self.store.note_frozen(facts.frozen, f"{id} on {facts.host}")
+            self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
             labels = [slice.version for slice in run.slices]
-            log(f"the run starts at round {self.server.round} with {', '.join(entered)}")
+            names = ", ".join(map(shown, entered))
+            log(f"the run starts at round {self.server.round} with {names}")
             protocol.audit("open", life=run.life, labels=labels, members=entered)
             if self.args.save_every and not self.store.saved:
                 self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
@@ -1654,7 +2316,7 @@ class Gate:
     def place(self, member):
         """The fields of the reply to a join. Needs the lock."""
         run = self.run
-        first, steps = run.place(member.id, now())
+        turns, steps = run.place(member.id, now())
         return {
             "run": self.server.run_id,
             "index": member.index,
@@ -1667,7 +2329,7 @@ class Gate:
             "max_staleness": self.args.max_staleness,
             "settings": self.server.settings,
             "step": member.step,
-            "next": first,
+            "turns": turns,
             "steps": steps,
             "known": run.known(member.id),
             "versions": [slice.version for slice in run.slices],
@@ -1694,7 +2356,10 @@ class Gate:
 
     def on_bring(self, conn, message):
         """Take the slices and files that a joining worker was asked for, then admit the worker."""
-        self.admit(conn, self.take_upload(conn, message))
+        with self.server.transfers.upload(conn):
+            member = self.take_upload(conn, message)
+        with self.server.transfers.patient(conn, "join"):
+            self.admit(conn, member)
 
     def take_upload(self, conn, message):
         """Take what a worker brings; returns its Member. The memory of the upload is free then."""
@@ -1702,13 +2367,16 @@ class Gate:
         with self.lock:
             member = self.run.waiting.get(id) or self.run.members.get(id)  # the run may have opened
             slices = message.field("slices", list)
-            if member is None or member.session != session or slices != member.asked:
+            if member is None or member.session != session:
+                raise Refused("rejoin", "this worker was waited for no more; join again")
+            if slices != member.asked or not member.facts.was_asked:
                 raise ProtocolError("bring: this worker was not asked for these slices")
             model = self.server.model
         sizes = protocol.file_sizes_of(message.field("files", dict, {}))
         specs = [TensorSpec(f"slice:{k}", torch.float32, (model.sizes[k],)) for k in slices]
         files = [TensorSpec(f"file:{name}", torch.uint8, (size,)) for name, size in sizes.items()]
         message.expect(specs + files)
+        conn.taken_in()
         values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
         raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
         texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
@@ -1718,7 +2386,7 @@ class Gate:
             for k in slices:
                 model.take(k, values[k])
                 self.run.bring(id, k)
-                self.say_brought(member, k)
+                say_brought(self.server, member, k)
             newest = max((member.versions[k] for k in slices), default=NONE)
             if NONE < newest <= WEIGHTS:  # a new model: -m may have a part of it
                 facts = member.facts
@@ -1731,24 +2399,10 @@ class Gate:
         return member
 
     def receive(self, conn, size, dtype):
-        """The next `size` elements of an upload, whose sender shows with them that it is alive."""
+        """The next `size` elements of an upload."""
         values = torch.empty(size, dtype=dtype)
-        for part in values.split(protocol.CHUNK):
-            conn.read(part)
-            with self.lock:
-                self.run.here(*conn.worker, now())
+        conn.read(values)
         return values
-
-    def say_brought(self, member, k):
-        """Log that a worker has brought its version of a slice."""
-        version = self.run.slices[k].version
-        protocol.audit("take", life=self.run.life, fragment=k, label=version, worker=member.id)
-        if version > WEIGHTS:
-            log(f"slice {k}: version {version.number} comes from {member.id}")
-        elif k == 0:
-            count = sum(spec.numel for spec in self.server.model.manifest)
-            tensors = len(self.server.model.manifest)
-            log(f"{count:,} parameters in {tensors} tensors come from {member.id}")
 
     def on_heartbeat(self, conn, message):
         """Note that a member lives and how far it is; tell it of the others, and of orders."""
@@ -1757,7 +2411,7 @@ class Gate:
             member = self.run.hear(*conn.worker, now())
             member.facts.conn = conn
             self.note_progress(member, message)
-            member.blocked = blocked_of(message)
+            member.blocked = blocked_of(message, len(self.run.slices))
             member.speed = message.field("steps_per_second", float, 0.0)
             is_to_stop = self.run.is_stopping or member.id in self.run.stopping
             fields = {
@@ -1765,6 +2419,7 @@ class Gate:
                 **rank_of(member, self.run.members),
                 "members": sorted(self.run.members),
                 "orders": ["stop"] * is_to_stop + ["away"] * self.server.closed,
+                "stalls": self.server.watch.found[:1],
             }
         conn.send("heartbeat", fields)
         if self.server.closed:
@@ -1776,7 +2431,7 @@ class Gate:
     def note_progress(self, member, message):
         """Note what a message says of a member's progress. Needs the lock."""
         limit = protocol.MAX_ABS
-        member.step = message.field("step", int)
+        member.reach(message.field("step", int), newest(self.run.slices))
         member.position = message.field("position", int, 0)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
 
@@ -1785,15 +2440,16 @@ class Gate:
         message.expect([])
         with self.lock:
             member = self.run.hear(*conn.worker, now())
-            self.remove(member.id, f"leaves: {message.field('reason', str, 'done')}", ends=True)
-        self.server.write_names()
+            reason = shown(message.field("reason", str, "done"))
+            self.remove(member.id, f"leaves: {reason}", ends=True)
+        self.server.clerk.settle(FAREWELL_SECONDS)
         conn.send("leave")
         self.server.rounds.turn()
 
     def remove(self, id, why, ends):
         """Drop a member. Needs the lock."""
         self.run.remove(id, ends)
-        log(f"{id} {why}")
+        log(f"{shown(id)} {why}")
         if not self.run.members:
             self.server.save_wanted.add("final")
         self.lock.notify_all()
@@ -1805,7 +2461,7 @@ class Gate:
                 self.remove(id, "is gone: its process has ended", ends=False)
             elif id in self.run.waiting:
                 self.run.forget(id, self.run.waiting[id].session)
-        self.server.write_names()
+        self.server.clerk.keep_names()
         self.server.rounds.turn()
 
 
@@ -1815,7 +2471,7 @@ class Rounds:
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
         self.store, self.args = server.store, server.args
-        self.uploads = {}  # (worker id, slice) -> Connection that a push is being read from
+        self.unfolded = collections.deque()  # (Round, Entry) whose thread is still to be started
         self.last = None  # line of rounds.jsonl of the round that was closed last
 
     @property
@@ -1830,32 +2486,49 @@ class Rounds:
     def on_push(self, conn, message):
         """Read a contribution whole, let the rules count it, and say so."""
         with self.lock:
-            member = self.run.hear(*conn.worker, now())
-            push = self.announced(member, message)
-            name = push.worker, push.k
-            if older := self.uploads.get(name):
-                older.hang_up()  # the same push, begun anew on this connection
-            self.uploads[name] = conn
-        try:
-            self.read_push(conn, push)
-        finally:
-            with self.lock:
-                if self.uploads.get(name) is conn:
-                    del self.uploads[name]
-        with self.lock:
-            slice = self.run.slices[push.k]
-            self.lock.wait_for(lambda: not slice.folding)
-            before = slice.pushes.get((push.worker, push.seq))
-            is_taken = self.run.push(push, now())
-            unused = before if is_taken else push
-            if unused and unused.payload:
-                self.model.give_back(push.k, unused.payload)
-            if is_taken:
-                self.server.gate.note_progress(member, message)
-                if push.refused:
-                    log(f"WARNING: {push.worker}: {push.refused}; the round goes on without it")
+            self.run.hear(*conn.worker, now())
+            k = self.slice_of(message)
+        with self.server.transfers.only(conn, f"push of slice {k}"):
+            is_taken = self.take_push(conn, message)
         self.turn()
         conn.send("push", {"taken": is_taken})
+
+    def take_push(self, conn, message):
+        """Read a contribution and let the rules count it; returns whether they do. Its memory is
+        given back where they do not."""
+        with self.lock:
+            member = self.run.hear(*conn.worker, now())
+            self.check_room(member, message)
+            push = self.announced(member, message)
+        unused = push.payload
+        try:
+            self.read_push(conn, push)
+            with self.lock:
+                slice = self.run.slices[push.k]
+                self.lock.wait_for(lambda: not slice.folding)
+                self.check_room(member, message)
+                before = slice.pushes.get((push.worker, push.seq))
+                if is_taken := self.run.push(push, now()):
+                    unused = before.payload if before else None
+                    self.server.gate.note_progress(member, message)
+                    if push.refused:
+                        who = shown(push.worker)
+                        log(f"WARNING: {who}: {push.refused}; the round goes on without it")
+        finally:
+            if unused is not None:
+                self.model.give_back(push.k, unused)
+        return is_taken
+
+    def check_room(self, member, message):
+        """Raise ProtocolError where a worker's earlier push of the slice is still in the open round:
+        a process has one at a time. Needs the lock."""
+        seq, k = message.field("seq", int, low=1), self.slice_of(message)
+        mine = [p for p in self.run.slices[k].pushes.values() if p.worker == member.id]
+        others = [p for p in mine if p.seq != seq]
+        if len(others) >= MAX_PUSHES or any(p.session == member.session for p in others):
+            raise ProtocolError(
+                f"push {seq} of slice {k} comes before an entry lists push {others[0].seq}"
+            )
 
     def announced(self, member, message):
         """The Push that a message announces. Needs the lock."""
@@ -1868,7 +2541,7 @@ class Rounds:
             k=k,
             seq=message.field("seq", int, low=1),
             base=protocol.version_of(message.field("base", list)),
-            steps=message.field("steps", int),
+            steps=message.field("steps", int, high=MOST_STEPS),
             closing=message.field("closing", bool, False),
             step=message.field("step", int),
             tokens=message.field("tokens", int, 0),
@@ -1878,15 +2551,19 @@ class Rounds:
         )
 
     def read_push(self, conn, push):
-        """Read a push's numbers, and check each chunk while it is in the cache and later ones are
-        still arriving."""
+        """Read a push's numbers, and take the norm of each chunk while it is in the cache and later
+        ones are still arriving. The values of buffers have none that could be judged."""
         if push.payload is None:
             return
-        codec, size = self.model.codec(push.k)[0], self.model.sizes[push.k]
+        codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
-            if not push.refused and not codec.finite(push.payload.tensors, start, stop):
-                push.refused = "the pseudo-gradient is not finite"
+            if squares < math.inf:
+                squares += codec.square(push.payload.tensors, start, stop)
+        if squares == math.inf:
+            push.refused = "the pseudo-gradient is not finite"
+        elif push.k < self.model.num_fragments:
+            push.norm = squares**0.5
 
     def turn(self):
         """Close every round that is over. Called after each event, and several times a second."""
@@ -1894,12 +2571,29 @@ class Rounds:
             forced = self.run.forced
             for k in [] if self.server.closed else self.run.over(now()):
                 closed = self.run.take(k, now())
-                step = max([self.run.step, *(push.step for push in closed.pushes)])
-                entry = self.model.announce(closed, step)
-                threading.Thread(target=self.fold, args=[closed, entry], daemon=True).start()
+                self.server.watch.stalls.closed(k)
+                for push in closed.outsized:
+                    who = shown(push.worker)
+                    log(f"WARNING: {who}: {push.refused}; its {push.steps} steps do not count")
+                try:
+                    step = max([self.run.step, *(push.step for push in closed.pushes)])
+                    self.unfolded.append((closed, self.model.announce(closed, step)))
+                except Exception:  # the slice would be taken for one that is being folded
+                    die("a round could not be closed")
                 self.lock.notify_all()
+            self.start_folds()
             if self.run.forced > forced:
                 log("WARNING: all workers wait for each other: the oldest round is closed as it is")
+
+    def start_folds(self):
+        """Start the threads that fold closed rounds. Where the system has no thread left, the next
+        call tries again. Needs the lock."""
+        while self.unfolded:
+            try:
+                threading.Thread(target=self.fold, args=self.unfolded[0], daemon=True).start()
+            except RuntimeError as error:
+                return self.server.faults.note(f"a round waits for a thread: {error}")
+            self.unfolded.popleft()
 
     def fold(self, closed, entry):
         """Fold a closed round, in a thread of its own, while its entry is being sent."""
@@ -1918,12 +2612,10 @@ class Rounds:
             for push in closed.pushes:
                 if push.payload:
                     self.model.give_back(closed.k, push.payload)
-            self.write_line(line)
             self.turn()
+            self.write_line(line)
         except BaseException:  # half of the slice is of one version, half of another
-            traceback.print_exc()
-            log("FATAL: an outer step failed; the same command goes on from the newest checkpoint")
-            os._exit(1)
+            die("an outer step failed")
 
     def audit_fold(self, closed, counted, entry):
         """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
@@ -1961,6 +2653,8 @@ class Rounds:
             "refused": [push.worker for push in closed.pushes if push.refused],
             "closing": closed.plain,
             "norm": norm,
+            "norms": {p.worker: p.norm for p in closed.pushes if p.norm is not None},
+            "reasons": {p.worker: p.refused for p in closed.pushes if p.refused},
             "bytes_up": sum(push.nbytes for push in closed.pushes),
             "bytes_down": entry.nbytes * len({push.worker for push in closed.pushes}),
             "seconds_waiting": round(closed.closed - closed.opened, 4),
@@ -1978,7 +2672,7 @@ class Rounds:
             f"folded {line['seconds_folding']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
             f"down {line['bytes_down'] / 1e6:.2f} MB"
         )
-        self.store.append_round(line)
+        self.server.clerk.append(line)
 
     def on_pull(self, conn, message):
         """Send the entries of a slice's log that a worker lacks: up to the entry that lists the
@@ -1987,6 +2681,11 @@ class Rounds:
         message.expect([])
         with self.lock:
             member, k = self.run.hear(*conn.worker, now()), self.slice_of(message)
+        with self.server.transfers.only(conn, f"pull of slice {k}"):
+            self.send_log(conn, message, member, k)
+
+    def send_log(self, conn, message, member, k):
+        """Answer a pull of slice k, after the push that it waits for."""
         held = protocol.version_of(message.field("version", list))
         seq, slice = message.field("seq", int), self.run.slices[k]
 
@@ -1994,7 +2693,7 @@ class Rounds:
             return (member.id, seq) in slice.pushes
 
         def awaited():
-            names = ", ".join(sorted(self.run.missing(k)))
+            names = ", ".join(map(shown, sorted(self.run.missing(k))))
             more = self.args.min_workers - len(self.run.members.keys() | slice.pushers)
             return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
 
@@ -2035,23 +2734,361 @@ class Rounds:
                     "step": entry.step,
                     "more": entry is not entries[-1],
                 }
-                conn.send("entry", fields, entry.specs, entry.pieces())
+                pieces = entry.pieces()
+                if not fields["more"]:
+                    pieces = self.releasing(conn, entry.k, pieces)
+                conn.send("entry", fields, entry.specs, pieces)
         finally:
             with self.lock:
                 for entry in entries:
                     entry.readers -= 1
 
+    def releasing(self, conn, k, pieces):
+        """The pieces of a slice, or of an entry, of which the checksum is the last: after that the
+        worker may pull again, on another connection."""
+        for piece in pieces:
+            if piece.nbytes == protocol.Checksum.SPEC.nbytes:
+                self.server.transfers.release(conn, f"pull of slice {k}")
+            yield piece
+
     def send_slice(self, conn, k):
-        """Send a slice in full, with what is folded in it."""
+        """Send a slice in full, with what is folded in it: after a fold, also one that is due."""
+        slice = self.run.slices[k]
+
+        def is_still():
+            return not slice.folding and (self.server.closed or not self.run.is_over(k, now()))
+
+        with contextlib.ExitStack() as stack:
+            with self.lock:
+                self.lock.wait_for(is_still)
+                pieces = stack.enter_context(self.model.shared(k, slice.version).reading())
+                fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
+                fields |= {"step": self.run.step, "more": False}
+            values = TensorSpec("slice", torch.float32, (self.model.sizes[k],))
+            parts = self.releasing(conn, k, pieces)
+            conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
+
+
+class Crowd:
+    """Connections of one kind in groups, at most `limit`. One more costs the largest group its
+    oldest connection, so that whoever brings many loses one of its own."""
+
+    def __init__(self, limit):
+        self.limit, self.groups, self.count = limit, {}, 0
+
+    def add(self, one, group):
+        """Add a connection. Returns the one that has to go for it, or None."""
+        self.groups.setdefault(group, {})[one] = None
+        self.count += 1
+        if self.count <= self.limit:
+            return None
+        largest = max(self.groups, key=lambda group: len(self.groups[group]))
+        oldest = next(iter(self.groups[largest]))
+        self.remove(oldest, largest)
+        return oldest
+
+    def remove(self, one, group):
+        """Remove a connection. Returns whether it was there."""
+        members = self.groups.get(group, {})
+        if one not in members:
+            return False
+        del members[one]
+        self.count -= 1
+        if not members:
+            del self.groups[group]
+        return True
+
+    def __iter__(self):
+        return (one for members in self.groups.values() for one in members)
+
+
+class Visitor:
+    """One connection, from accept to its end. `crowd`: the Crowd that it stands in, under `group`."""
+
+    def __init__(self, sock, address):
+        self.sock, self.address, self.since = sock, address, now()
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        # A machine may have all the addresses of an IPv6 network of 64 bits.
+        self.network = str(found if found.version == 4 else int(found) >> 64)
+        self.seconds = protocol.HELLO_SECONDS  # time that is left for its hello, without queuing
+        self.conn = self.crowd = self.group = None
+
+    def hang_up(self):
+        """End the conversation; the thread that serves it meets a ConnectionError."""
+        if self.conn:
+            self.conn.hang_up()
+        else:
+            self.sock.close()
+
+
+# A visitor goes through stages, and each has a limit of its own, so that no stage is filled by those
+# who do not get any further: *silent* until it has sent a byte, then *ready* until there is a place,
+# *reading* while a thread reads its hello, then *idle* or *asking* as long as it belongs to no
+# member, and *members* from then on. The door's own thread looks after the first two, in which a
+# visitor costs a file and nothing else; of those that are ready the newest of the network with the
+# fewest places comes first, so that it does not stand behind a crowd that takes its time.
+
+
+class Door:
+    """Lets connections in, and has each served by a thread of its own. Nothing that strangers do
+    ends its thread or takes a place from a member."""
+
+    def __init__(self, server, guard):
+        self.server, self.guard, self.ended = server, guard, server.ended
+        self.lock = threading.Lock()
+        strangers = max(MAX_STRANGERS, 4 * server.args.n)
+        self.silent, self.ready, self.reading, self.idle, self.asking = (
+            Crowd(strangers) for _ in range(5)
+        )
+        self.members = Crowd(max(MAX_CONNECTIONS, 16 * server.args.n))
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.ringer = socket.socketpair()  # wakes the door's thread when a place is free
+        self.ringer.setblocking(False)
+        self.said = -COMPLAINT_SECONDS  # time when a failure was logged last
+        self.unsaid = 0  # failures since then
+
+    @property
+    def strangers(self):
+        """The number of connections that belong to no member."""
+        crowds = self.silent, self.ready, self.reading, self.idle, self.asking
+        return sum(crowd.count for crowd in crowds)
+
+    def notices(self):
+        """Lines that say at start who can join, and what that means."""
+        guard = self.guard
+        allowed = "".join(f", {network}" for network in guard.allow)
+        if guard.token:
+            where = "" if guard.admits_all else f" from loopback and private addresses{allowed}"
+            line = f"who has the token can join{where}; nobody else can read or stop the run"
+            yield line if guard.context else f"{line}, but without TLS the network can read along"
+        else:
+            yield (
+                f"no token: anybody at a loopback or private address{allowed} can join, read the "
+                "model, change it and stop the run; --token-file keeps others out"
+            )
+        if guard.context:
+            yield f"TLS; the others need --tls-fingerprint {self.access().tls}"
+        if 0 < len(guard.token) < protocol.SHORT_TOKEN:
+            yield (
+                f"WARNING: the token has fewer than {protocol.SHORT_TOKEN} characters: others can "
+                "find it by trying"
+            )
+
+    def access(self):
+        """The protocol.Access by which a worker gets in."""
+        cert = self.server.args.tls_cert
+        mark = protocol.certificate_fingerprint(cert) if cert else ""
+        return protocol.Access(self.guard.token, mark)
+
+    # --- The door's own thread ---
+
+    def stand(self, listener):
+        """Let visitors in until the process ends, whatever happens."""
+        listener.setblocking(False)
+        self.bell.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(self.bell, selectors.EVENT_READ)
+        while not self.ended.is_set():
+            try:
+                for key, _ in self.selector.select(timeout=1.0):
+                    if key.fileobj is listener:
+                        self.accept(listener)
+                    elif key.fileobj is self.bell:
+                        self.bell.recv(4096)
+                    else:
+                        self.note_ready(key.data)
+                self.end_silent()
+                self.admit()
+            except Exception as error:
+                self.fail(error)
+
+    def fail(self, error):
+        """Say now and then what keeps visitors out, and make a pause: most such things pass."""
+        self.unsaid += 1
+        if now() - self.said > COMPLAINT_SECONDS:
+            log(
+                f"WARNING: a connection cannot be accepted ({self.unsaid} times): {error!r}; is the "
+                "limit of open files or threads too low?"
+            )
+            self.said, self.unsaid = now(), 0
+        self.ended.wait(0.1)
+
+    def accept(self, listener):
+        """Take visitors in, unread. One that comes when the files are all used up costs a stranger
+        its place."""
+        for _ in range(64):  # then it is the turn of others
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionError):  # none left, or gone already
+                return
+            except OSError:
+                self.make_room()
+                raise
+            visitor = Visitor(sock, address[0])
+            sock.setblocking(False)
+            self.selector.register(sock, selectors.EVENT_READ, visitor)
+            with self.lock:
+                gone = self.place(visitor, self.silent, visitor.network)
+            self.forget(gone)
+
+    def make_room(self):
+        """The files are used up: end the connection of a stranger, of those who are least far."""
+        for visitor in itertools.chain(self.silent, self.ready):
+            return self.forget(visitor)
         with self.lock:
-            self.lock.wait_for(lambda: not self.run.slices[k].folding)
-            slice, snapshot = self.run.slices[k], self.model.snapshot(k)
-            fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
-            fields |= {"step": self.run.step, "more": False}
-        specs = [TensorSpec("slice", torch.float32, (self.model.sizes[k],)), protocol.Checksum.SPEC]
-        with contextlib.closing(snapshot):
-            parts = itertools.chain(snapshot.pieces(), (snapshot.checksum() for _ in [None]))
-            conn.send("slice", fields, specs, parts)
+            oldest = next(iter(self.idle), None)
+        if oldest is not None:
+            oldest.hang_up()
+
+    def note_ready(self, visitor):
+        """A visitor has sent something, or has gone."""
+        if visitor.crowd is not self.silent:  # it has just lost its place
+            return
+        try:
+            is_gone = not visitor.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            is_gone = True
+        if is_gone:
+            return self.forget(visitor)
+        self.selector.unregister(visitor.sock)
+        visitor.seconds -= now() - visitor.since
+        with self.lock:
+            gone = self.place(visitor, self.ready, visitor.network)
+        self.forget(gone)
+
+    def end_silent(self):
+        """Send those away who have said nothing for long."""
+        for members in [*self.silent.groups.values()]:
+            for visitor in [*members]:
+                if now() - visitor.since < protocol.HELLO_SECONDS:
+                    break  # the others of its group came later
+                self.forget(visitor)
+
+    def forget(self, visitor):
+        """Close a visitor that no thread serves, if there is one."""
+        if visitor is None:
+            return
+        with self.lock:
+            self.place(visitor, None)
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(visitor.sock)
+        visitor.sock.close()
+
+    def admit(self):
+        """Give a thread to those that are ready, as far as there are places."""
+        while (visitor := self.next()) is not None:
+            try:
+                threading.Thread(target=self.serve, args=[visitor], daemon=True).start()
+            except Exception:
+                self.forget(visitor)
+                raise
+
+    def next(self):
+        """A visitor that has just got a place, or None."""
+        with self.lock:
+            taken = {network: len(at) for network, at in self.reading.groups.items()}
+            network = min(self.ready.groups, key=lambda name: taken.get(name, 0), default=None)
+            free = self.reading.count < self.reading.limit
+            if network is None or not free or taken.get(network, 0) >= MAX_PER_ADDRESS:
+                return None
+            visitor = next(reversed(self.ready.groups[network]))
+            self.place(visitor, self.reading, network)
+            return visitor
+
+    # --- The threads of visitors ---
+
+    def place(self, visitor, crowd, group=None):
+        """Move a visitor to another crowd, or out of all with None. Returns a visitor that has to
+        go for it, or None. Needs the lock."""
+        if visitor.crowd is not None:
+            visitor.crowd.remove(visitor, visitor.group)
+        visitor.crowd, visitor.group = crowd, group
+        gone = crowd.add(visitor, group) if crowd is not None else None
+        if gone is not None:
+            gone.crowd = None
+        return gone
+
+    def settle(self, visitor, asks):
+        """Note whether a visitor, whose hello is through, asks for something now or is idle. Returns
+        the seconds that it may be idle, or None if it is of a worker of the run."""
+        run = self.server.run
+
+        def is_of(visitor, workers):
+            id, session = visitor.conn.worker
+            worker = workers.get(id)
+            return worker is not None and worker.session == session
+
+        is_member = is_waiting = False
+        if visitor.conn.worker[0]:
+            with self.server.lock:
+                is_member, is_waiting = is_of(visitor, run.members), is_of(visitor, run.waiting)
+        with self.lock:
+            if is_member:
+                crowd, group = self.members, visitor.conn.worker[0]
+            else:
+                crowd, group = self.asking if asks else self.idle, visitor.network
+            is_new = visitor.crowd is not crowd or crowd is self.idle
+            gone = self.place(visitor, crowd, group) if is_new else None
+            if gone is not None and is_of(gone, run.members):  # its join has gone through
+                gone = self.place(gone, self.members, gone.conn.worker[0])
+        if gone is not None:
+            gone.hang_up()
+        return None if is_member or is_waiting else STRANGER_SECONDS
+
+    def serve(self, visitor):
+        """Serve one connection, from its hello to its end."""
+        conn = None
+        try:
+            visitor.sock.setblocking(True)
+            conn = visitor.conn = protocol.Connection(visitor.sock, visitor.address)
+            self.converse(visitor, conn)
+        except OSError as error:
+            member = self.server.run.members.get(conn.worker[0]) if conn else None
+            if member and member.facts.conn is conn:  # its others mostly end with this one
+                who = shown(member.id)
+                log.seldom("lost connections", f"the connection to {who} ended: {error}")
+        finally:
+            with self.lock:
+                self.place(visitor, None)
+            if conn and conn.worker[0]:  # others concern nobody, and take no lock from members
+                with self.server.lock:
+                    self.server.hang_up(conn)
+            if conn:
+                conn.close()
+            visitor.sock.close()
+            self.ring()
+
+    def converse(self, visitor, conn):
+        """Read the hello, then answer requests. Raises OSError at the end of the connection."""
+        server = self.server
+        try:
+            protocol.greet(conn, {"session": server.session}, self.guard, visitor.seconds)
+            patience = self.settle(visitor, asks=False)
+            self.ring()
+            while True:
+                if patience and not conn.worker[0]:  # whoever only looks has small requests
+                    conn.deadline = now() + patience
+                message = conn.receive(idle=patience)
+                conn.deadline = None
+                name = f"on_{message.type}"
+                rooms = (server.gate, server.rounds, server)
+                handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
+                if handler is None:
+                    raise ProtocolError(f"no request is called {message.type!r}")
+                self.settle(visitor, asks=True)
+                handler(conn, message)
+                patience = self.settle(visitor, asks=False)
+        except (Refused, ProtocolError) as error:
+            if getattr(error, "code", "") != "rejoin":  # a worker hears that until its step ends
+                who = shown(conn.worker[0] or conn.peer)
+                log.seldom("refusals", f"{who} is refused: {error}")
+            conn.refuse(error)
+
+    def ring(self):
+        """Tell the door's thread that a place may be free."""
+        with contextlib.suppress(OSError):  # full of rings that it has not heard yet
+            self.ringer.send(b"!")
 
 
 class Server:
@@ -2066,14 +3103,15 @@ class Server:
         self.ended = threading.Event()  # set when the process is to end
         self.closed = False  # whether the process ends: no round closes any more
         self.save_wanted = set()  # of "checkpoint", "final"
-        self.started, self.connections = now(), 0
-        self.names_lock = threading.Lock()  # held while the members' names are written
-        self.named = None  # names of the members as they are on disk
+        self.started = now()
+        self.door = Door(self, guard_of(args))
+        self.faults = protocol.Faults()  # what went wrong and was survived
         self.run = Run(rules_of(args), now())
         self.run_id = ""  # life in which the run began
         self.settings = {name: getattr(args, name) for name in DEFAULTS}
         self.shares = args.shares
         self.store = Store(args.model, args.output_dir, args.save_total_limit)
+        self.store.hold()
         self.model = self.reopen()  # GlobalModel; None before the first join
         for name, value in DEFAULTS.items():
             if self.settings[name] is None:
@@ -2085,6 +3123,8 @@ class Server:
             raise SystemExit(
                 f"{self.shares} --shares for {args.n} workers: some would have no text"
             )
+        self.transfers, self.watch = Transfers(self), Watch(self)
+        self.handouts, self.clerk = Handouts(self), Clerk(self)
         self.gate, self.rounds = Gate(self), Rounds(self)
 
     # --- The life of the process ---
@@ -2098,7 +3138,10 @@ class Server:
             self.run.reopen(self.store.names, state["heads"] if state else [], now())
         if state is None:
             return None
-        self.run_id, self.run.life, self.run.step = state["run"], state["life"], state["step"]
+        self.run_id, self.run.step = state["run"], state["step"]
+        self.run.life = max(self.run.life, state["life"], self.store.latest_life)
+        for slice, norms in zip(self.run.slices, state["norms"], strict=True):
+            slice.norms = norms
         self.shares = self.shares or state["shares"]
         for name, saved in state["settings"].items():
             given = self.settings[name]
@@ -2113,7 +3156,10 @@ class Server:
     def serve(self):
         """Serve until `--until-done` is met, the spawned workers are done, or a signal comes.
         Returns the exit code."""
+        raise_file_limit()
         listener, signals = self.listen(), []
+        window = min(protocol.RATE_SECONDS, 2 * self.args.worker_timeout)
+        protocol.Connection.least = 1024 * self.args.min_rate, window
         self.port = listener.getsockname()[1]
 
         def on_signal(number, _):
@@ -2124,13 +3170,17 @@ class Server:
 
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
-        threading.Thread(target=self.accept, args=[listener], daemon=True).start()
+        threading.Thread(target=self.door.stand, args=[listener], daemon=True).start()
         threading.Thread(target=self.tick, daemon=True).start()
+        threading.Thread(target=self.clerk.work, daemon=True).start()
         saver = threading.Thread(target=self.save_when_wanted, daemon=True)
         saver.start()
         who = f"{self.args.n} worker(s)"
         if self.run.expected:
-            who = f"{', '.join(sorted(self.run.expected))}, or after {self.args.worker_timeout:g} s"
+            who = ", ".join(map(shown, sorted(self.run.expected)))
+            who += f", or after {self.args.worker_timeout:g} s"
+        for line in self.door.notices():
+            log(line)
         log(f"listening on port {self.port}; the run starts with {who}")
         code = Spawn(self).wait() if self.args.spawn else 0
         self.ended.wait()
@@ -2141,6 +3191,7 @@ class Server:
             log("stopping: saving, and telling the workers; once more leaves at once")
         saver.join()
         self.save(final=not self.run.members)
+        self.clerk.settle(FAREWELL_SECONDS)
         with self.lock:
             left = [member.facts for member in self.run.members.values()]
             self.lock.wait_for(lambda: all(facts.is_told for facts in left), FAREWELL_SECONDS)
@@ -2164,54 +3215,10 @@ class Server:
                 "is another server running? Try another --port"
             ) from None
 
-    def accept(self, listener):
-        """Give each connection a thread."""
-        while not self.ended.is_set():
-            try:
-                sock, address = listener.accept()
-            except OSError as error:  # too many open files, for one, which passes
-                if not self.ended.wait(0.1):
-                    log(f"WARNING: accept failed: {error}")
-                continue
-            threading.Thread(target=self.converse, args=[sock, address[0]], daemon=True).start()
-
-    def converse(self, sock, address):
-        """Serve one connection, from its hello to its end."""
-        conn = protocol.Connection(sock, address)
-        with self.lock:
-            self.connections += 1
-        try:
-            if self.connections > MAX_CONNECTIONS:
-                raise Refused("busy", f"the server has {MAX_CONNECTIONS} connections, its limit")
-            conn.greet({"session": self.session})
-            while True:
-                message = conn.receive(idle=None)
-                name = f"on_{message.type}"
-                rooms = (self.gate, self.rounds, self)
-                handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
-                if handler is None:
-                    raise ProtocolError(f"no request is called {message.type!r}")
-                handler(conn, message)
-        except (Refused, ProtocolError) as error:
-            if getattr(error, "code", "") != "rejoin":  # a worker hears that until its step ends
-                log(f"{conn.worker[0] or conn.peer} is refused: {error}")
-            conn.refuse(error)
-        except OSError as error:
-            member = self.run.members.get(conn.worker[0])
-            if member and member.facts.conn is conn:  # its others mostly end with this one
-                log(f"the connection to {member.id} ended: {error}")
-        finally:
-            with self.lock:
-                self.connections -= 1
-                self.hang_up(conn)
-            conn.close()
-
     def hang_up(self, conn):
         """A connection has ended. Needs the lock."""
         id, session = conn.worker
-        member, waiting = self.run.members.get(id), self.run.waiting.get(id)
-        if member and member.facts.conn is conn:
-            self.run.lose(id, session, now())
+        waiting = self.run.waiting.get(id)
         if waiting and waiting.facts.conn is conn:
             self.run.forget(id, session)
         self.lock.notify_all()
@@ -2220,16 +3227,24 @@ class Server:
         """Give up who is silent, and close the rounds whose time has come."""
         limit = self.args.worker_timeout
         while not self.ended.wait(min(TICK_SECONDS, limit / 4)):
-            with self.lock:
-                for id in self.run.silent(now()):
-                    self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
-                for id in self.run.silent_waiting(now()):
-                    member = self.run.waiting[id]
-                    log(f"{id} waits to join no more: not heard of for {limit:g} s")
-                    self.run.forget(id, member.session)
-                    member.facts.conn.hang_up()
-            self.write_names()
-            self.rounds.turn()
+            with self.faults.survive(log, "looking after workers and rounds"):
+                self.look_after(limit)
+            log.settle()
+
+    def look_after(self, limit):
+        """Do what the time demands, once."""
+        with self.lock:
+            self.transfers.hear()
+            self.watch.look()
+            for id in self.run.silent(now()):
+                self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
+            for id in self.run.silent_waiting(now()):
+                member = self.run.waiting[id]
+                log(f"{shown(id)} waits to join no more: not heard of for {limit:g} s")
+                self.run.forget(id, member.session)
+                member.facts.conn.hang_up()
+        self.clerk.keep_names()
+        self.rounds.turn()
 
     def wait(self, conn, condition, awaited):
         """Wait for `condition()`, called with the lock held. The peer gets a `wait` message with
@@ -2243,10 +3258,11 @@ class Server:
                         return
                     break
                 text = awaited()
+                fields = text if type(text) is dict else {"awaited": text}
             if conn.closed_by_peer():
                 raise ConnectionError(f"{conn.peer} closed the connection")
             if now() - said >= protocol.WAIT_SECONDS:
-                conn.send("wait", {"awaited": text})
+                conn.send("wait", fields)
                 said = now()
         conn.send("wait", {"awaited": "the server, which was stopped"})
         raise ConnectionError("the server ends")
@@ -2258,25 +3274,20 @@ class Server:
         dtypes that the worker has them in (`frozen`: names)."""
         message.expect([])
         if message.field("files", bool, False):
-            raw = {
-                name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-                for name, text in self.store.files.items()
-                if text
-            }
+            raw = self.handouts.files()
             return conn.send("fetch", {}, protocol.specs_of(raw.items()), raw.values())
         with self.lock:
             facts = self.run.hear(*conn.worker, now()).facts
         wanted = set(map(str, message.field("frozen", list)))
         names = [name for name in facts.differs if name in wanted]
         specs, tensors = self.store.frozen_tensors(facts.frozen, names)
-        conn.send("fetch", {}, specs, tensors)
+        with self.transfers.only(conn, "fetch"):
+            conn.send("fetch", {}, specs, tensors)
 
     def on_status(self, conn, message):
         """Answer with everything that status.py shows."""
         message.expect([])
-        with self.lock:
-            fields = self.status()
-        conn.send("status", fields)
+        conn.send_raw(self.handouts.status())
 
     def status(self):
         """The fields of the reply to status. Needs the lock."""
@@ -2297,6 +3308,7 @@ class Server:
             "workers": [status_of(m) for m in sorted(run.members.values(), key=lambda m: m.index)],
             "joining": sorted(run.waiting),
             "awaited": sorted(awaited),
+            "stalls": self.watch.found,
             "source": min((member.facts.source for member in everyone), default=None),
             "shares": self.shares,
             "settings": self.settings,
@@ -2310,6 +3322,8 @@ class Server:
             "forced_rounds": run.forced,
             "output": os.path.abspath(self.store.output),
             "save_error": self.store.save_error,
+            "strangers": self.door.strangers,
+            "faults": list(self.faults),
             "session": self.session,
         }
 
@@ -2334,8 +3348,8 @@ class Server:
         message.expect([])
         with self.lock:
             self.run.stop()
-        self.write_names()
-        log(f"{conn.peer} asks to stop: the workers are told to finish")
+        self.clerk.settle(FAREWELL_SECONDS)
+        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
         conn.send("stop")
 
     # --- Saving ---
@@ -2346,8 +3360,9 @@ class Server:
             with self.lock:
                 self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
                 wanted, self.save_wanted = self.save_wanted, set()
-            if wanted:
-                self.save("final" in wanted)
+            with self.faults.survive(log, "saving"):
+                if wanted:
+                    self.save("final" in wanted)
             if "final" in wanted and self.args.until_done and not self.run.is_open:
                 self.ended.set()
 
@@ -2356,12 +3371,14 @@ class Server:
         with self.lock:
             if not self.run.is_whole:
                 return
-            self.lock.wait_for(lambda: not any(slice.folding for slice in self.run.slices))
+            while any(slice.folding for slice in self.run.slices):
+                self.rounds.start_folds()  # near the end nobody else does
+                self.lock.wait(0.5)
             state, snapshots = self.state_to_save(), self.model.freeze()
             others = self.model.freeze() if final else []
         self.store.save(state, self.model, snapshots)
         if "names" in self.store.faults and "checkpoint" not in self.store.faults:
-            self.named = None  # the disk is there again: the next tick writes the names
+            self.clerk.named = None  # the disk is there again: the next tick writes the names
         if final:
             versions = [version for version, _ in state["heads"]]
             self.store.save_final(versions, self.model, others)
@@ -2376,18 +3393,9 @@ class Server:
             "shares": self.shares,
             "settings": self.settings,
             "heads": [(slice.version, dict(slice.folded)) for slice in run.slices],
+            "norms": [list(slice.norms) for slice in run.slices],
             **run.names(),
         }
-
-    def write_names(self):
-        """Keep the names of the members on disk, so that a crash forgets nobody."""
-        with self.names_lock:
-            with self.lock:
-                names = self.run.names()
-            if names != self.named:
-                left = names["members"] or names["stopping"]
-                self.store.save_names(names if left else None)
-                self.named = names
 
     @property
     def round(self):
@@ -2412,40 +3420,50 @@ class Spawn:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
         host = server.args.host or "127.0.0.1"
         address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
-        self.workers, self.readers = {}, []
+        self.workers, self.readers, self.ended = {}, [], set()
+        access = server.door.access().variables()  # a command line could be read by others here
+        environment = {**worker_environment(server.args.n), "DILOCO_TLS": "", **access}
         for name in (f"worker-{number}" for number in range(server.args.n)):
             command = [sys.executable, script, "--server", address, "--worker-id", name]
             process = self.workers[name] = subprocess.Popen(
                 [*command, server.args.spawn],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=worker_environment(server.args.n),
+                env=environment,
                 start_new_session=True,  # a Ctrl-C here is passed on once, not twice
                 preexec_fn=_end_with_parent,
             )
-            reader = threading.Thread(target=self._pass_on, args=[name, process])
+            reader = threading.Thread(target=self._pass_on, args=[name, process], daemon=True)
             reader.start()
             self.readers.append(reader)
 
     def _pass_on(self, name, process):
         for line in process.stdout:
-            sys.stdout.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")  # one write
-            sys.stdout.flush()
-        if code := process.wait():
-            log(f"{name} ended with exit code {code}")
-            self.server.gate.give_up(name)
+            log.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")
+
+    def _reap(self):
+        """Note which workers have ended, whatever their exit code: their ids are free, and nobody
+        waits for them."""
+        for name, process in self.workers.items():
+            if name not in self.ended and process.poll() is not None:
+                self.ended.add(name)
+                if process.returncode:
+                    log(f"{name} ended with exit code {process.returncode}")
+                self.server.gate.give_up(name)
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
         ended, processes = self.server.ended, self.workers.values()
-        while any(process.poll() is None for process in processes):
+        while len(self.ended) < len(self.workers):
+            with self.server.faults.survive(log, "looking after the spawned workers"):
+                self._reap()
             begun = self.server.run.is_open or self.server.rounds.last
             if any(process.poll() for process in processes) and not begun:
                 ended.set()  # it failed before the start: the others would wait for it for ever
             if ended.wait(0.2):
                 self._stop()
-        for reader in self.readers:
-            reader.join()
+        for reader in self.readers:  # a process that a worker has left behind may hold its output
+            reader.join(LEAVE_SECONDS)
         ended.set()
         return int(any(process.returncode for process in processes))
 
@@ -2480,6 +3498,31 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def guard_of(args):
+    """The Guard that a command line gives. Raises SystemExit where a file cannot be used."""
+    try:
+        if args.tls_key and not args.tls_cert:
+            raise ValueError("--tls-key needs --tls-cert")
+        context = protocol.server_context(args.tls_cert, args.tls_key) if args.tls_cert else None
+        token = protocol.read_token(args.token, args.token_file)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"server.py: {error}") from None
+    return protocol.Guard(token, context, tuple(args.allow))
+
+
+def raise_file_limit():
+    """Let this process open as many files as the system permits: each connection is one."""
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def network(text):
+    """An argparse type: a network as address/bits."""
+    return ipaddress.ip_network(text, strict=False)
+
+
 def rules_of(args):
     """The Rules that a command line gives. --round-timeout is a quorum of one contribution with that
     grace."""
@@ -2489,11 +3532,23 @@ def rules_of(args):
         grace=args.round_timeout,
         min_workers=args.min_workers,
         max_staleness=args.max_staleness,
+        max_push_ratio=args.max_push_ratio,
         worker_timeout=args.worker_timeout,
+        drop_stuck=args.drop_stuck,
     )
 
 
 # fmt: off
+def add_guard_options(parser):
+    """Options that say who may speak to the server."""
+    add = parser.add_argument
+    protocol.add_token_options(parser)
+    add("--tls-cert", metavar="FILE", help="speak TLS, with this certificate (PEM)")
+    add("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
+    add("--allow", type=network, action="append", default=[], metavar="CIDR",
+        help="let this network in besides private ones, for example 203.0.113.0/24; repeatable")
+
+
 def parse_args(argv=None):
     """The command line; every option has a word on what it does."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -2504,6 +3559,7 @@ def parse_args(argv=None):
     add("--spawn", metavar="CONFIG", help="start the -n workers here too, and end with them")
     add("--host", default="", help="address to listen on (all interfaces)")
     add("--port", type=number(int, 0, 65535), default=protocol.PORT, help="(%(default)s)")
+    add_guard_options(parser)
     add("--output-dir", metavar="DIR", help="where checkpoints go (-m itself, or DIR-diloco where "
         "-m holds weights that this program did not write)")
     add("--outer-lr", type=real, help="(0.7, or the resumed run's)")
@@ -2525,10 +3581,18 @@ def parse_args(argv=None):
         help="a worker not heard of for so long is no longer waited for (%(default)s)")
     add("--round-timeout", type=real, default=0.0, metavar="SECONDS",
         help="close a round so long after its first push without those that are late (0: never)")
+    add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
+        help="give up a worker that lives but for which a round has waited so long (0: never)")
+    add("--min-rate", type=real, default=protocol.LEAST_RATE / 1024, metavar="KIB",
+        help="give up a worker that sends or reads less than so much a second, over a minute or twice "
+        "the worker timeout (%(default)g; 0: never)")
     add("--min-workers", type=number(int, 1), default=1,
         help="rounds wait for more workers below so many (%(default)s)")
     add("--max-staleness", type=count, default=10, metavar="ROUNDS",
         help="a push so late still counts; one that is later is dropped (%(default)s)")
+    add("--max-push-ratio", type=real, default=100.0, metavar="RATIO",
+        help="a push counts up to so many times the median norm a step of the last rounds "
+        "(%(default)s; 0: whatever its norm)")
     add("--until-done", action="store_true", help="end when the last worker has left")
     args = parser.parse_args(argv)
     if args.spawn and not os.path.isfile(args.spawn):
@@ -2539,5 +3603,5 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     code = Server(parse_args()).serve()
-    sys.stdout.flush()
+    protocol.flush_output()
     os._exit(code)  # all is saved; threads that still serve peers must not meet a dying interpreter

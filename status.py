@@ -19,10 +19,10 @@ import time
 import protocol
 
 
-def ask(server, request="status"):
+def ask(server, request="status", access=protocol.PLAIN):
     """The fields of the server's reply to a request. Raises OSError, protocol.Refused,
     protocol.ProtocolError."""
-    conn, _ = protocol.connect(server, {})
+    conn, _ = protocol.connect(server, {}, access=access)
     with contextlib.closing(conn):
         return conn.request(request).fields
 
@@ -84,6 +84,14 @@ def waits_in(status):
         lines.append(f"rounds wait until there are {status['min_workers']} workers (--min-workers)")
     if status["awaited"]:
         lines.append(f"the round waits for: {', '.join(status['awaited'])}")
+    for stall in status["stalls"]:
+        whom = (
+            ", ".join(stall["missing"]) or f"more workers (--min-workers {status['min_workers']})"
+        )
+        lines.append(
+            f"WARNING: the round of slice {stall['slice']} has waited "
+            f"{duration(stall['seconds'])} for {whom}"
+        )
     if status["forced_rounds"]:
         lines.append(f"WARNING: {status['forced_rounds']} rounds were closed because all waited")
     return lines
@@ -128,8 +136,11 @@ def render(status):
         *waits_in(status),
         *rounds_in(status),
     ]
+    if status["strangers"] > 1:  # one is who asks
+        lines.append(f"connections that belong to no member: {status['strangers']}")
     if status["save_error"]:
         lines.append(f"WARNING: {status['save_error']}")
+    lines += [f"WARNING: {fault}" for fault in status.get("faults", [])[-3:]]
     return lines
 
 
@@ -141,22 +152,33 @@ def main(argv=None):
     parser.add_argument("--watch", action="store_true", help="again every two seconds")
     parser.add_argument("--save", action="store_true", help="have the server write a checkpoint")
     parser.add_argument("--stop", action="store_true", help="have the workers finish and leave")
+    protocol.Access.add_options(parser)
     args = parser.parse_args(argv)
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
     try:
+        access = protocol.Access.of_options(args)
+    except (OSError, ValueError) as error:
+        print(f"status.py: {error}", file=sys.stderr)
+        return 2
+    try:
         for request in ("save", "stop"):
             if getattr(args, request):
-                ask(server, request)
+                ask(server, request, access)
                 print(f"{server}: {request} is under way")
         while not (args.save or args.stop):
-            status = ask(server)
+            status = ask(server, access=access)
             clear = "\x1b[H\x1b[J" if args.watch and sys.stdout.isatty() else ""
             text = json.dumps(status) if args.json else "\n".join(render(status))
+            encoding = sys.stdout.encoding or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
             print(clear + text, flush=True)
             if not args.watch:
                 break
             time.sleep(2.0)
-    except (OSError, ValueError, protocol.Refused, protocol.ProtocolError) as error:
+    except protocol.Refused as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
+    except (OSError, ValueError, protocol.ProtocolError) as error:
         print(f"no DiLoCo server answers at {server}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

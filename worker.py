@@ -27,18 +27,16 @@ command after `--`: the command's own, or 126 if it cannot be executed and 127 i
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import http.client
 import itertools
-import json
 import math
 import operator
 import os
-import pickle
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -426,7 +424,8 @@ def download(url, path, progress):
             raise ValueError(f"only {done} of {size} bytes came; try again")
         if SEPARATOR.encode() not in Path(beside).read_bytes():
             raise ValueError(f"the page is not a text of stories separated by {SEPARATOR}")
-        sync(beside)
+        with open(beside, "rb") as file:
+            protocol.sync(file.fileno())
         os.replace(beside, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
@@ -597,6 +596,14 @@ def story(seed, number):
 # from the same seed, and so from the same weights, until the server's weights replace them.
 
 
+MAX_PARTS = 1024  # layers, heads or experts of a model
+# What descriptive files that nobody has checked may lead to.
+MALFORMED = (
+    OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError,
+    AssertionError, ProtocolError,
+)  # fmt: skip
+
+
 def build_model(settings, files):
     """(model, tokenizer, files) from a run's descriptive files {name: text}; without a config.json
     among them, from the settings. Weights are random and float32. Raises RunError, SettingsError."""
@@ -611,20 +618,52 @@ def build_model(settings, files):
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
                 Path(folder, Path(name).name).write_text(text, encoding="utf-8")
-            description = json.loads(files["config.json"])
+            description = protocol.parse_json(files["config.json"], "config.json")
+            check_sizes(description)
             if models.supports(description):
-                model = models.Llama(models.Config.from_json(files["config.json"]))
+                config = models.Config.from_json(files["config.json"])
+                build = functools.partial(models.Llama, config)
             else:
-                kind = f"the run's model, a {description.get('model_type')!r},"
+                kind = f"the run's model, a {str(description.get('model_type'))[:80]!r},"
                 auto = models.transformers_for(kind)
                 config = auto.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                model = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                build = functools.partial(
+                    auto.AutoModelForCausalLM.from_config, config, trust_remote_code=False
+                )
+            with torch.device("meta"):  # without memory
+                check_memory(sum(parameter.numel() for parameter in build().parameters()))
+            torch.manual_seed(settings.train.seed)
+            model = build()
             named = {"tokenizer.json", "vocab.json", "vocab.txt"} & set(files)
             tokenizer = models.find_tokenizer(folder) if named else models.ByteTokenizer()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    except MALFORMED as error:
+        reason = protocol.printable(" ".join(str(error).split()))
         raise RunError(f"cannot build the model that the server describes: {reason}") from None
     return model.float(), tokenizer, files
+
+
+def check_sizes(description):
+    """Raise ValueError where a parsed config.json, which a server may have made up, asks for more
+    parts than any model has: each takes memory before it has a weight."""
+    for name, value in description.items():
+        for each in value if type(value) is list else [value]:
+            if type(each) is dict:
+                check_sizes(each)
+            elif type(each) is int:
+                parts = re.search("layer|block|expert|head|depth|stage", name)
+                most = MAX_PARTS if parts else 1 << 31
+                if abs(each) > most:
+                    raise ValueError(f"{name[:80]!r} is {each:.3g}, over {most}")
+
+
+def check_memory(count):
+    """Raise ValueError where a model of so many parameters is larger than this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > memory:
+        raise ValueError(
+            f"its {count:,} parameters take {4 * count / 1e9:.3g} GB as float32, and this machine "
+            f"has {memory / 1e9:.3g} GB of memory"
+        )
 
 
 def check_fit(config, tokenizer, context):
@@ -684,23 +723,21 @@ def choose_device(name):
 
 # --- Output ---------------------------------------------------------------------------------
 # Everything that a worker shows or writes goes through one Output. Checkpoints must survive a crash
-# at any moment: each is written into a hidden folder, synced to disk and then renamed, so a folder
-# named step-N is always whole. At the end the model stands in the output folder itself.
+# at any moment: `protocol.save_folder` writes each as a whole or not at all. A disk that is full ends
+# no training: that is a warning, and the next save tries again. At the end the model stands in the
+# output folder itself.
 
 PROGRESS_SECONDS = 0.2  # least time between two drawings of the live line
 
 
-def sync(path):
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+say, complain = protocol.Log("stdout"), protocol.Log("stderr")  # lines that may be lost: see Log
 
 
 def checkpoints(folder):
     """The paths of the whole checkpoints in a folder, oldest first. Their order is the one in which
     they were written, because a shorter run may have started anew in the folder of a longer one."""
-    whole = [path for path in folder.glob("step-*") if (path / "trainer.pt").is_file()]
+    aside = [p for p in folder.glob(".step-*.old") if not (folder / p.stem[1:]).exists()]
+    whole = [p for p in (*folder.glob("step-*"), *aside) if (p / "trainer.pt").is_file()]
     return sorted(whole, key=lambda path: (path / "trainer.pt").stat().st_mtime_ns)
 
 
@@ -721,61 +758,92 @@ class Output:
 
     def line(self, text):
         if not self.quiet:
-            print(self.clear + text, flush=True)
+            say(self.clear + text)
 
     def warn(self, text):
-        print(f"{self.clear}WARNING: {text}", file=sys.stderr, flush=True)
+        complain(f"{self.clear}WARNING: {text}")
 
     def progress(self, text):
         """Draw the live line, which only a terminal has, unless it was drawn a moment ago."""
         if self.quiet or not self.clear or time.monotonic() <= self.drawn + PROGRESS_SECONDS:
             return
         self.drawn = time.monotonic()
-        print(self.clear + text, end="", flush=True)
+        say.write(self.clear + text)
 
     def save_checkpoint(self, step, limit, model, files, state, save_more):
         """Write the checkpoint step-N and remove all but the newest `limit`. `save_more(folder)` puts
-        further files into it."""
+        further files into it. Where that fails, what was there stays, and a warning says so."""
         if self.quiet:
             return
         target = self.folder / f"step-{step}"
-        beside = self.folder / ".step-unfinished"
-        for path in (beside, target):  # remains of a crash, or of an older run
-            shutil.rmtree(path, ignore_errors=True)
-        models.save(model, beside, files)
-        torch.save(state, beside / "trainer.pt")
-        save_more(beside)
-        for path in (*beside.iterdir(), beside):
-            sync(path)
-        os.replace(beside, target)
-        sync(self.folder)
-        for old in checkpoints(self.folder)[:-limit]:
-            shutil.rmtree(old)
-        self.line(f"saved {target}")
+
+        def fill(folder):
+            models.save(model, folder, files)
+            torch.save(state, os.path.join(folder, "trainer.pt"))
+            save_more(folder)
+
+        try:
+            protocol.save_folder(target, fill)
+            for old in checkpoints(self.folder)[:-limit]:
+                if old != target:
+                    protocol.discard(old)
+        except Exception as error:
+            self.warn(
+                f"cannot save {target}: {protocol.reason_of(error)}; the last good checkpoint is "
+                "kept, and the next save tries again"
+            )
+        else:
+            self.line(f"saved {target}")
 
     def save_final(self, model, files):
-        """Write the model into the output folder."""
+        """Write the model into the output folder. Raises RunError."""
         if self.quiet:
             return
-        models.save(model, self.folder, files)
+        try:
+            models.save(model, self.folder, files)
+        except Exception as error:
+            reason = protocol.reason_of(error)
+            raise RunError(f"cannot write the final model to {self.folder}: {reason}") from None
         self.line(f"the model is in {self.folder}: python model.py {self.folder}")
 
 
 def load_checkpoint(folder):
-    """The state in a checkpoint, with the model's descriptive files under "files". Raises RunError."""
+    """The state in a checkpoint, with the model's descriptive files under "files", and under
+    "weights" a Llama's tensors. Raises RunError, whatever is wrong with it."""
     try:
+        protocol.check_folder(folder)
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        for name, kind in STATE.items():
+            if type(state[name]) is not kind:
+                raise ProtocolError(f"its {name} is not of the type {kind.__name__}")
         texts = [path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".jinja")]
-        return state | {"files": {path.name: path.read_text("utf-8") for path in texts}}
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"{folder} is damaged ({reason}): remove it to resume from the one before it"
-        ) from None
+        files = {path.name: path.read_text("utf-8") for path in texts}
+        protocol.load_file(folder / models.WEIGHTS)
+        return state | {"files": {n: text for n, text in files.items() if n in protocol.FILE_NAMES}}
+    except Exception as error:
+        raise RunError(f"{folder} is damaged ({protocol.reason_of(error)})") from None
+
+
+STATE = {"step": int, "source": str, "data": dict, "optimizer": dict, "rng": torch.Tensor}
+STATE |= {"cuda_rng": list, "callback": dict}  # keys of a checkpoint's state, and their types
+
+
+def newest_checkpoint(found):
+    """(folder, state) of the newest of some checkpoints, oldest first, that is sound. Raises RunError
+    where none is."""
+    faults = []
+    for folder in reversed(found):
+        try:
+            return folder, load_checkpoint(folder)
+        except RunError as error:
+            faults.append(str(error))
+            if folder != found[0]:
+                complain(f"WARNING: {error}; trying the one before it")
+    raise RunError(f"{'; '.join(faults)}: leave --resume out to start anew")
 
 
 def output_folder(settings, resume):
-    """(folder for this worker's output, checkpoint in it to resume from or None). A worker of a run
+    """(folder for this worker's output, checkpoints in it to resume from, oldest first, or none). A worker of a run
     that has no id yet gets one. Raises RunError."""
     diloco = settings.diloco
     if diloco.server and not diloco.worker_id:
@@ -790,7 +858,7 @@ def output_folder(settings, resume):
             f"nothing to resume in {folder}: name the run's --worker-id or --output-dir, or leave "
             "--resume out to start anew"
         )
-    return folder, found[-1] if resume else None
+    return folder, found if resume else []
 
 
 # --- The run --------------------------------------------------------------------------------
@@ -805,7 +873,7 @@ LONGEST_PAUSE_SECONDS = 10.0  # longest pause between two attempts
 SAME_SIGNAL_SECONDS = 1.0  # time in which a second signal to a rank is torchrun's copy of the first
 
 
-def describe(server, timeout=60.0):
+def describe(server, timeout=60.0, access=protocol.PLAIN):
     """What the server at host:port says about its run: {"files": {name: text} that describe its
     model, "source": identity of its data or None}. Tries again with growing pauses.
 
@@ -815,9 +883,11 @@ def describe(server, timeout=60.0):
     pause = FIRST_PAUSE_SECONDS
     while True:
         try:
-            conn, _ = protocol.connect(server, {})
+            conn, _ = protocol.connect(server, {}, access=access)
             with contextlib.closing(conn):
-                source = conn.request("status").fields["source"]
+                status = conn.request("status").typed("status")
+                status.expect([])
+                source = status.field("source", str, None)
                 return {"files": fetch_files(conn), "source": source}
         except (OSError, ProtocolError) as error:
             waited = time.monotonic() - began
@@ -828,7 +898,7 @@ def describe(server, timeout=60.0):
                 ) from error
             if pause == FIRST_PAUSE_SECONDS:
                 text = f"server {server}: {error}; trying again for up to {timeout:.0f} s"
-                print(f"worker.py: {text}", file=sys.stderr, flush=True)
+                complain(f"worker.py: {text}")
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -836,11 +906,14 @@ def describe(server, timeout=60.0):
 def fetch_files(conn):
     """{name: text} of the files that describe a server's model. Raises OSError, ProtocolError,
     Refused."""
-    reply = conn.request("fetch", {"files": True})
+    reply = conn.request("fetch", {"files": True}).typed("fetch")
     files = {}
+    if protocol.payload_bytes(reply.specs) > protocol.MAX_FILES_BYTES:
+        raise ProtocolError(f"fetch: the files are over {protocol.MAX_FILES_BYTES:,} bytes")
     for spec in reply.specs:
-        if spec.name not in protocol.FILE_NAMES or spec.nbytes > protocol.MAX_FILES_BYTES:
-            raise ProtocolError(f"fetch: an unexpected file {protocol.describe(spec)}")
+        is_file = spec.dtype == torch.uint8 and len(spec.shape) == 1
+        if spec.name not in protocol.FILE_NAMES or not is_file:
+            raise ProtocolError(f"fetch: an unexpected file {protocol.describe(spec)[:80]!r}")
         raw = torch.empty(spec.shape, dtype=torch.uint8)
         conn.read(raw)
         files[spec.name] = bytes(protocol.memory(raw)).decode("utf-8", errors="replace")
@@ -855,12 +928,12 @@ def told(ranks, value):
 class Run:
     """One worker's training, from its settings to its end."""
 
-    def __init__(self, settings, output, checkpoint=None):
-        """Prepare everything but the first step; `checkpoint` is the folder to resume from. Raises
-        SettingsError, RunError, ConnectionError, Refused."""
+    def __init__(self, settings, output, checkpoints=(), access=protocol.PLAIN):
+        """Prepare everything but the first step; of the `checkpoints`, oldest first, the newest
+        sound one is resumed from. Raises SettingsError, RunError, ConnectionError, Refused."""
         self.settings = settings
         self.output = output
-        self.resumed = checkpoint is not None
+        self.resumed = bool(checkpoints)
         self.ranks = Ranks({})
         train = settings.train
         if train.threads:
@@ -876,15 +949,16 @@ class Run:
         self.losses = []  # loss of each step since the last log line
         self.logged = time.monotonic()  # time of the last log line
 
-        saved = load_checkpoint(checkpoint) if checkpoint else {}
-        running = describe(settings.diloco.server) if settings.diloco.server else {}
+        checkpoint, saved = newest_checkpoint(checkpoints) if checkpoints else (None, {})
+        running = describe(settings.diloco.server, access=access) if settings.diloco.server else {}
         files = running.get("files") or saved.get("files") or {}
         tokenizer, vocab_size = self.prepare_model(files)
         wanted = running.get("source") or saved.get("source")
         self.source = open_source(settings, wanted, tokenizer, vocab_size, output, self.ranks.count)
         self.held_out = self.source.held_out(max(settings.output.eval_tokens, train.context) + 1)
         described = {"files": self.files, "source": self.source.identity}
-        self.callback = DiLoCoCallback(**vars(settings.diloco), **described)
+        secret = {"token": access.token or None, "tls": access.tls}
+        self.callback = DiLoCoCallback(**vars(settings.diloco), **described, **secret)
         # The three objects that a trainer gives to a callback's hooks.
         self.args = SimpleNamespace(max_steps=train.max_steps, output_dir=str(output.folder))
         self.state = SimpleNamespace(global_step=0, max_steps=train.max_steps)
@@ -1145,18 +1219,18 @@ class Signals:
         self.output.line("stopping after this step; once more stops at once")
 
 
-def run_worker(settings, resume):
+def run_worker(settings, resume, access):
     """Run a worker to its end and return the exit status. Raises SettingsError, and the errors in
     EXPECTED."""
     ranks = join_ranks(settings.train.device)
     leads = ranks == 1 or dist.get_rank() == 0
-    folder, checkpoint = output_folder(settings, resume)
+    folder, checkpoints = output_folder(settings, resume)
     output = Output(folder, quiet=not leads)
     signals = Signals(output, ranks)
     run = None
     reason = "finished"
     try:
-        run = Run(settings, output, checkpoint)
+        run = Run(settings, output, checkpoints, access)
         run.begin()
         signals.run = run
         run.loop()
@@ -1209,22 +1283,23 @@ def become(command, variables):
     """Run the command in place of this process. Returns only if the command cannot be run, with the
     exit status that a shell would give."""
     if "DILOCO_SERVER" not in variables:
-        print("worker.py: no --server: the command will train standalone", file=sys.stderr)
+        complain("worker.py: no --server: the command will train standalone")
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a child would inherit it
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    protocol.flush_output()
     try:
         os.execvpe(command[0], command, {**os.environ, **variables})
     except OSError as error:
-        print(f"worker.py: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        complain(f"worker.py: cannot run {command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError | NotADirectoryError) else 126
 
 
-def run_command(options, settings):
-    """Run the command, or in a dry run only show it as a line for a shell. Returns the exit status."""
-    variables = variables_for_command(options, settings)
+def run_command(options, settings, access):
+    """Run the command, or in a dry run only show it as a line for a shell, without the token. Returns
+    the exit status."""
+    variables = {**variables_for_command(options, settings), **access.variables()}
     if options.dry_run:
+        variables.pop("DILOCO_TOKEN", None)
         given = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
         print(" ".join([*given, shlex.join(options.command)]))
         return 0
@@ -1244,8 +1319,8 @@ def parse_arguments(arguments):
         usage="worker.py [options] config.yaml\n       worker.py [options] [config.yaml] -- command",
         description=__doc__.split("\n")[0],
         epilog="Every setting is explained in default.yaml. After -- comes the command line of a "
-        "script with the callback in it, which gets server, sync-every, num-fragments and worker-id "
-        "in its environment.",
+        "script with the callback in it, which gets server, sync-every, num-fragments, worker-id, the "
+        "token and TLS in its environment.",
         allow_abbrev=False,
     )
 
@@ -1260,6 +1335,7 @@ def parse_arguments(arguments):
     flag("--output-dir", dest="output.dir", metavar="DIR")
     flag("--max-steps", dest="train.max_steps", metavar="STEPS")
     flag("--device", dest="train.device", metavar="DEVICE")
+    protocol.Access.add_options(parser)
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and exit")
@@ -1282,6 +1358,14 @@ def overrides(options):
     yield from ((name, value) for name, value in given if "." in name and value is not None)
 
 
+def access_of(options):
+    """The protocol.Access that the options and the environment give. Raises SettingsError."""
+    try:
+        return protocol.Access.of_options(options)
+    except (OSError, ValueError) as error:
+        raise SettingsError(str(error)) from None
+
+
 # Failures that are no fault of the program: each is reported in one line.
 EXPECTED = (RunError, Refused, ConnectionError, ImportError, FloatingPointError)
 
@@ -1295,16 +1379,19 @@ def main(arguments=None):
         if options.config is None and not options.command:
             raise SettingsError("name a config file, for example: python worker.py default.yaml")
         settings = load_settings(options.config, overrides(options), os.environ)
+        access = access_of(options)
         if options.command:
-            return run_command(options, settings)
+            return run_command(options, settings, access)
         if options.dry_run:
             print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
             return 0
-        return run_worker(settings, options.resume)
+        return run_worker(settings, options.resume, access)
     except (SettingsError, *EXPECTED) as error:
-        print(f"worker.py: {error}", file=sys.stderr)
+        complain(f"worker.py: {error}")
         return 2 if isinstance(error, SettingsError) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    protocol.flush_output()
+    sys.exit(status)

@@ -3,6 +3,7 @@
     python tests/bench_sync.py                                    # 100 million parameters, 2 workers
     python tests/bench_sync.py --upload-codec int4 --download-codec int4
     python tests/bench_sync.py --parameters 10e6 --workers 8 --fragments 4 --rounds 10
+    python tests/bench_sync.py --token --tls                      # and what a token and TLS cost
 
 A real server and real workers, as processes on loopback; the trainer does nothing but change a few
 numbers. Between rounds the workers wait for each other, so that a round's time runs from the last
@@ -18,6 +19,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import socket
 import statistics
 import subprocess
@@ -284,7 +286,7 @@ def start_server(args, folder):
     server = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, "server.py"), "-m", os.path.join(folder, "model"),
          "-n", str(args.workers), "--host", "127.0.0.1", "--port", "0", "--save-every", str(args.save_every),
-         "--until-done", *codecs],
+         "--until-done", *codecs, *args.guard],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -321,6 +323,40 @@ def measure(args, folder):
         "worker overhead": max(s["usage"][1] - a[1] for s, a in zip(last, alone, strict=True)),
     }
     return results, figures
+
+
+@contextlib.contextmanager
+def guarded(args, folder, token, tls):
+    """Within the block the server asks for a token and speaks TLS, as told, and the workers know."""
+    ours = {"DILOCO_TOKEN": secrets.token_hex(16)} if token else {}
+    if tls:
+        cert, key = (os.path.join(folder, name) for name in ("cert.pem", "key.pem"))
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-keyout", key, "-out", cert, "-subj", "/CN=diloco"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        args.guard = ["--tls-cert", cert, "--tls-key", key]
+        ours["DILOCO_TLS"] = protocol.certificate_fingerprint(cert)
+    os.environ.update(ours)
+    yield
+    args.guard = []
+    for name in ours:
+        del os.environ[name]
+
+
+def measure_guarded(args, plain):
+    """Run the rounds again with a token, with TLS, or both, as asked, and print what they cost."""
+    ways = [(True, False)] * args.token + [(args.token, True)] * args.tls
+    for token, tls in ways:
+        with tempfile.TemporaryDirectory() as folder, guarded(args, folder, token, tls):
+            results, figures = measure(args, folder)
+        median = statistics.median(seconds for seconds, _ in results[1:])
+        name = " and ".join(["token"] * token + ["TLS"] * tls)
+        print(
+            f"  with {name:<19}{median:.3f} s, {median / plain:.2f} times the round above; CPU: server "
+            f"{figures['server cpu']:.3f} s, worker {figures['worker cpu']:.3f} s"
+        )
 
 
 def report(args, results, figures, bare_seconds, bare_cpu, worker, server):
@@ -366,9 +402,12 @@ def main():
     add("--fragments", type=int, default=1)
     add("--rounds", type=int, default=6, help="the first one is reported apart")
     add("--save-every", type=int, default=0, help="checkpoints, as server.py has it")
+    add("--token", action="store_true", help="measure again with a token")
+    add("--tls", action="store_true", help="measure again with TLS (needs openssl)")
     for name in ("role", "server", "name", "bytes"):
         add(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.guard = []  # options of the server
     roles = {
         "worker": worker_role,
         "bare-worker": bare_worker_role,
@@ -381,6 +420,7 @@ def main():
         results, figures = measure(args, folder)
     up, down = results[-1][1][0]["bytes"]
     report(args, results, figures, *bare(args, up, down), *arithmetic(args))
+    measure_guarded(args, statistics.median(seconds for seconds, _ in results[1:]))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "a joiner is awaited in rounds that had begun": (
         "server",
-        "first = slice.version.number + bool(slice.pushes)",
+        "first = slice.version.number + (bool(slice.pushes) and not is_resumed)",
         "first = slice.version.number",
     ),
     "closing does not close": ("server", "member.closed.add(push.k)", "pass"),
@@ -49,11 +49,15 @@ MUTATIONS = {
     ),
     "a process comes back under an id that was taken over": (
         "server",
-        "if was_in and self.sessions",
+        "if member.was_in and self.sessions",
         "if False and self.sessions",
     ),
-    "a join again forgets what was closed": ("server", "member.closed |= old.closed", "pass"),
-    "a join again forgets the turn": ("server", "member.passed = old.passed", "pass"),
+    "a join again forgets what was closed": ("server", "self.closed |= old.closed", "pass"),
+    "a join again forgets the turn": (
+        "server",
+        "self.passed, self.begun = old.passed, old.begun",
+        "self.begun = old.begun",
+    ),
     "an upload comes without what is folded in it": (
         "server",
         "dict(member.folded[k]) if member.folded else {}",
@@ -62,8 +66,8 @@ MUTATIONS = {
     "the oldest holder uploads": ("server", "newest = max(holders", "newest = min(holders"),
     "places are not told": (
         "server",
-        "        k = min(range(count), key=lambda k: self.turn(k) + count * begun[k])\n",
-        "        k = 0\n",
+        "turns = [self.turn(k) for k in range(len(self.slices))]",
+        "turns = list(range(len(self.slices)))",
     ),
     "a run that goes on waits for -n": ("server", " or (holds and now - self.began > limit)", ""),
     "members from before a crash are not waited for": (
@@ -93,7 +97,7 @@ MUTATIONS = {
     ),
     "nothing closes a stuck round, and passed is left out": (
         "server",
-        "if all(self._is_stuck(member) for member in self.members.values()):",
+        "if all(member.is_stuck(self.slices) for member in self.members.values()):",
         "if False:",
         " and self.members[id].passed < turn",
         "",
@@ -124,6 +128,27 @@ MUTATIONS = {
         "*(self.folding.pushes if self.folding else ())",
         "",
     ),
+    "a step is believed": (
+        "server",
+        "self.step = min(step, self.begun[0] + self.pace * (rounds + LEAD))",
+        "self.step = step",
+    ),
+    "the steps of a worker are counted by its first round": ("server", "(rounds + LEAD))", "LEAD)"),
+    "a push of any size counts": (
+        "server",
+        "        for push, why in judged.items():\n            push.refused = why\n",
+        "",
+    ),
+    "a sequence number follows the last one": (
+        "server",
+        "(self.known(id) or max(0, self.version.number)) + SEQ_AHEAD",
+        "self.known(id) + 1",
+    ),
+    "a life is forgotten in a crash": (
+        "server",
+        'self.life, self.pace = names.get("life", ""), names.get("pace", 0)',
+        'self.life, self.pace = "0" * 20, names.get("pace", 0)',
+    ),
     "an outbox place is cleared too early": (
         "diloco_callback",
         "if push is None or fate is None or fate.seq < push.seq:",
@@ -136,8 +161,8 @@ MUTATIONS = {
     ),
     "a push that is sent anew is not counted as the turn's": (
         "diloco_callback",
-        "if k in out:",
-        "if False:",
+        "turn + self.count * (turn <= passed)",
+        "turn",
     ),
     "nothing is sent again": ("diloco_callback", "each.answered = False", "pass"),
     "the numbers that the server knows are not heeded": (

@@ -9,7 +9,8 @@ back, as does the server. Each local step has a name, and the numbers of a slice
 they contain, so that a step which counts twice, or never, is seen.
 
 What must hold: no name is in a slice twice; replicas at one version are equal; what was refused is
-not in; everything ends; each step of a process that lived to its end is in every slice or counted
+not in; everything ends; a step, a sequence number and a norm that are true are never doubted, and
+one that is not never counts; each step of a process that lived to its end is in every slice or counted
 as dropped, unless it was in a version that only this process held when the run reopened without it;
 nothing was forced where all are awaited. `needless` counts the seconds in which a round is open
 though none of those that it waits for will come to it before they go past it.
@@ -25,7 +26,7 @@ from collections import Counter
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from diloco_callback import Outbox, Schedule
 from protocol import FRESH, NONE, Refused
-from server import Member, Push, Rules, Run
+from server import LEAST_HISTORY, Member, Push, Rules, Run, newest
 
 STEPS = 40
 TIMEOUT = 40.0  # seconds, as Rules.worker_timeout; a tick of the world is a second
@@ -50,6 +51,8 @@ FAULTS = {
     "clock": 0.3,
     "unsound": 0.02,
     "empty": 0.02,
+    "outsized": 0.01,
+    "lying": 0.3,
     "dropped": 0.004,
     "stale": 0.4,
     "quorum": 0.3,
@@ -89,6 +92,7 @@ class Server:
         self.expected = set(names["members"]) if names else set()
         if names:
             self.run.reopen(names, [head[:2] for head in heads], world.now)
+            self.run.step = world.step
         self.numbers = [Counter(head[2]) for head in heads] or [Counter() for _ in world.slices]
         self.log = [[] for _ in world.slices]  # by slice: (base, version, names, fates)
         self.taken = [set() for _ in world.slices]  # by slice: (session, seq) in the open round
@@ -119,7 +123,14 @@ class Server:
         for call in calls:
             self.receive(call)
         for k in run.over(now):
+            norms = run.slices[k].norms
+            is_known = len(norms) >= LEAST_HISTORY and max(each for each, _ in norms) < 10
             round = run.take(k, now)
+            for push in round.pushes:
+                is_outsized = bool(push.norm) and push.norm > 1e5
+                is_refused = "max-push-ratio" in push.refused
+                assert is_outsized or not is_refused, f"slice {k}: {push.refused}"
+                assert not is_outsized or push.refused or not is_known, f"slice {k}: outsized"
             self.world.note("closed", k, [(p.worker, p.seq) for p in round.pushes])
             lost = self.taken[k] - {(p.session, p.seq) for p in round.pushes}
             assert not lost, f"slice {k}: {lost} taken, but not in the round"
@@ -162,7 +173,7 @@ class Server:
                 self.point()
         if len(self.snapshot) == len(self.run.slices):
             self.world.heads = [self.snapshot[k] for k in range(len(self.snapshot))]
-            self.snapshot = None
+            self.snapshot, self.world.step = None, self.run.step
 
     def receive(self, call):
         """Answer a request, or keep it until that is possible."""
@@ -220,7 +231,8 @@ class Server:
     def joined(self, id):
         run = self.run
         versions = [slice.version for slice in run.slices]
-        return "join", run.place(id, self.world.now), run.known(id), versions
+        step = run.members[id].step
+        return "join", run.place(id, self.world.now), run.known(id), versions, step
 
     def on_bring(self, call, process):
         run, now, id = self.run, self.world.now, process.id
@@ -243,9 +255,11 @@ class Server:
         push = Push(worker=process.id, session=process.session, payload=payload, **push)
         push.refused = "" if is_sound else "the pseudo-gradient is not finite"
         self.world.pushes += 1
+        claimed = push.step
         member, turn = self.run.members[process.id], self.run.turn(push.k)
         process.is_ahead |= member.since[push.k] > self.run.slices[push.k].version.number
         is_taken = self.run.push(push, self.world.now)
+        self.check_step(member, claimed)
         if is_taken:
             self.turns[push.session] = max(turn, self.turns.get(push.session, 0))
             self.taken[push.k].add((push.session, push.seq))
@@ -280,7 +294,18 @@ class Server:
         member = self.run.hear(process.id, process.session, self.world.now)
         for name, value in call.what.items():
             setattr(member, name, value)
+        member.reach(call.what["step"], newest(self.run.slices))
+        self.check_step(member, call.what["step"])
         return "heartbeat", process.id in self.run.stopping
+
+    def check_step(self, member, claimed):
+        """Steps of honest workers are believed, unless they have trained on without the server."""
+        honest = [process.furthest for process in self.world.processes if not process.lies]
+        most = max(honest, default=0) + 100 * (1 + self.world.crashes)  # a run opens with a lead
+        assert self.run.step <= most, f"the run is at {self.run.step}, over {most}"
+        may_skip = member.sync_every < self.world.delay  # which no DiLoCoWorker allows
+        if self.world.is_even and claimed < 1 << 50 and not may_skip:
+            assert member.step == claimed, f"{member.id} is at {claimed}, not {member.step}"
 
     def on_leave(self, call, process):
         self.run.hear(process.id, process.session, self.world.now)
@@ -288,6 +313,7 @@ class Server:
         self.world.note("left", process.id)
         if not self.run.is_open and not any(slice.folding for slice in self.run.slices):
             slices = zip(self.run.slices, self.numbers, strict=True)
+            self.world.step = self.run.step
             self.world.heads = [(s.version, dict(s.folded), Counter(n)) for s, n in slices]
         self.save_names()
         return ("leave",)
@@ -318,6 +344,8 @@ class Process:
         self.next = ("join",)  # next request on the control connection
         self.ticked, self.ending, self.parting, self.fate = True, False, None, ""
         self.is_ahead = False
+        self.ahead = None  # steps of the run that were made before it came
+        self.lies = world.has_liar and id == "z"
         self.reached = world.now
         if saved:
             self.saved, position = saved[:-1], saved[-1]
@@ -374,6 +402,16 @@ class Process:
             self.next = ("join",)
 
     @property
+    def furthest(self):
+        """The step of the run that it has reached."""
+        return self.step + (self.ahead or 0)
+
+    @property
+    def claims(self):
+        """The step that it says it has reached."""
+        return 1 << 50 if self.lies else self.furthest
+
+    @property
     def is_in(self):
         return self.next is None
 
@@ -387,6 +425,7 @@ class Process:
                 "resumes": list(self.resumes),
                 "folded": [dict(place.folded) for place in outbox.places],
                 "closed": set(outbox.closed),
+                "step": self.claims,
                 "sync_every": self.every,
                 "fragments": world.fragments,
             }
@@ -402,6 +441,7 @@ class Process:
         self.heartbeat_at = world.now + 3
         what = {
             "blocked": outbox.blocked(self.step),
+            "step": self.claims,
             "position": self.schedule.position,
             "speed": 1 - self.slowness,
         }
@@ -445,7 +485,8 @@ class Process:
             if any(place.version > FRESH for place in self.outbox.places):
                 self.fate = "replaced"
 
-    def joined(self, place, known, versions):
+    def joined(self, place, known, versions, step):
+        self.ahead = step if self.ahead is None else self.ahead
         self.world.note(self.session, "joined", place, known)
         self.schedule.align(*place, self.outbox.know(known))
         self.outbox.max_staleness = self.world.rules.max_staleness
@@ -529,10 +570,14 @@ class Process:
             "base": push.base,
             "steps": push.steps,
             "closing": push.closing,
+            "step": self.claims,
+            "norm": push.steps * world.rng.choice([0.5, 1.0, 2.0]) or None,
         }
+        if push.steps and world.hits("outsized"):
+            fields["norm"] *= 1e6
         if world.hits("empty"):  # not finite, and so not encoded
             self.dropped[k].update(names)
-            names, fields["steps"] = [], 0
+            names, fields["steps"], fields["norm"] = [], 0, None
         self.payloads[push] = fields, names, not world.hits("unsound")
         world.note(self.session, "made", k, push.seq, tuple(push.base), names, push.closing)
 
@@ -585,6 +630,7 @@ class Process:
             first = self.outbox.places[k].mark[0]
             self.names[k].update({first + 1 + i: name for i, name in enumerate(names)})
             self.must[k].update(names)
+            self.world.again[k].update(dict.fromkeys(names, self.session))
 
     def save(self):
         """Write a checkpoint. A slice whose push is out is resumed from the global slice."""
@@ -632,12 +678,11 @@ class Process:
             for call in [self.control, self.upload, *self.pulls]:
                 if call:
                     call.broken_at, call.mute = world.now, True
-            world.hang_up(self)
         if world.hits("killed"):
             self.fate = "killed"
             world.kills += 1
-            if world.random() < 0.7:
-                world.hang_up(self)
+            if world.random() < 0.7:  # its machine says that it has ended
+                world.free(self)
             if not world.hits("gone"):
                 world.replace(self)
         elif world.hits("doubled"):
@@ -691,9 +736,12 @@ class World:
             for id in "abcdz"
         }
         self.stop_at = rng.randrange(20, 150) if self.has("stop") else 0
+        self.has_liar = self.has("lying")
+        self.step = 0  # of the run, on disk
         self.names, self.heads, self.saved = None, [], {}  # on disk: the server's, and workers'
         self.truth, self.fates = {}, {}  # (slice, version) -> names in it, fates known by then
         self.refused = [set() for _ in self.slices]  # by slice: names in pushes listed as refused
+        self.again = [{} for _ in self.slices]  # by slice: name -> session that resumed with it
         self.processes, self.down_until = [], 0
         self.entered = {}  # session -> tick of its first entry
         self.server = Server(self)
@@ -767,9 +815,9 @@ class World:
         call.answer = answer
         call.process.reached = self.now
 
-    def hang_up(self, process):
+    def free(self, process):
         if self.server:
-            self.server.run.lose(process.id, process.session, self.now)
+            self.server.run.free(process.id, process.session)
 
     # --- Processes ---
 
@@ -877,7 +925,10 @@ class World:
             for process in self.processes:
                 if process.fate not in ("ended", "parted"):
                     continue
-                both = [name for name in process.dropped[k] if numbers[name]]
+                # A name that another process resumed with, from a checkpoint, is that one's: what
+                # became of its predecessor's push was in a version that is lost, or recalled.
+                others = {n for n, whose in self.again[k].items() if whose != process.session}
+                both = [name for name in process.dropped[k] - others if numbers[name]]
                 assert not both, f"slice {k}: {both[:5]} counted though refused"
                 lost = process.must[k] - numbers.keys() - process.dropped[k] - process.excused[k]
                 if process.fate == "parted":  # it does not hear of it
@@ -947,6 +998,11 @@ class World:
         if len({process.id for process in left}) < self.rules.min_workers:
             for process in left:
                 process.fate = "alone"
+            # What others had pushed before they parted waits for --min-workers in open rounds.
+            for k, slice in enumerate(self.server.run.slices):
+                names = {name for push in slice.pushes.values() for name in push.payload}
+                for process in self.processes:
+                    process.excused[k] |= names
             return
         what = [(p.session, p.step, p.is_in, p.ending, p.outbox.blocked(p.step)) for p in left]
         raise AssertionError(f"stuck: {what}")

@@ -276,18 +276,20 @@ def test_a_worker_whose_lines_are_all_cut_takes_up_where_it_was(serve, count, mo
 def test_another_process_with_an_id_that_lives_is_refused_by_name_also_after_a_cut(
     serve, count, toy
 ):
-    server = serve(*ADD_ONE)
+    server = serve(*ADD_ONE, "--worker-timeout", 5)
     gate = Gate(server)
     a = count(gate, "a", **FULL)
     joined(a)
-    for cut in (False, True):
-        if cut:
-            gate.cut()
+    other, heard = toy(server, "a"), []
+    one = background(lambda: Peer(server, "a").join(on_wait=heard.append))
+    until(lambda: heard, "the newcomer is told to wait")
+    gate.cut()
+    two = background(lambda: Peer(server, "a").join())
+    for newcomer in (one, two):
         with pytest.raises(
             Refused, match=r"worker id 'a' is held by a live process on .*127.0.0.1"
         ):
-            Peer(server, "a").join()
-    other = toy(server, "a")
+            newcomer.result(DEADLINE)
     assert other.wait() == 3
     assert f"held by a live process on {socket.gethostname()}" in other.output
     a.step(8).stepped()

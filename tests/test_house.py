@@ -11,9 +11,11 @@ FILES = sorted(ROOT.glob("*.py"))
 # dict or list in place.
 DECIDING = {"passed", "since", "closed", "pushes", "folding", "folded", "closed_at", "took"}
 LINES = 1400  # that a product file may have at most
-# These two hold four and seven rooms each (see their docstrings), with the theory of each room in the
-# file: as many lines as it takes to say them plainly, until a room can be made simpler.
-LONGER = {"server.py": 2550, "diloco_callback.py": 2450}
+# The first two hold four and seven rooms each (see their docstrings), with the theory of each room in
+# the file: as many lines as it takes to say them plainly, until a room can be made simpler. The third
+# is what both sides share, which projects that copy the callback need as well: the wire, who may
+# speak (tokens, TLS), files and checkpoints, logs.
+LONGER = {"server.py": 3700, "diloco_callback.py": 2800, "protocol.py": 2300}
 CHANGING = {"add", "discard", "remove", "clear", "update", "pop", "setdefault", "append", "extend"}
 
 

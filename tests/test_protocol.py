@@ -674,7 +674,7 @@ def test_hello_says_who_is_there_and_opens_the_limit(pair, run):
     for fields, worker in [({"worker": "w", "session": "s"}, ("w", "s")), ({}, ("", ""))]:
         near, far = pair()
         answer = run(near.request, "hello", {**hello, **fields})
-        far.greet({"session": "i"})
+        protocol.greet(far, {"session": "i"})
         assert answer.result(30).fields == {**hello, "session": "i"}
         assert far.worker == worker
         near.sock.sendall(struct.pack("<Q", protocol.MAX_HELLO_BYTES + 1) + b"{}")
@@ -700,7 +700,7 @@ def test_hello_refuses_strangers_versions_and_anything_else(pair):
             Refused,
             "neither a loopback",
         ),
-        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 3 of the protocol, you 99"),
+        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 4 of the protocol, you 99"),
         ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
         ("::1", "hello", {}, ProtocolError, "'protocol'"),
         (
@@ -716,7 +716,7 @@ def test_hello_refuses_strangers_versions_and_anything_else(pair):
         far.peer = peer
         near.send(type, fields)
         with pytest.raises(error, match=words):
-            far.greet({})
+            protocol.greet(far, {})
 
 
 def test_connect_says_hello_and_hears_a_refusal(run):
@@ -726,7 +726,7 @@ def test_connect_says_hello_and_hears_a_refusal(run):
         def serve(peer):
             conn = Connection(listener.accept()[0], peer)
             try:
-                conn.greet({"x": 1})
+                protocol.greet(conn, {"x": 1})
             except Refused as error:
                 conn.refuse(error)
             conn.close()

@@ -96,8 +96,8 @@ def test_the_run_starts_when_n_wait_and_the_lowest_id_brings_the_model(serve):
     first.result(DEADLINE)
     assert a.brought == [0] and not c.brought
     assert [peer.reply["index"] for peer in (a, b, c)] == [0, 1, 2]
-    assert [(p.reply["next"], p.reply["steps"], p.reply["step"]) for p in (a, b, c)] == [
-        (0, None, 0)
+    assert [(p.reply["turns"], p.reply["steps"], p.reply["step"]) for p in (a, b, c)] == [
+        ([0], None, 0)
     ] * 3
     expected = numbers(2)
     expected[12:] = expected[12:].bfloat16().float()
@@ -146,7 +146,7 @@ def test_a_joiner_between_rounds_is_told_when_the_next_is_due(serve):
     a.push(numbers(1))
     a.heartbeat(step=8, position=3, steps_per_second=0.001)
     b = Peer(host, "b").join()
-    assert (b.reply["next"], b.reply["steps"]) == (0, 2)
+    assert (b.reply["turns"], b.reply["steps"]) == ([1], 2)
     assert (b.reply["step"], b.reply["index"]) == (8, 1)
     assert same_bits(a.params, b.params)
     together(lambda: a.push(numbers(2)), lambda: b.push(numbers(3)))
@@ -203,10 +203,9 @@ def test_misfits_are_refused_by_name_and_the_run_goes_on(serve):
     text = refusal(source="poems")
     assert "'tales'" in text and "'poems'" in text
     assert "num_fragments" in refusal(fragments=4)
-    assert "--worker-id" in refusal(worker="a")
     assert "--max-model-gb" in refusal(manifest=[["w", "F32", [1 << 40]]])
     conn = protocol.Connection(socket.create_connection(("127.0.0.1", host.port)), "server")
-    with pytest.raises(Refused, match=r"version 3 .* you 99"), contextlib.closing(conn):
+    with pytest.raises(Refused, match=r"version 4 .* you 99"), contextlib.closing(conn):
         conn.request("hello", {"protocol": 99})
     assert [w["id"] for w in status(host)["workers"]] == ["a"]
     a.push(numbers(1))
@@ -676,7 +675,7 @@ def test_checkpoints_final_model_and_rounds(serve, tmp_path):
     a.leave(), b.leave()
     assert host.wait() == 0
     assert {p.name for p in folder.glob("*")} == {
-        "checkpoint-5", "checkpoint-6", "model.safetensors", "rounds.jsonl", *files,
+        "checkpoint-5", "checkpoint-6", "model.safetensors", "rounds.jsonl", ".diloco-lock", *files,
     }  # fmt: skip
     saved = safetensors.torch.load_file(folder / "checkpoint-6" / "model.safetensors")
     assert {n: (t.dtype, tuple(t.shape)) for n, t in saved.items()} == {

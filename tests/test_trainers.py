@@ -270,7 +270,7 @@ def test_a_trainer_that_looks_for_its_batch_size_joins_again(serve, tmp_path, mo
     seeker = trainer(output_dir=tmp_path / "w0", max_steps=STEPS, auto_find_batch_size=True)
     seeker.add_callback(OutOfMemory())
     seeker.train()
-    host.wait_for("w0 leaves: training begins anew")
+    host.wait_for("w0 leaves: 'training begins anew")
     host.wait_for("w0 leaves: done")
     host.wait_for("the model of round 4 is in")
     served = load_file(tmp_path / "model" / "model.safetensors")
@@ -312,7 +312,7 @@ def lightning(start, serve, tmp_path):
     workers = [start(script, tmp_path, name, *chosen) for name in NAMES]
 
     for name in NAMES:  # while the process lives on
-        hosts["cut"].wait_for(f"{name} leaves: RuntimeError: no sample of that name", 4 * DEADLINE)
+        hosts["cut"].wait_for(f"{name} leaves: 'RuntimeError: no sample of that name", 4 * DEADLINE)
     until(lambda: status(hosts["stopped"])["round"] >= 2, "two rounds")
     with contextlib.closing(protocol.connect(hosts["stopped"].address, {})[0]) as conn:
         conn.request("stop")

@@ -547,7 +547,7 @@ def test_a_model_from_the_server_trains_and_resumes(tmp_path):
     settings = load(tmp_path, train={"max_steps": 8})
     model = worker.build_model(settings, files)[0]
     for folder, checkpoint in ((first, None), (second, step)):
-        run = worker.Run(settings, worker.Output(folder), checkpoint)
+        run = worker.Run(settings, worker.Output(folder), [*filter(None, [checkpoint])])
         if checkpoint is None:  # as if a server had described this model
             run.model, run.files = model.train(), files
             run.optimizer = worker.make_optimizer(model, settings.train)
@@ -742,7 +742,7 @@ def test_a_server_that_does_not_answer_is_asked_again_and_then_named(capsys):
 def test_a_server_that_refuses_is_not_asked_again(monkeypatch):
     asked = []
 
-    def refuse(server, fields):
+    def refuse(server, fields, access):
         asked.append(server)
         raise worker.Refused("version", "another protocol")
 
