@@ -39,6 +39,7 @@ Needs torch and nothing else, so that it can be copied into other projects.
 """
 
 import bisect
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -51,6 +52,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -85,6 +87,7 @@ STALL_SECONDS = 60.0  # time without a byte after which the peer or the line cou
 LEAST_RATE = 1024.0  # bytes a second that a transfer moves at least
 RATE_SECONDS = 60.0  # time over which that is judged
 LARGE_BYTES = 64 << 10  # headers over this size are read and parsed a few at a time
+WRONG_SECONDS = 0.5  # pause behind such a header that is not right
 LARGE_SECONDS = 60.0  # time that such a header waits for its turn, and then has to arrive
 # Most brackets, quotes and commas in a header: 100,000 tensors have half as many, and each costs
 # many times its byte in memory once it is parsed.
@@ -499,7 +502,7 @@ def _no_constant(name):
 def parse_json(raw, what):
     """A JSON object from untrusted bytes or text. Raises ProtocolError."""
     try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes | bytearray) else raw
+        text = raw if isinstance(raw, str) else str(raw, "utf-8")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{what} is not JSON: {error}") from None
@@ -1322,34 +1325,52 @@ class Pace:
 class Large:
     """The place of a header over LARGE_BYTES, which belongs to a connection until what the header
     says has been taken in. Two such headers are read at a time, and one is parsed, for at most a
-    fifth of a process's time: a flood of them costs little memory, and little of others' time.
-    Raises ConnectionError where no place becomes free in time."""
+    fifth of a process's time; behind one that is not right there is a pause as well. So a flood of
+    them costs little memory, and little of others' time. All are parsed in one thread, as the memory
+    that a thread has had comes back to that thread alone. Raises ConnectionError where no place
+    becomes free in time."""
 
     places = threading.BoundedSemaphore(2)
     turn = threading.Lock()
-    free_at = 0.0  # seconds (time.monotonic) from which on the next one may be parsed
+    free_at = 0.0  # seconds (time.monotonic) from which on the next one may be read and parsed
+    parser = concurrent.futures.ThreadPoolExecutor(1, "large headers")  # starts at the first one
 
     def __init__(self):
+        self.parts = dict.fromkeys(MAX_PARTS, 0)
         self.began = None  # seconds when it began to be parsed
+        self.is_right = False  # whether it could be parsed
         if not self.places.acquire(timeout=LARGE_SECONDS):
             raise ConnectionError(f"too many large headers came at once for {LARGE_SECONDS:g} s")
+        self.wait()
+
+    def wait(self):
+        """Wait until it may go on."""
+        if (pause := Large.free_at - time.monotonic()) > 0:
+            time.sleep(pause)
+
+    def count(self, chunk):
+        """Count the parts of the header as it comes. Raises ProtocolError where it has too many."""
+        for mark, limit in MAX_PARTS.items():
+            self.parts[mark] += bytes(chunk).count(mark)
+            if (found := self.parts[mark]) > limit:
+                raise ProtocolError(f"the header has {found:,} {mark.decode()!r}, over {limit:,}")
 
     def parse(self, raw):
-        """As `parse_header`. Raises ProtocolError also where the header has too many parts."""
-        for mark, limit in MAX_PARTS.items():
-            if (found := raw.count(mark)) > limit:
-                raise ProtocolError(f"the header has {found:,} {mark.decode()!r}, over {limit:,}")
+        """As `parse_header`."""
         self.turn.acquire()
         self.began = time.monotonic()
-        if (pause := Large.free_at - self.began) > 0:
-            time.sleep(pause)
-            self.began = time.monotonic()
-        return parse_header(raw)
+        self.wait()
+        self.began = time.monotonic()
+        found = self.parser.submit(parse_header, raw).result()
+        self.is_right = True
+        return found
 
     def release(self):
         """Let others have the place. Called once."""
+        end = time.monotonic()
+        pause = 4 * (end - self.began) if self.began is not None else 0.0
+        Large.free_at = end + (pause if self.is_right else max(pause, WRONG_SECONDS))
         if self.began is not None:
-            Large.free_at = time.monotonic() + 4 * (time.monotonic() - self.began)
             self.turn.release()
         self.places.release()
 
@@ -1480,7 +1501,7 @@ class Connection:
     def _receive_large(self, length):
         self.large.append(Large())
         before, self.deadline = self.deadline, self._deadline_of(LARGE_SECONDS)
-        raw = self._header(length)
+        raw = self._header(length, self.large[0].count)
         self.deadline = before
         return self.large[0].parse(raw)
 
@@ -1493,12 +1514,15 @@ class Connection:
         end = time.monotonic() + seconds
         return end if self.deadline is None else min(end, self.deadline)
 
-    def _header(self, length):
-        raw = bytearray()
-        while len(raw) < length:  # grows with what arrives, not with what was announced
-            part = bytearray(min(length - len(raw), 1 << 16))
-            self._receive_into(memoryview(part), self.stall)
-            raw += part
+    def _header(self, length, check=None):
+        """Receive a header, and call `check` with each chunk. A large one has memory straight from
+        the system, which gives it as the bytes arrive, and gets it back at once."""
+        raw = memoryview(mmap.mmap(-1, length) if length > LARGE_BYTES else bytearray(length))
+        for start in range(0, length, LARGE_BYTES):
+            chunk = raw[start : start + LARGE_BYTES]
+            self._receive_into(chunk, self.stall)
+            if check:
+                check(chunk)
         return raw
 
     def read(self, tensor):

@@ -61,6 +61,8 @@ FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more threads would only wait fo
 MAX_CONNECTIONS = 1024  # of members: some 50 with a dozen connections each, and a reserve
 MAX_STRANGERS = 256  # connections of others at each stage, from the first byte to a request
 MAX_PER_ADDRESS = 32  # hellos that are read at once from one address
+HELLOS = 300, 200  # most that are read in a second, and at once after a quiet time
+QUESTIONS = 100, 50  # as many requests of peers that are no members are answered
 STRANGER_SECONDS = 60.0  # time that a peer which is no member has for its next request
 COMPLAINT_SECONDS = 10.0  # how often the door says at most that it cannot let anybody in
 LEAVE_SECONDS = 15.0  # time that spawned workers get to end by themselves
@@ -2802,6 +2804,24 @@ class Crowd:
         return (one for members in self.groups.values() for one in members)
 
 
+class Pace:
+    """Holds events down to `rate` a second, of which `burst` may come at once after a quiet time."""
+
+    def __init__(self, rate, burst):
+        self.rate, self.lead = rate, burst / rate
+        self.paid = 0.0  # seconds (`now`) up to which the events so far take the rate
+
+    def left(self):
+        """Seconds until the next event may come."""
+        return max(0.0, self.paid - self.lead - now())
+
+    def count(self):
+        """Count an event. Returns the seconds that it has to wait."""
+        left = self.left()
+        self.paid = max(self.paid, now()) + 1 / self.rate
+        return left
+
+
 class Visitor:
     """One connection, from accept to its end. `crowd`: the Crowd that it stands in, under `group`."""
 
@@ -2827,7 +2847,9 @@ class Visitor:
 # *reading* while a thread reads its hello, then *idle* or *asking* as long as it belongs to no
 # member, and *members* from then on. The door's own thread looks after the first two, in which a
 # visitor costs a file and nothing else; of those that are ready the newest of the network with the
-# fewest places comes first, so that it does not stand behind a crowd that takes its time.
+# fewest places comes first, so that it does not stand behind a crowd that takes its time. Hellos, and
+# requests of those that belong to no member, have a pace: a crowd costs so much of the time of the
+# rounds and no more.
 
 
 class Door:
@@ -2842,6 +2864,7 @@ class Door:
             Crowd(strangers) for _ in range(5)
         )
         self.members = Crowd(max(MAX_CONNECTIONS, 16 * server.args.n))
+        self.hellos, self.questions = Pace(*HELLOS), Pace(*QUESTIONS)
         self.selector = selectors.DefaultSelector()
         self.bell, self.ringer = socket.socketpair()  # wakes the door's thread when a place is free
         self.ringer.setblocking(False)
@@ -2891,7 +2914,8 @@ class Door:
         self.selector.register(self.bell, selectors.EVENT_READ)
         while not self.ended.is_set():
             try:
-                for key, _ in self.selector.select(timeout=1.0):
+                pause = self.hellos.left() if self.ready.count else 0.0
+                for key, _ in self.selector.select(timeout=pause or 1.0):
                     if key.fileobj is listener:
                         self.accept(listener)
                     elif key.fileobj is self.bell:
@@ -2976,8 +3000,9 @@ class Door:
         visitor.sock.close()
 
     def admit(self):
-        """Give a thread to those that are ready, as far as there are places."""
-        while (visitor := self.next()) is not None:
+        """Give a thread to those that are ready, as far as there are places and the pace allows."""
+        while not self.hellos.left() and (visitor := self.next()) is not None:
+            self.hellos.count()
             try:
                 threading.Thread(target=self.serve, args=[visitor], daemon=True).start()
             except Exception:
@@ -3076,7 +3101,10 @@ class Door:
                 handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
                 if handler is None:
                     raise ProtocolError(f"no request is called {message.type!r}")
-                self.settle(visitor, asks=True)
+                if self.settle(visitor, asks=True):
+                    with self.lock:
+                        pause = self.questions.count()
+                    time.sleep(pause)
                 handler(conn, message)
                 patience = self.settle(visitor, asks=False)
         except (Refused, ProtocolError) as error:

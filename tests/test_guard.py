@@ -492,6 +492,18 @@ def test_the_largest_group_of_a_crowd_loses_its_oldest():
     assert sorted(crowd) == ["b2", "c2", "d1"] and sorted(crowd.groups) == ["b", "c", "d"]
 
 
+def test_a_pace_lets_a_burst_through_and_then_so_many_a_second(monkeypatch):
+    clock = [50.0]
+    monkeypatch.setattr(server, "now", lambda: clock[0])
+    pace = server.Pace(rate=2, burst=3)
+    assert [pace.count() for _ in range(6)] == [0, 0, 0, 0, 0.5, 1.0]
+    assert pace.left() == 1.5  # until a seventh may come
+    clock[0] += 1.5
+    assert pace.left() == 0 and pace.count() == 0
+    clock[0] += 60
+    assert [pace.count() for _ in range(6)] == [0, 0, 0, 0, 0.5, 1.0]
+
+
 def test_a_trickled_hello_has_a_total_time(monkeypatch, certificates):
     monkeypatch.setattr(protocol, "HELLO_SECONDS", 0.6)
 
