@@ -504,6 +504,23 @@ def test_a_pace_lets_a_burst_through_and_then_so_many_a_second(monkeypatch):
     assert [pace.count() for _ in range(6)] == [0, 0, 0, 0, 0.5, 1.0]
 
 
+def test_hellos_and_requests_of_strangers_keep_to_their_pace(monkeypatch):
+    with door(monkeypatch) as (made, address):
+        made.questions = server.Pace(0.001, 1)  # two pass, the third waits for 1,000 seconds
+        with contextlib.closing(connected(address)) as conn:
+            assert [conn.request("echo").type for _ in range(2)] == ["echo", "echo"]
+            conn.send("echo")
+            with pytest.raises(ConnectionError, match="sent no byte"):
+                conn.receive(idle=0.5)
+        made.hellos = server.Pace(0.001, 1)
+        for _ in range(2):
+            connected(address).close()
+        with socket.create_connection(address) as sock:
+            sock.sendall(b"x")
+            until(lambda: made.ready.count == 1, "a visitor that is ready, and stays so")
+            assert made.hellos.left() > 900
+
+
 def test_a_trickled_hello_has_a_total_time(monkeypatch, certificates):
     monkeypatch.setattr(protocol, "HELLO_SECONDS", 0.6)
 
