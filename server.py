@@ -521,7 +521,7 @@ class Run:
         furthest = max([self.step, *(other.step for other in self.members.values())])
         member.begin(old, furthest, newest(self.slices), PACES * self.pace)
         member.index = free_index(member.id, self.indices, self.members)
-        member.heard, member.cut = now, None
+        member.heard = now
         self.indices.pop(member.id, None)
         self.indices[member.id], self.sessions[member.id] = member.index, member.session
         self.members[member.id] = member

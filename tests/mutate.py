@@ -195,6 +195,21 @@ MUTATIONS = {
         "known = fates if whole else {**place.folded, **fates}",
         "known = {**place.folded, **fates}",
     ),
+    "a step is believed whatever it is": (
+        "server",
+        "self.step = min(step, self.begun[0] + self.pace * (rounds + LEAD))",
+        "self.step = step",
+    ),
+    "steps of honest workers are not believed": (
+        "server",
+        "self.begun[0] + self.pace * (rounds + LEAD)",
+        "self.begun[0] + self.pace * rounds",
+    ),
+    "pushes are not judged by their norm": (
+        "server",
+        "if not push.refused and norm > ratio * usual and push.norm > whole",
+        "if False",
+    ),
 }
 
 
