@@ -1,13 +1,15 @@
 r"""The worker's side of DiLoCo: hooks into an optimizer or a trainer and synchronizes its model.
 
-In a trainer with callbacks, and in a plain loop:
+In a script, and in a trainer with callbacks:
 
-    trainer = Trainer(..., callbacks=[DiLoCoCallback(server="host:8512", sync_every=500)])
+    diloco = DiLoCoWorker.attach(model, optimizer, "host:8512", sync_every=500)
+    for batch in data:
+        ...
+        optimizer.step()  # every 500th also synchronizes
+    diloco.flush()  # the model is now the global one
 
-    with DiLoCoWorker(model, optimizer, server="host:8512", sync_every=500):
-        for batch in data:
-            ...
-            optimizer.step()  # every 500th also synchronizes
+    trainer = transformers.Trainer(..., callbacks=[TransformersCallback("host:8512", 500)])
+    trainer = lightning.Trainer(..., callbacks=[LightningCallback("host:8512", 500)])
 
 Notable:
 - Copy this file and protocol.py into your project; they need torch and nothing else.
@@ -21,7 +23,8 @@ Notable:
   2501.18512). The steps made in between are kept.
 - Networks fail in threads of the link; the training thread alone joins again and moves parameters.
   While the server is away for longer than `reconnect_timeout`, training goes on.
-- Without a server (no argument, no DILOCO_SERVER) the callback does nothing.
+- Where all workers change what they train at the same step, they join anew before it; see `Anew`.
+- Without a server (no argument, no DILOCO_SERVER) `attach` and the callbacks do nothing.
 - Importing this file starts nothing. A process forked from a worker's, as for a DataLoader, is no
   worker.
 
@@ -38,14 +41,20 @@ DILOCO_NUM_FRAGMENTS, DILOCO_TOKEN, DILOCO_TLS (see `protocol.Access`).
 import atexit
 import concurrent.futures
 import contextlib
+import copy
 import datetime
+import fnmatch
+import glob
+import importlib
 import json
 import math
+import operator
 import os
 import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -54,6 +63,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 if __package__:  # explicit: inside a package, another `protocol` must never be imported
     from . import protocol
@@ -95,7 +108,7 @@ MAX_REFUSALS = 3  # drops in a row after which training is broken
 # Attributes of a worker that the other ranks take over from rank 0.
 TOLD = (
     "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
-    "dropped_steps", "kept_local", "fetched",
+    "dropped_steps", "kept_local", "fetched", "skipped",
 )  # fmt: skip
 
 
@@ -113,6 +126,14 @@ def uninterrupted():
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     if pending and callable(before):
         before(*pending[0])
+
+
+@contextlib.contextmanager
+def own_modes():
+    """Within the block no gradients are recorded, and new tensors are ordinary ones even where the
+    program is in torch.inference_mode: other threads are to write into them."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def default_id(saved):
@@ -398,7 +419,7 @@ class Slice:
     def __init__(self, flat, up, down, has_residual=False, predicts=False, carries_values=False):
         self.flat, self.size, self.device = flat, flat.numel, flat.device
         self.up, self.down, self.carries_values = up, down, carries_values
-        self.anchor = torch.zeros(self.size, device=self.device)
+        self.anchor = torch.zeros(self.size, dtype=torch.float32, device=self.device)
         self.residual = torch.zeros_like(self.anchor) if has_residual else None
         self.velocity = torch.zeros_like(self.anchor) if predicts else None
         self.mark = self.spare = None  # `spare` is a mark's memory that is kept
@@ -452,9 +473,13 @@ class Slice:
 
     def has_changed(self):
         """Whether the local values differ from the global ones, as far as their own dtypes tell."""
-        local = torch.empty_like(self.anchor)
-        self.flat.read(0, local)
-        return not torch.equal(local, self.flat.rounded(0, self.anchor))
+        for start, stop in protocol.chunks(self.size):
+            anchor = self.anchor[start:stop]
+            local = protocol.scratch("local", anchor, stop - start)
+            self.flat.read(start, local)
+            if not torch.equal(local, self.flat.rounded(start, anchor)):
+                return True
+        return False
 
     def _difference(self, start, out):
         """Write anchor minus local at the push, as the parameters' dtypes have both, plus the
@@ -506,7 +531,8 @@ class Slice:
         """Make the first `count` elements of the residual what they were before this push: what it
         carries and what it left, less the difference that it was made from."""
         for start, stop in protocol.chunks(count) if self.residual is not None else ():
-            left, carried = self.residual[start:stop], torch.empty(stop - start, device=self.device)
+            left = self.residual[start:stop]
+            carried = torch.empty_like(left)
             tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
             device.copy_(host)
             self.up.decode(tensors, at, carried)
@@ -584,7 +610,7 @@ class Slice:
             is_finite = True
             for start, stop in protocol.chunks(self.size):
                 anchor = self.anchor[start:stop]
-                target = torch.empty(stop - start, device=self.device)
+                target = torch.empty_like(anchor)
                 self.flat.read(start, target)
                 if alpha is None:
                     target.sub_(mark[start:stop])
@@ -1078,13 +1104,31 @@ class Replica:
         is the buffers', whether it predicts)] by slice, the buffers last."""
         up, down, self.settings = reply.up, reply.down, reply.settings
         feedback = up.lossy and reply.error_feedback
-        self.slices, self.outbox = [], Outbox(self.worker_id, len(flats))
+        self.slices = []
+        if not self.outbox.places:  # those of a worker that joins anew are there
+            self.outbox = Outbox(self.worker_id, len(flats))
         self.outbox.max_staleness = reply.max_staleness
         for flat, carries_values, predicts in flats:
             if carries_values:
                 up = down = CODECS["fp32"]
             has_residual = feedback and not carries_values
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
+
+    def renew(self, count, tokens):
+        """Forget the slices, which are closed: others, `count` of them, come in their place. What is
+        known of pushes stays known."""
+        places, fates = self.outbox.places, {}
+        version, seq = min(place.version for place in places), max(place.seq for place in places)
+        for place in places:
+            for id, fate in place.folded.items():
+                fate = fate._replace(round=min(fate.round, version.number))
+                fates[id] = max(fate, fates.get(id, fate))
+        self.slices, self.outbox = [], Outbox(self.worker_id, count)
+        mark = self.step, tokens
+        self.outbox.places = [
+            Place(version=version, base=version, folded=dict(fates), seq=seq, mark=mark)
+            for _ in range(count)
+        ]
 
     def outer_at(self, version):
         """Return (lr, momentum, nesterov) of the outer step that follows a version."""
@@ -1208,7 +1252,7 @@ class Replica:
             reply.expect([spec, Checksum.SPEC])
             # An anchor on the CPU that has no numbers yet takes those of the message itself.
             in_place = slice.is_blank and slice.device.type == "cpu"
-            whole = slice.anchor if in_place else torch.empty(slice.size)
+            whole = slice.anchor if in_place else torch.empty_like(slice.anchor, device="cpu")
             for part in whole.split(protocol.CHUNK):
                 conn.read(part)
                 is_finite = is_finite and protocol.within(part)
@@ -1360,7 +1404,7 @@ class Ranks:
             return value
         news = json.dumps(value).encode() if self.leads else b""
         with self._joint():
-            size = torch.tensor(0 if news == self.told else len(news))
+            size = torch.tensor(0 if news == self.told else len(news), device="cpu")
             dist.broadcast(size, 0, group=self.groups[0])
             if size:
                 raw = bytearray(news or size.item())
@@ -1381,7 +1425,8 @@ class Ranks:
         if name not in self.mirror:
             own = self.named[name]
             twins = [room for twin, room in self.mirror.items() if self.named[twin] is own]
-            self.mirror[name] = twins[0] if twins else torch.empty(own.shape, dtype=own.dtype)
+            room = twins[0] if twins else torch.empty(own.shape, dtype=own.dtype, device="cpu")
+            self.mirror[name] = room
         return self.mirror[name]
 
     def release(self, names):
@@ -1534,34 +1579,96 @@ class Buffers(protocol.FlatModel):
 class Trained:
     """The synchronized tensors of a model, under their names from before it is compiled or wrapped.
 
-    named: {name: trained parameter}; frozen: {name: parameter that is not trained, and can be
-    compared with other workers'}; buffers: {name: (module, attribute)}; optimizers: the innermost
-    ones; clearings: how often their state has been cleared; files: {name: text} of descriptive files.
-    Raises ValueError where a parameter cannot be synchronized.
+    named: {name: synchronized parameter}; later: names of those that are frozen now and trained
+    later in the run, and `patterns` that name them; dropped: names that were trained once, then not;
+    frozen: {name: parameter that is not trained, and can be compared with other
+    workers'}; buffers: {name: (module, attribute)}; optimizers: the innermost ones; clearings: how
+    often their state has been cleared; files: {name: text} of descriptive files. Names that a
+    pattern in `local` fits are in none of these. Raises ValueError where a parameter cannot be
+    synchronized.
     """
 
-    def __init__(self, model, optimizer, files=None):
+    def __init__(self, model, optimizer, files=None, local=(), trained=()):
         several = isinstance(optimizer, list | tuple)
-        self.optimizers = [unwrapped(each) for each in (optimizer if several else [optimizer])]
+        given = list(optimizer) if several else [optimizer]
+        refuse_deepspeed(model, given)
+        self.optimizers = [unwrapped(each) for each in given]
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
-        self.fsdp_modules = fsdp_modules(model)
+        self.model, self.fsdp_modules = model, fsdp_modules(model)
         self.reshard()
-        plain = plain_names(model)
-        self.named = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
-        if not self.named:
+        self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
+        self.named, self.dropped = {}, set()
+        self.foreign = set()  # ids of the optimizers' parameters that the model lacks
+        self.clearings = 0
+        self.read()
+        if files is None:
+            files = description_of(model, self.named, self.frozen, self.buffers)
+        self.files = files
+
+    def read(self):
+        """Find what is trained now. What is trained again after it was not stays synchronized from
+        then on."""
+        found = {n: p for n, p in self.parameters().items() if not fits(n, self.local)}
+        again = [name for name in self.dropped & found.keys() if found[name].requires_grad]
+        self.patterns += map(glob.escape, again)
+        before, frozen = self.named, set(comparable_names(self.model))
+        frozen = {n: p for n, p in found.items() if n in frozen}
+        self.later = {name for name in frozen if fits(name, self.patterns)}
+        self.named = {n: p for n, p in found.items() if p.requires_grad or n in self.later}
+        self.dropped |= before.keys() - self.named.keys()
+        if not any(parameter.requires_grad for parameter in self.named.values()):
             raise ValueError("the model has no parameter that requires grad: nothing to train")
         for name, parameter in self.named.items():
             check_parameter(name, parameter)
-        self.frozen = {plain(name): parameter for name, parameter in frozen_parameters(model)}
-        self.places = {plain(name): place for name, place in floating_buffers(model)}
+        self.check_optimizers()
+        self.frozen = {n: p for n, p in frozen.items() if n not in self.later}
+        plain = plain_names(self.model)
+        self.places = {plain(name): place for name, place in floating_buffers(self.model)}
+        self.places = {n: place for n, place in self.places.items() if not fits(n, self.local)}
         self.buffers = {
             name: place
             for name, place in self.places.items()
             if protocol.within(getattr(*place).detach().float().reshape(-1))
         }  # a mask's numbers may be the least there are
-        self.clearings = 0
-        self.files = files if files is not None else config_of(model)
+
+    def parameters(self):
+        """{name: parameter} of the whole model as it is now."""
+        plain = plain_names(self.model)
+        return {plain(name): parameter for name, parameter in self.model.named_parameters()}
+
+    def check_optimizers(self):
+        """Raise ValueError where a trained parameter is in none of the optimizers."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        for name, parameter in self.named.items():
+            if hasattr(parameter, "_in_backward_optimizers"):
+                raise ValueError(
+                    f"parameter {name!r} has an optimizer that steps within the backward pass: there "
+                    "is no moment between two steps at which the model is whole. Use an optimizer "
+                    "that steps after the backward pass"
+                )
+            if name not in self.later and id(parameter) not in held:
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+                raise ValueError(
+                    f"parameter {name!r} requires grad, but is in no group of the optimizer that was "
+                    f"given ({kinds}). Give the one that steps, or all of them as a list in the order "
+                    "in which they step; else freeze the parameter with requires_grad_(False), or "
+                    "name it in local=[...] if it is to be this worker's own"
+                )
+        self.say_foreign(self.parameters())
+
+    def say_foreign(self, known):
+        """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        known = {id(parameter) for parameter in known.values()} | self.foreign
+        found = [p for group in groups for p in group["params"] if id(p) not in known]
+        self.foreign |= {id(parameter) for parameter in found}
+        if found:
+            log(
+                f"WARNING: {len(found)} parameters of the optimizer are not in the model that was "
+                f"given, such as one of shape {list(found[0].shape)}: they are not synchronized"
+            )
 
     @property
     def buffer_tensors(self):
@@ -1580,19 +1687,76 @@ class Trained:
         Ranks.reshard(self.fsdp_modules)
 
 
+# Classes that wrap a module, and the attribute that it is in. They are known by name, since an import
+# of torch._dynamo takes longer than a small training.
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",  # of torch.compile
+}
+
+
+def wrapped_in(module):
+    """The attribute that a wrapper for data parallelism or compilation has its module in, else ""."""
+    return next((WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in WRAPPERS), "")
+
+
 def plain_names(model):
-    """A function from a name within `model` to the one that it has before the model is compiled or
-    wrapped for data parallelism."""
-    plain = [name.replace("_orig_mod.", "") for name, _ in model.named_parameters()]
-    wrapper = "module." if all(name.startswith("module.") for name in plain) else ""
-    return lambda name: name.replace("_orig_mod.", "").removeprefix(wrapper)
+    """A function from a name within `model` to the one that it has before the model, or a module of
+    it, is compiled or wrapped for data parallelism."""
+    wrappers = [(path, wrapped_in(module)) for path, module in model.named_modules()]
+    wrappers = [(f"{path}." if path else "", f"{inner}.") for path, inner in wrappers if inner]
+
+    def plain(name):
+        for path, inner in reversed(wrappers):  # the innermost first: outer paths stay as they are
+            if name.startswith(path + inner):
+                name = path + name[len(path + inner) :]
+        return name
+
+    return plain
 
 
-def frozen_parameters(model):
-    """(name, parameter) of what is not trained and can be compared with others': floating-point
+def patterns(given):
+    """A list of name patterns, as fnmatch has them; one may be given as it is."""
+    return [given] if isinstance(given, str) else list(given)
+
+
+def fits(name, patterns):
+    """Whether a name fits one of some patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def thawed_later(model):
+    """Patterns for the parameters that a finetuning callback of Lightning trains later: all, as it
+    may choose freely. [] where there is none."""
+    callbacks = getattr(getattr(model, "_trainer", None), "callbacks", None) or []
+    kinds = {cls.__name__ for callback in callbacks for cls in type(callback).__mro__}
+    return ["*"] if "BaseFinetuning" in kinds else []
+
+
+def refuse_deepspeed(model, optimizers):
+    """Raise ValueError where DeepSpeed trains: what an optimizer of its holds is not the model's."""
+    things = [model, *model.modules()]
+    for optimizer in optimizers:
+        while optimizer is not None and not any(optimizer is thing for thing in things):
+            things.append(optimizer)
+            optimizer = getattr(optimizer, "optimizer", None)
+    made_by = {cls.__module__: cls.__name__ for thing in things for cls in type(thing).__mro__}
+    found = [name for module, name in made_by.items() if module.startswith("deepspeed.runtime")]
+    if found or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"DeepSpeed ({found[0] if found else 'ZeRO-3'}) cannot be synchronized: it trains a float32 "
+            "copy of the parameters and writes it over them at each step, and with ZeRO-3 the model's "
+            "own are empty. Use DistributedDataParallel, or fully_shard (FSDP2) for large models"
+        )
+
+
+def comparable_names(model):
+    """The plain names of what is not trained and can be compared with others': floating-point
     numbers that are there and whole. Quantized weights are left out, and so are originals of which
     an adapter trains a copy (peft's `modules_to_save`): no forward pass uses those, and a new head is
     another in each worker."""
+    plain = plain_names(model)
     copied = tuple(
         f"{name}.original_module."
         for name, module in model.named_modules()
@@ -1604,7 +1768,7 @@ def frozen_parameters(model):
         if parameter.requires_grad or name.startswith(copied) or parameter.is_meta:
             continue
         if is_known and (is_plain or (is_sharded(parameter) and not misplaced(parameter))):
-            yield name, parameter
+            yield plain(name)
 
 
 def floating_buffers(model):
@@ -1638,6 +1802,11 @@ def check_parameter(name, parameter):
             f"is {parameter.dtype}: only floating-point numbers can be synchronized; freeze it with "
             "requires_grad_(False)"
         )
+    elif parameter.dtype == torch.float64:
+        fault = (
+            "is float64, and what is synchronized is float32: each round would round it. Make the "
+            "model float32 with model.float()"
+        )
     if fault:
         raise ValueError(f"parameter {name!r} {fault}")
 
@@ -1668,13 +1837,546 @@ def is_nested_step(optimizer):
     return depth > 1
 
 
-def config_of(model):
-    """config.json of a Hugging Face model, also a wrapped one, as {name: text}."""
-    for inner in (model, getattr(model, "module", None)):
-        if config := getattr(inner, "config", None):
-            break
-    to_json = getattr(config, "to_json_string", None)
-    return {"config.json": to_json()} if to_json else {}
+def innermost(model):
+    """The model within torch.compile's, DistributedDataParallel's and other wrappers."""
+    while inner := wrapped_in(model):
+        model = getattr(model, inner)
+    return model
+
+
+def load_weights(model, path):
+    """Fill a model from a run's result, which has tied weights once: the server's folder, a file of
+    it, or a checkpoint folder. The model may be compiled or wrapped. Raises ValueError where a tensor
+    is lacking, odd, or of another shape. Frozen parameters that the result lacks stay what they are,
+    with a line in the log. Raises OSError and ProtocolError where there are no weights."""
+    plain, weights = plain_names(model), protocol.load_folder(os.fspath(path))
+    own = {plain(n): tensor for n, tensor in model.named_parameters(remove_duplicate=False)}
+    filled = {id(own[name]) for name in weights if name in own}
+    lacking = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
+    own |= {plain(name): buffer for name, buffer in model.named_buffers()}
+    for name, tensor in own.items():
+        if (name in lacking and tensor.requires_grad) or (
+            name in weights and weights[name].shape != tensor.shape
+        ):
+            raise ValueError(f"{path} does not fit the model: it lacks {name!r} of this shape")
+    for name in weights.keys() - own.keys():
+        raise ValueError(f"{path} does not fit the model, which lacks {name!r}")
+    with torch.no_grad():
+        for name, values in weights.items():
+            own[name].copy_(values)
+    if lacking:
+        log(
+            f"{path} lacks {len(lacking)} frozen tensors, such as {min(lacking)!r}: they stay as is"
+        )
+
+
+def description_of(model, trained, frozen, buffers):
+    """{name: text} of the files that let others open what the server writes; trained, frozen,
+    buffers: names of the tensors that a run knows. config.json, if the names are those of the model
+    that transformers builds from it; of a peft model adapter_config.json and adapter_names.json; else
+    nothing."""
+    inner = innermost(model)
+    peft, transformers = map(sys.modules.get, ("peft", "transformers.modeling_utils"))
+    if peft and isinstance(inner, peft.PeftModel):
+        return adapter_files(inner, peft, {*trained}, {*buffers})
+    every, plain = inner.named_parameters(), plain_names(inner)
+    is_known = all(plain(name) in trained or plain(name) in frozen for name, _ in every)
+    has_adapter = not is_known or getattr(inner, "_hf_peft_config_loaded", False)
+    if transformers and isinstance(inner, transformers.PreTrainedModel) and not has_adapter:
+        return {"config.json": inner.config.to_json_string()}
+    return {}
+
+
+def adapter_files(model, peft, trained, buffers):
+    """The two files of a peft model: the adapter's config, and for each tensor the name that it has
+    in adapter_model.safetensors. {}, with a line in the log, where that file would not be all of the
+    adapter, as with parts of it that are not trained."""
+    first, *others = model.peft_config
+    own, plain = model.state_dict(keep_vars=True), plain_names(model)
+    chosen = {"adapter_name": first, "save_embedding_layers": False}
+    saved = peft.get_peft_model_state_dict(model, own, **chosen)
+    twins = {id(tensor): plain(name) for name, tensor in reversed(own.items())}
+    names = {twins.get(id(tensor), name): name for name, tensor in saved.items()}
+    odd = [*others, *sorted((trained - names.keys()) | (names.keys() - trained - buffers))]
+    if odd:
+        log(f"{odd[0]!r} is not in one adapter that is trained: the result is no folder for peft")
+        return {}
+    config = copy.copy(model.peft_config[first])
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
+            return {"adapter_config.json": file.read(), "adapter_names.json": json.dumps(names)}
+
+
+# --- What would go wrong in silence --------------------------------------------------------------
+#
+# A worker sees the steps of the optimizers that it was given, and the values of the parameters that
+# were there when it joined. A program may do more: train other parameters, step another optimizer, or
+# keep a copy of the weights that it writes over them. `Watch` looks for that where a round ends, so
+# that no step has to pay for it; `Copies` moves copies that can be recognised, and `Jumps` finds
+# out about the others.
+
+REQUIRES_GRAD = operator.attrgetter("requires_grad")
+LISTENING = []  # a tuple of Watches that hear of each step of any optimizer, once there is one
+
+
+def listen(watch):
+    """Have watch.heard() called after each step from now on."""
+    if not LISTENING:
+        # Once and for good: the hooks must not change while another thread's optimizer steps.
+        register_optimizer_step_pre_hook(torch.compiler.disable(_stepping))
+        register_optimizer_step_post_hook(torch.compiler.disable(_stepped))
+    LISTENING[:] = [(*(LISTENING[0] if LISTENING else ()), watch)]
+
+
+def unlisten(watch):
+    if LISTENING:
+        LISTENING[:] = [tuple(other for other in LISTENING[0] if other is not watch)]
+
+
+def _stepping(optimizer, args, kwargs):
+    for watch in LISTENING[0]:
+        watch.about(optimizer)
+
+
+def _stepped(optimizer, args, kwargs):  # a compiled step ends where this begins
+    for watch in LISTENING[0]:
+        watch.heard(optimizer)
+
+
+def marks_of(optimizer):
+    """By group, how many parameters an optimizer has, the first and the last: what changes where they
+    do, with hardly an exception, and takes no time to look at."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [(len(group), *map(id, group[:1]), *map(id, group[-1:])) for group in groups]
+
+
+class Watch:
+    """What the program does beside the worker, in the training thread of each rank.
+
+    trained: Trained; seen: {name: (parameter, shape)} of the model at the join; held: {id of an
+    optimizer: its marks then}; resting: parameters that were not trained then; strangers: {type of
+    an optimizer that was not given: (name of a parameter, its steps)}; behind: types of optimizers
+    that stepped behind the one whose steps count; doubtful: found_inf of each step since the last
+    boundary of which a GradScaler on a GPU says there whether it was one.
+    """
+
+    def __init__(self, worker):
+        self.worker, self.trained = worker, worker.trained
+        self.note(self.trained.parameters())
+        self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
+        self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
+        self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
+        self.copies, self.jumps = Copies(self.trained), Jumps(worker)
+        self.has_told_frozen = self.has_told_over = False
+
+    def note(self, found):
+        """Note what is trained now; found: {name: parameter} of the whole model."""
+        trained = self.trained
+        self.seen = {name: (p, p.shape) for name, p in found.items()}
+        self.names = {id(parameter): name for name, parameter in trained.named.items()}
+        others = {n: p for n, p in found.items() if n not in trained.named}
+        self.resting = [p for n, p in others.items() if not fits(n, trained.local)]
+        self.held = {id(each): marks_of(each) for each in trained.optimizers}
+
+    def about(self, optimizer):
+        """An optimizer of this process is about to step. Looks closely only where a step ends a round,
+        or where the optimizer has other parameters or a frozen one is trained."""
+        held, ranks = self.held.get(id(optimizer)), self.worker.ranks
+        if held is None or ranks.count > 1 or ranks.is_sharded:
+            return
+        is_end = self.worker.schedule.left <= 1
+        if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
+            self.worker.leader.anew.heed(optimizer)
+
+    def heard(self, optimizer):
+        """An optimizer of this process has stepped."""
+        if optimizer is self.trained.optimizers[-1]:
+            if not is_nested_step(optimizer):  # as where a subclass's `step` calls its parent's
+                self.worker._after_step()
+        elif optimizer not in self.harmless:
+            self.other(optimizer)
+
+    def other(self, optimizer):
+        """Another optimizer than the one whose steps count has stepped."""
+        if any(optimizer is given for given in self.trained.optimizers):
+            if any(optimizer is given for given in self.unseen):
+                self.unseen = [given for given in self.unseen if given is not optimizer]
+                if self.worker.local_step == 1:
+                    self.behind.append(type(optimizer).__name__)
+            return
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        name = next((self.names[id(p)] for p in held if id(p) in self.names), None)
+        if name is None or self.is_part(optimizer):
+            self.harmless.add(optimizer)
+            return
+        kind = type(optimizer).__name__
+        self.strangers[kind] = name, self.strangers.get(kind, (name, 0))[1] + 1
+
+    def is_part(self, optimizer):
+        """Whether an optimizer wraps one that was given, or steps within a step of one, as
+        ZeroRedundancyOptimizer's does."""
+        given = self.trained.optimizers
+        inner = [*vars(optimizer).values()]
+        inner += [each for value in inner if isinstance(value, list | tuple) for each in value]
+        if any(value is own for value in inner for own in given):
+            return True
+        frame = sys._getframe(1)
+        while frame is not None:
+            if any(frame.f_locals.get("self") is own for own in given):
+                return True
+            frame = frame.f_back
+        return False
+
+    # --- Steps that are none ---
+
+    def note_scaler(self, optimizer):
+        """Note what a GradScaler tells an optimizer which skips steps by itself, as fused ones do."""
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            self.doubtful.append(found)
+            if found.device.type == "cpu":
+                self.settle()
+
+    def settle(self):
+        """Take back the count of the steps that were none."""
+        doubtful, self.doubtful = self.doubtful, []
+        if doubtful and self.worker.ranks.leads:
+            worker, none = self.worker, int(torch.stack(doubtful).count_nonzero())
+            worker.skipped += none
+            worker.local_step -= none
+            worker.step -= none
+            worker.replica.step = worker.local_step
+            worker.schedule.left += none
+
+    # --- At boundaries ---
+
+    def check(self):
+        """Raise RuntimeError where what is trained has changed since the join, or another optimizer
+        trains it."""
+        if fault := self.change(self.trained.parameters()):
+            fault += (
+                ", since this worker joined, and it cannot join anew now: that takes a step after the "
+                "change, and a worker of one process. Make a DiLoCoWorker when the model is as it will "
+                "be trained; name what is frozen at first and trained later in trained=[...] (patterns "
+                "such as 'backbone.*'), on all workers"
+            )
+        if fault := fault or self.strange():
+            raise RuntimeError(f"{self.worker.worker_id}: {fault}")
+
+    def strange(self):
+        """Say which optimizer should not have stepped, or not at its place; or ""."""
+        for kind, (name, steps) in self.strangers.items():
+            return (
+                f"{kind}, an optimizer that DiLoCoWorker was not given, has stepped parameter {name!r} "
+                f"{steps} times. Its steps are not counted, and what they did is not sent. Make a "
+                "DiLoCoWorker with the optimizer that steps (several as a list in their order), after "
+                "close() of this one"
+            )
+        if self.behind:
+            last = type(self.trained.optimizers[-1]).__name__
+            return (
+                f"{self.behind[0]} steps after {last}, which is the last of the optimizers that were "
+                "given and so the one whose steps count: give them in the order in which they step"
+            )
+        return ""
+
+    def change(self, now):
+        """Say how what is trained, among {name: parameter} of the model now, differs from what was
+        trained at the join, or ""."""
+        trained = self.trained
+        trained.say_foreign(now)
+        how = ""
+        for name, parameter in now.items():
+            before, shape = self.seen.get(name, (None, None))
+            is_ours = name in trained.named
+            if fits(name, trained.local) or not (is_ours or parameter.requires_grad):
+                continue
+            if before is None:
+                how = f"parameter {name!r} is new"
+            elif parameter.shape != shape:
+                how = f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
+            elif parameter is not before:
+                how = f"parameter {name!r} has been replaced by another tensor"
+            elif not is_ours:
+                how = f"parameter {name!r} was frozen and is trained now"
+            elif not (parameter.requires_grad or name in trained.later or self.has_told_frozen):
+                self.has_told_frozen = True
+                log(
+                    f"parameter {name!r} has requires_grad=False now: it stays synchronized, with "
+                    "what the other workers make of it"
+                )
+            if how:
+                break
+        gone = next((name for name in trained.named if name not in now), None)
+        if not how and gone is not None:
+            how = f"parameter {gone!r} is not in the model any more"
+        return how
+
+    def frozen_in(self, optimizer):
+        """Say which synchronized parameter of an optimizer that is about to step, or of none at all,
+        is not trained any more; or "". One that rests while another optimizer steps is trained."""
+        trained = self.trained
+        groups = {id(each): each.param_groups for each in trained.optimizers}
+        held = {i: {id(p) for group in g for p in group["params"]} for i, g in groups.items()}
+        for name, parameter in trained.named.items():
+            is_its = id(parameter) in held[id(optimizer)]
+            is_its = is_its or not any(id(parameter) in ids for ids in held.values())
+            if is_its and not (parameter.requires_grad or fits(name, trained.patterns)):
+                return f"parameter {name!r} was trained and is frozen now"
+        return ""
+
+    def moved(self):
+        """Return the slices whose parameters have moved since the last boundary though no step was
+        counted: they hold work that is in no push."""
+        worker, step = self.worker, self.worker.local_step
+        if worker.fragment_update == "mix":  # which leaves local values as they are not in the log
+            return []
+        places = enumerate(worker.outbox.places[: worker.num_fragments])
+        idle = [k for k, p in places if p.mark[0] == step and not (p.pending or p.is_closed)]
+        idle = [k for k in idle if k not in worker.replica.listed]
+        return [k for k in idle if worker.slices[k].has_changed()]
+
+    def heed_moved(self):
+        """Count what `moved` finds as one step, so that it is sent. Raises RuntimeError where no step
+        was ever counted."""
+        worker, places = self.worker, self.worker.outbox.places
+        moved = self.moved()
+        if moved and worker.local_step == 0:
+            raise RuntimeError(self.unseen_steps())
+        for k in moved:
+            places[k].mark = worker.local_step - 1, places[k].mark[1]
+        if moved:
+            log(
+                f"WARNING: {worker.worker_id}: parameters have moved since the last step of "
+                f"{type(worker.optimizer).__name__}; that is sent too, as one step"
+            )
+
+    def unseen_steps(self):
+        return (
+            f"{self.worker.worker_id}: parameters have moved since the join, but no step of the "
+            f"{type(self.worker.optimizer).__name__} that DiLoCoWorker was given has been seen. So "
+            "nothing was sent, and the parameters stay as they are. Give it the optimizer that "
+            "steps, and load weights before the join"
+        )
+
+    def last_words(self):
+        """Say what is amiss where the process ends without a flush, or ""."""
+        worker = self.worker
+        can_tell = worker.ranks.count == 1 and not (worker.ranks.is_sharded or worker.flushed)
+        if can_tell and worker.local_step == 0 and self.moved():
+            return self.unseen_steps()
+        return self.strange()
+
+    def tell_over(self, max_steps):
+        """Say once why training ends before its time."""
+        worker, begun = self.worker, self.worker.step - self.worker.local_step
+        if self.has_told_over:
+            return
+        self.has_told_over = True
+        if 0 < max_steps <= begun:
+            log(
+                f"WARNING: {worker.worker_id}: the run was at step {begun} already when this worker "
+                f"joined, and is over at {max_steps}: training ends after {worker.local_step} steps "
+                "here. For a new run, start a server with another folder; to go on with this one, "
+                "raise the trainer's number of steps"
+            )
+        elif worker.stop_ordered:
+            log(f"{worker.worker_id} ends training: the server says so")
+        else:
+            log(f"{worker.worker_id} ends training: the run is at step {worker.run_step}")
+
+    # --- Frozen parameters ---
+
+    def note_frozen(self):
+        """Note a few numbers of each frozen parameter, as they are after the join."""
+        self.noted = {name: self.few(p) for name, p in self.trained.frozen.items()}
+
+    def own_names(self):
+        """Return the names of frozen parameters that have changed since the join, as a teacher's or
+        an average's do, and of those that had before this process."""
+        frozen = self.trained.frozen
+        changed = {n for n, few in self.noted.items() if not torch.equal(few, self.few(frozen[n]))}
+        return sorted(changed.union(self.worker.saved.get("local", [])))
+
+    @staticmethod
+    def few(parameter):
+        flat = part_of(parameter.detach()).reshape(-1)
+        return flat[:: max(1, flat.numel() // 16)].clone()
+
+
+def part_of(tensor):
+    """What this rank has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+class Copies:
+    """Second copies of parameters that optimizers keep in their state and write over them at each
+    step, such as float32 masters and schedule-free's z. They move as the parameters move when the
+    global model is taken, so that what they have beyond the parameters' dtype stays.
+
+    known: {(place of an optimizer in the list, key of its state)} of what has been found a copy.
+    """
+
+    TELLING = ("master", "fp32", "param", "weight", "copy", "slow")  # words in a copy's key
+
+    def __init__(self, trained):
+        self.trained, self.known = trained, set()
+        self.noted = []  # (parameter, copy, value of the parameter)
+
+    def candidates(self):
+        """{(optimizer, key): [(parameter, tensor of its shape in the optimizer's state)]}."""
+        found = {}
+        for i, optimizer in enumerate(self.trained.optimizers):
+            for parameter in self.trained.named.values():
+                state = optimizer.state.get(parameter) if parameter in optimizer.state else None
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+                    if is_like and value.is_floating_point() and key != "step":
+                        found.setdefault((i, key), []).append((parameter, value))
+        return found
+
+    def note(self):
+        """Note where the parameters are, of which there are copies, before they move."""
+        self.noted = []
+        for (i, key), pairs in self.candidates().items():
+            if (i, key) not in self.known and self.is_copy(self.trained.optimizers[i], key, pairs):
+                self.known.add((i, key))
+                log(f"{key!r} in the optimizer's state is a copy of the weights: it moves along")
+            if (i, key) in self.known:
+                parts = [(part_of(p.detach()), part_of(value)) for p, value in pairs]
+                self.noted += [
+                    (own, twin, own.clone())
+                    for own, twin in parts
+                    if own.data_ptr() != twin.data_ptr()
+                ]
+
+    def move(self):
+        """Move the copies as the parameters have moved since `note`."""
+        for own, twin, before in self.noted:
+            twin.add_(own.to(twin.dtype) - before.to(twin.dtype))
+        self.noted = []
+
+    def is_copy(self, optimizer, key, pairs):
+        """Whether the state's tensors under a key are copies: the first ones equal their parameters.
+        Zeros, which moments may be too, say so only with the key's name."""
+        if key == "z" and any("weight_sum" in group for group in optimizer.param_groups):
+            return True  # schedule-free: x and y are in between
+        is_named, sure = any(word in str(key) for word in self.TELLING), 0
+        for parameter, value in pairs[:8]:
+            own, twin = part_of(parameter.detach()), part_of(value)
+            for part in (slice(64), slice(None)):
+                first, second = own.reshape(-1)[part], twin.reshape(-1)[part]
+                if not torch.equal(first, second.to(first.dtype)):
+                    return False
+            sure += bool(own.any()) or is_named
+        return sure > 0
+
+
+JUMPED = (
+    "the first step after the global model was taken has put the parameters back to where they were "
+    "before. Something around the optimizer keeps a second copy of the weights (float32 masters, an "
+    "average) and writes it over them, so that this worker trains its own model and not the run's: use "
+    "an optimizer that steps the parameters themselves, with torch.autocast for lower precision"
+)
+
+
+class Jumps:
+    """Whether parameters jump back after an adoption to where they were before: then something
+    else holds the weights. Looks at a few windows of each slice, and at two steps of a round.
+
+    records: {slice: [samples: before it was moved, behind that, after one step, after two]};
+    counts: {slice: how many times running it has jumped back}.
+    """
+
+    WINDOWS, WIDTH, TIMES = 16, 64, 4.0
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.before, self.records, self.counts = {}, {}, {}
+        self.fault = ""
+
+    def sample(self, k):
+        """Return windows of a slice's local values, one a row."""
+        slice, count = self.worker.slices[k], self.worker.num_fragments
+        width = min(self.WIDTH, slice.size)
+        windows = min(max(2, self.WINDOWS // count), slice.size // width)
+        found = torch.empty(windows, width, dtype=torch.float32, device=slice.device)
+        for i in range(windows):
+            slice.flat.read(i * (slice.size - width) // max(1, windows - 1), found[i])
+        return found
+
+    def begin(self):
+        """Note where the slices are, which may be moved now."""
+        worker = self.worker
+        can_tell = worker.sync_every > 1 and not worker.ranks.is_sharded
+        for optimizer in worker.trained.optimizers:  # this one may well find back within one step
+            can_tell = can_tell and not isinstance(optimizer, torch.optim.LBFGS)
+        slices = worker.slices[: worker.num_fragments] if can_tell else ()
+        self.before = {k: self.sample(k) for k, slice in enumerate(slices) if slice.size}
+
+    def end(self):
+        """The slices that were to be moved have been; what was to be learnt of an earlier move of one
+        of them cannot be any more."""
+        for k, old in self.before.items():
+            if not torch.equal(old, new := self.sample(k)):
+                self.records[k] = [old, new]
+        self.before = {}
+
+    def follow(self):
+        """A step has been made after slices were moved; judge each after the second."""
+        for k, samples in list(self.records.items()):
+            samples.append(self.sample(k))
+            if len(samples) == 4:
+                verdicts = self.jumped(*self.records.pop(k)).tolist()
+                moved = [verdict for verdict in verdicts if verdict >= 0]
+                has_jumped = sum(moved) * 2 > len(moved)
+                self.counts[k] = self.counts.get(k, 0) + 1 if has_jumped else 0
+                self.tell(self.counts[k])
+
+    def tell(self, count):
+        """Warn after the first time; after the second in a row, training is to end."""
+        if count == 1:
+            log(f"WARNING: {self.worker.worker_id}: {JUMPED}. It ends training if it does so again")
+        elif count > 1:
+            self.fault = f"{self.worker.worker_id}: {JUMPED}, twice running"
+
+    def jumped(self, before, adopted, first, second):
+        """Return 1 for each window that has jumped back, 0 for one that has not, and -1 for one that
+        was not moved. A step that does has brought it close to where it was before the
+        adoption, from far away as steps go."""
+
+        def apart(a, b):
+            return (a - b).square().sum(1).sqrt()
+
+        move = apart(first, adopted)
+        back = move > self.TIMES * torch.maximum(apart(first, before), apart(second, first))
+        return back.float().masked_fill(apart(before, adopted) == 0, -1.0)
+
+
+def say_unstarted(worker_id, pid, parameters, versions):
+    """Say that a worker was never started, where it goes or the process `pid` ends, if parameters
+    have been trained since it was made."""
+    if os.getpid() == pid and [parameter._version for parameter in parameters] != versions:
+        log(
+            f"WARNING: DiLoCoWorker {worker_id!r} was made but never started: what this process has "
+            "trained is its own. Use it in a `with` statement, or call start()"
+        )
+
+
+def check_process(worker):
+    """Raise Refused where this process has a worker already that holds the same id at the same
+    server, as where a cell of a notebook is run again."""
+    for other in STARTED:
+        same = other is not worker and other.worker_id == worker.worker_id
+        if same and other.server == worker.server and not other.closed.is_set():
+            raise Refused(
+                "id",
+                f"worker id {worker.worker_id!r} is held at {worker.server} by this process itself (pid "
+                f"{os.getpid()}): call close() of the DiLoCoWorker that it made before, such as in a "
+                "cell that was run already",
+            )
 
 
 # --- Joining ------------------------------------------------------------------------------------
@@ -1716,7 +2418,7 @@ class Admission:
             conn.deadline = None
         joined = joined_of(reply, self.worker.schedule.count)
         orders = self.orders_of(reply)
-        if not self.worker.joins:
+        if not (self.worker.joins and self.replica.slices):
             self.kept = []
             self.replica.set_up(self.flats(*orders), joined)
         if self.link.heart is None:
@@ -1757,9 +2459,11 @@ class Admission:
             "versions": [place.version for place in places] or [FRESH] * count,
             "folded": [place.folded for place in places],
             "closed": [k for k, place in enumerate(places) if place.is_closed],
+            "adapter": "adapter_config.json" in self.trained.files,
             "resumes": [] if places else self.resumable(),
             "process": protocol.identity(),
             "ended": self.ended,
+            "again": self.leader.anew.count > 0,
         }
 
     def resumable(self):
@@ -1824,14 +2528,16 @@ class Admission:
             for name, text in files.items()
             if name in protocol.FILE_NAMES
         }
-        if self.worker.joins:
-            sources = [slice.anchor for slice in self.replica.slices]
-        else:
-            flats = self.flats(*self.orders_of(reply))
-            sources = [torch.empty(flat.numel, device=flat.device) for flat, *_ in flats]
-            for values, (flat, *_) in zip(sources, flats, strict=True):
-                flat.read(0, values)
-        found = {f"slice:{k}": sources[k].cpu() for k in slices}
+        here = self.replica.slices if self.worker.joins else []
+        flats = [slice.flat for slice in here]
+        flats = flats or [flat for flat, *_ in self.flats(*self.orders_of(reply))]
+        found = {}
+        for k in slices:
+            values = here[k].anchor if here and not here[k].is_blank else None
+            if values is None:
+                values = torch.empty(flats[k].numel, dtype=torch.float32, device=flats[k].device)
+                flats[k].read(0, values)
+            found[f"slice:{k}"] = values.cpu()
         found |= {f"file:{name}": text for name, text in raw.items()}
         fields = {"slices": slices, "files": {name: len(text) for name, text in raw.items()}}
         specs = protocol.specs_of(found.items())
@@ -1875,7 +2581,7 @@ class Admission:
             for k in range(len(replica.slices)):
                 if outbox.places[k].pending:
                     continue  # a pull of that push takes what this slice lacks
-                if is_first:
+                if is_first or replica.slices[k].is_blank:
                     self.take_first(conn, k, resumes[k] if resumes else NONE)
                 else:
                     is_finite = replica.catch_up(conn, k) and is_finite
@@ -1889,7 +2595,7 @@ class Admission:
             self.resume(joined)
 
     def take_first(self, conn, k, resumed):
-        """Take a slice in full at the first join. Local work of a checkpoint that started from the
+        """Take a slice in full, at the first join or anew. Local work of a checkpoint that started from the
         very version stays; else the local values become the global ones."""
         slice, places = self.replica.slices[k], self.replica.outbox.places
         places[k].version = NONE
@@ -1954,7 +2660,7 @@ class Admission:
             reply = conn.request("fetch", {"frozen": names}).typed("fetch")
             reply.expect(protocol.specs_of(chosen.items()))
             for spec, parameter in zip(reply.specs, whole, strict=True):
-                values = torch.empty(spec.shape, dtype=spec.dtype)
+                values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
                 conn.read(values)
                 if values.isnan().any():
                     raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
@@ -1967,6 +2673,93 @@ class Admission:
             f"{self.worker.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not "
             f"those of the server's -m: took {size:.3g} MB of them"
         )
+
+
+class Anew:
+    """A change of what is trained in the midst of training, which all workers make at the same step:
+    the worker closes its part as at the end, and joins again with the tensors that are trained now,
+    before the step that trains them.
+
+    Tensors that are trained before and after keep their global values and the server's momentum. The
+    losses in encoding the pushes so far are dropped, with a line in the log: the next pushes are cut
+    in other slices. A tensor that takes the place of one of its shape is no such change: it is
+    synchronized in its place, and what its values differ by is sent like a step.
+
+    count: how often that has happened.
+    """
+
+    def __init__(self, leader):
+        self.leader, self.worker, self.count = leader, leader.worker, 0
+
+    def heed(self, optimizer):
+        """Join anew where what is trained has changed, before a step of `optimizer`."""
+        worker, watch = self.worker, self.worker.watch
+        if worker.leave_by is not None or worker.flushed:
+            return
+        found = worker.trained.parameters()
+        is_replaced = self.replace(found)
+        how = watch.change(found) or watch.frozen_in(optimizer)
+        if how:
+            log(f"{worker.worker_id}: {how}: joins anew behind step {worker.step}, as all must do")
+            try:
+                with own_modes():
+                    self.join()
+            except ConnectionError:
+                if worker.leave_by is None:
+                    raise
+                worker.flushed = True  # it was told to leave, and its steps are sent
+            found = worker.trained.parameters()
+        elif is_replaced:
+            worker.trained.check_optimizers()
+        watch.note(found)
+
+    def replace(self, found):
+        """Synchronize the parameters among {name: parameter} that have taken the place of others of their
+        shape; returns whether there are any. Raises RuntimeError where one has another shape in its own
+        place."""
+        worker, trained, seen = self.worker, self.worker.trained, self.worker.watch.seen
+        is_replaced = False
+        for name, parameter in found.items():
+            before, shape = seen.get(name, (parameter, parameter.shape))
+            if name not in trained.named or (parameter is before and parameter.shape == shape):
+                continue
+            if parameter is before:
+                raise RuntimeError(
+                    f"{worker.worker_id}: parameter {name!r} was {list(shape)} and is "
+                    f"{list(parameter.shape)}, but is the same object: what it was cannot be sent any "
+                    "more. Put a new torch.nn.Parameter in its place"
+                )
+            if parameter.shape == shape:
+                check_parameter(name, parameter)
+                trained.named[name], seen[name], is_replaced = parameter, (parameter, shape), True
+                for slice in worker.replica.slices:
+                    slice.flat.replace(before, parameter)
+                log(f"{worker.worker_id}: another tensor of its shape has replaced {name!r}")
+        return is_replaced
+
+    def join(self):
+        """Close this worker's part, and join with what is trained now."""
+        worker, replica, trained = self.worker, self.worker.replica, self.worker.trained
+        worker.watch.settle()
+        worker.watch.copies.note()
+        self.leader.close_slices()
+        found = trained.parameters()
+        own = [n for n in worker.watch.own_names() if n in found and not found[n].requires_grad]
+        trained.local += map(glob.escape, own)
+        trained.read()
+        if any(slice.residual is not None for slice in replica.slices):
+            log(f"{worker.worker_id}: what rounding lost of the pushes so far is not made up for")
+        self.leader.link.interrupt()
+        worker.ranks = Ranks({**trained.named, **trained.frozen})
+        worker.schedule.count = worker.num_fragments + bool(trained.buffers)
+        self.leader.admission.fingerprints.clear()
+        worker.watch.jumps.records.clear()
+        with replica.changed:
+            replica.renew(worker.schedule.count, worker.tokens)
+        self.count += 1
+        self.leader.join(worker.reconnect_timeout)
+        worker.watch.copies.move()
+        worker.watch.note_frozen()
 
 
 # --- The worker ---------------------------------------------------------------------------------
@@ -1984,7 +2777,7 @@ class Leader:
     def __init__(self, worker):
         self.worker = worker
         self.schedule, self.replica, self.link = worker.schedule, worker.replica, worker.link
-        self.admission = Admission(self)
+        self.admission, self.anew = Admission(self), Anew(self)
         self.refusals = 0  # drops in a row
         self.said_at = -SAY_SECONDS  # seconds when the log last named who keeps a round open
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
@@ -2029,10 +2822,11 @@ class Leader:
 
     def is_busy(self):
         """Whether there is something to do after this step, on rank 0."""
-        if not self.worker.ranks.leads:
+        if not (self.worker.ranks.leads and self.replica.slices):
             return False
         due = any(self.is_due(k) for k in range(self.schedule.count))
-        return bool(self.is_stirred()) or due or self.schedule.left <= 1
+        is_stirred = self.is_stirred() or self.worker.watch.jumps.fault
+        return bool(is_stirred) or due or self.schedule.left <= 1
 
     def is_due(self, k):
         """Whether slice k is to be adopted now. A push that training has gone on without is adopted
@@ -2044,7 +2838,13 @@ class Leader:
 
     def work(self):
         """Adopt what is due after a step, then push what is due. Only if `is_busy`, else `tick`."""
-        worker = self.worker
+        worker, watch = self.worker, self.worker.watch
+        watch.settle()
+        if self.schedule.left <= 1:
+            watch.check()
+        if watch.jumps.fault:
+            raise RuntimeError(watch.jumps.fault)
+        watch.jumps.begin()
         if self.link.lost.is_set():
             self.rejoin()
         self.heed_replica()
@@ -2060,6 +2860,7 @@ class Leader:
         for k in due if worker.delay == 0 else ():
             if self.is_due(k):
                 self.adopt(k)
+        watch.jumps.end()
 
     def facts(self):
         """Return this worker's progress for a message; of the loss, a number within limits only."""
@@ -2192,11 +2993,18 @@ class Leader:
 
     def close_run(self):
         """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
+        self.worker.watch.settle()
+        self.worker.watch.check()
+        self.close_slices()
+
+    def close_slices(self):
+        """The pushes of `close_run`."""
         worker = self.worker
         outbox, self.link.outage = self.replica.outbox, None
         while not outbox.is_closed or self.replica.listed:
             for k in list(self.replica.listed):
                 self.adopt(k)
+            worker.watch.heed_moved()
             with self.replica.changed:
                 made = outbox.close(self.schedule.order(), worker.local_step, worker.tokens)
             for push in made:
@@ -2226,7 +3034,9 @@ class Leader:
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
         heard = {
-            "stop_ordered": worker.stop_ordered or "stop" in beat.orders,
+            "stop_ordered": worker.stop_ordered
+            or "stop" in beat.orders
+            or self.heard.get("stop_ordered", False),
             "rank": beat.rank,
             "world": beat.world,
         }
@@ -2253,12 +3063,60 @@ class Leader:
         log(f"WARNING: {me}: {text}")
 
 
+def count_step(worker):
+    """Count a step of the optimizer, and do what is due after it."""
+    watch, is_alone = worker.watch, worker.ranks.count == 1 and not worker.ranks.is_sharded
+    worker.local_step += 1
+    worker.step += 1
+    worker.replica.step = worker.local_step
+    watch.note_scaler(worker.optimizer)
+    if watch.jumps.records:
+        watch.jumps.follow()
+    is_busy = worker.leader.is_busy()
+    if is_alone and not is_busy:
+        worker.schedule.tick()
+        return
+    with own_modes():
+        with worker._together(is_busy) as is_busy:
+            if is_busy:
+                watch.copies.note()
+            if worker.ranks.leads:
+                worker.leader.work() if is_busy else worker.schedule.tick()
+        watch.copies.move()
+
+
+@contextlib.contextmanager
+def showing_global(worker):
+    """DiLoCoWorker.global_model."""
+    trained, is_sharded = worker.trained, worker.ranks.is_sharded
+    tensors = [*trained.named.values(), *trained.buffer_tensors.values()]
+    with own_modes():
+        local = [tensor.detach().clone() for tensor in tensors]
+        with worker._together() if is_sharded else contextlib.nullcontext():
+            for slice in worker.slices:
+                slice.show_anchor()
+    try:
+        yield
+    finally:
+        trained.reshard()
+        with own_modes():
+            for tensor, values in zip(tensors, local, strict=True):
+                tensor.copy_(values)
+
+
 STARTED = weakref.WeakSet()  # the DiLoCoWorkers of this process
+ATTACHED = weakref.WeakSet()  # those that `attach` has started
 
 
 def _after_fork():
+    """In a process forked from the workers': leave the workers alone."""
     for worker in STARTED:
-        worker._disown()
+        worker.link.disown()
+        worker.closed = threading.Event()
+        worker.closed.set()
+        for slice in worker.replica.slices:
+            slice.lock = threading.RLock()
+        unlisten(worker.watch)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -2284,6 +3142,133 @@ def metrics_of(worker):
     }
 
 
+def attach(cls, model, optimizer, server=None, sync_every=None, worker_id=None, **options):
+    """Join a run and return its worker, with the arguments of the class; for scripts. Where there is
+    no server, neither here nor in DILOCO_SERVER, return a Standalone: the script trains alone.
+
+    Nothing else is needed until the last step, then `flush`, before the last evaluation and
+    checkpoint. A script that ends without it has sent its last steps all the same, but has saved its
+    own model. Raises what the class raises on entry."""
+    if not (server or os.environ.get("DILOCO_SERVER")):
+        log("no server given and DILOCO_SERVER is not set: training standalone")
+        return Standalone(optimizer, options.get("state"))
+    worker = cls(model, optimizer, server, sync_every, worker_id, **options).start()
+    if not ATTACHED:  # a thread that the process waits for; in functions for atexit none can start
+        threading.Thread(target=_close_attached, name="diloco end").start()
+    ATTACHED.add(worker)
+    return worker
+
+
+def _close_attached():
+    """When the script has come to its end, send what is left, and leave. After an exception nothing
+    is sent. The ranks of a worker send together, so in `flush` only."""
+    threading.main_thread().join()
+    for worker in [*ATTACHED] if getattr(sys, "last_value", None) is None else ():
+        try:
+            if not worker.closed.is_set() and worker.ranks.count == 1:
+                worker.flush()
+        except Exception as error:
+            log(f"{worker.worker_id}: {worker.steps} steps are not sent: {reason_of(error)}")
+        worker.close()
+
+
+class Standalone:
+    """What `attach` returns without a server: it takes the same calls as a DiLoCoWorker, counts the
+    optimizer's steps, and does nothing else. `state`: what `state_dict` gave, of either."""
+
+    server, worker_id, loss, tokens = None, "standalone", None, 0
+    index, rank, world, num_shares = 0, 0, 1, 1
+    sync_count = dropped_steps = run_step = 0
+    stop_ordered = kept_local = False
+
+    def __init__(self, optimizer, state=None):
+        self.step, self.local_step = (state or {}).get("step", 0), 0
+        several = isinstance(optimizer, list | tuple)
+        self.optimizer = unwrapped(optimizer[-1] if several else optimizer)
+        self.hook = self.optimizer.register_step_post_hook(torch.compiler.disable(self._stepped))
+
+    def _stepped(self, optimizer, args, kwargs):
+        if not is_nested_step(optimizer):
+            self.step, self.local_step = self.step + 1, self.local_step + 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def flush(self):
+        """Nothing: the model is the only one."""
+
+    def part(self, seconds=PARTING_SECONDS):
+        """Nothing: nobody is waited for."""
+
+    def close(self, reason="done"):
+        """Count no more steps."""
+        self.hook.remove()
+
+    def run_is_over(self, max_steps):
+        """Whether to stop: after a SIGTERM that a SigtermNotice watches for."""
+        return self.stop_ordered
+
+    def global_model(self):
+        """A block within which the model is what it is."""
+        return contextlib.nullcontext()
+
+    def metrics(self):
+        """Return {}: there is nothing to log."""
+        return {}
+
+    def residual(self):
+        """Return {}: nothing was rounded."""
+        return {}
+
+    def save_residual(self, path):
+        """Nothing: nothing was rounded."""
+
+    def state_dict(self):
+        """Return the number of steps, for `state`."""
+        return {"step": self.step}
+
+
+class SigtermNotice:
+    """Take SIGTERM as a notice, as Slurm, Kubernetes and cloud machines give it some time before they
+    kill: from then on the worker waits for nobody, and `run_is_over` says True, for all its ranks, so
+    that the script can send, save and leave. Where the program has a handler of its own, that one is
+    called and says what comes; then the worker only waits for nobody. A second SIGTERM does what it
+    did before. Signals come to the main thread only; in another thread this does nothing.
+
+    came: whether SIGTERM is to end the program and has come.
+    """
+
+    def __init__(self, worker):
+        self.worker, self.came = worker, False
+        self.before = signal.getsignal(signal.SIGTERM)
+        self.is_watching = threading.current_thread() is threading.main_thread() and (
+            self.before == signal.SIG_DFL or callable(self.before)
+        )
+        if self.is_watching:
+            signal.signal(signal.SIGTERM, self.handle)
+
+    def handle(self, number, frame):
+        """What happens when the signal comes."""
+        self.end()
+        self.worker.part()
+        if callable(self.before):
+            return self.before(number, frame)
+        self.came, leader = True, getattr(self.worker, "leader", None)
+        if leader and self.worker.ranks.count > 1:  # rank 0 tells the others in its next turn
+            leader.heard = {**leader.heard, "stop_ordered": True}
+        else:
+            self.worker.stop_ordered = True
+
+    def end(self):
+        """Take the signal no more."""
+        if self.is_watching and signal.getsignal(signal.SIGTERM) == self.handle:
+            signal.signal(signal.SIGTERM, self.before)
+        self.is_watching = False
+
+
 class DiLoCoWorker:
     """One worker of a run: synchronizes `model` through `optimizer`'s step hook.
 
@@ -2305,6 +3290,10 @@ class DiLoCoWorker:
     state: what `state_dict` gave, to go on with local work that had not been sent.
     residual: path of what `save_residual` wrote with that; or `residual()` is in it as "residual".
     token: the run's secret. tls: True, a fingerprint or a CA file; see `protocol.Access`.
+    local: name patterns ("teacher.*") of parameters and buffers that are this worker's own: neither
+    synchronized nor compared, such as a teacher or an average that changes without an optimizer.
+    trained: name patterns of parameters that are frozen now and trained later in the run: they are
+    synchronized from the beginning. All workers must name the same.
 
     Where torch.distributed is initialized, all its ranks are one worker: each makes one of these,
     rank 0 speaks to the server, and all have the same parameters to the bit after each step. Of a
@@ -2314,8 +3303,14 @@ class DiLoCoWorker:
     A context manager: joins on entry, and on exit sends what is left and leaves. Raises Refused
     when the server says no (wrong model, wrong setting) or talks nonsense twice running, and
     ConnectionError on entry and exit when there is no server for `reconnect_timeout`.
-    `optimizer.step()` raises Refused, and FloatingPointError where three pushes running are not
-    finite; nothing else, but ConnectionError on ranks that follow a rank which has failed.
+    `optimizer.step()` raises Refused, FloatingPointError where three pushes running are not finite,
+    and RuntimeError or ValueError where something else than the given optimizer trains the model.
+
+    What is trained may change, as where a layer is unfrozen, where all workers make the change at the
+    same step of the run: then `optimizer.step()` first waits for all of them; see `Anew`. It raises
+    Refused where another worker does not make it, ConnectionError where the server cannot be reached
+    for it, and RuntimeError where the worker has several ranks. Nothing else, but ConnectionError on
+    ranks that follow a rank which has failed.
     """
 
     def __init__(
@@ -2337,6 +3332,8 @@ class DiLoCoWorker:
         residual=None,
         token=None,
         tls=None,
+        local=(),
+        trained=(),
     ):
         self.server = server or os.environ.get("DILOCO_SERVER")
         if not self.server:
@@ -2351,7 +3348,8 @@ class DiLoCoWorker:
         self.saved, self.residual_path = state or {}, residual
         self.worker_id = worker_id or default_id(self.saved)
         self.source, self.reconnect_timeout = source, reconnect_timeout
-        self.trained = Trained(model, optimizer, files)
+        local = [*patterns(local), *map(glob.escape, self.saved.get("local", []))]
+        self.trained = Trained(model, optimizer, files, local, trained)
         self.ranks = None  # the processes of this worker, from `start` on
         self.link = Link(self.server, self.worker_id, protocol.Access.of(token, tls))
         self.replica = Replica(self.worker_id, self.link)
@@ -2359,6 +3357,7 @@ class DiLoCoWorker:
         self.schedule = Schedule(self.sync_every, self.num_fragments, count)
         self.run = self.saved.get("run", "")  # id of the run that local work belongs to
         self.index, self.rank, self.world, self.num_shares = 0, 0, 1, 1
+        self.skipped = 0  # steps of which a GradScaler said later that they were none
         self.step = self.run_step = 0  # this worker's step of the run, and the furthest worker's
         self.local_step = 0  # optimizer steps of this process
         self.tokens, self.loss = 0, None
@@ -2367,29 +3366,39 @@ class DiLoCoWorker:
         self.kept_local = self.flushed = self.stop_ordered = self.is_server_away = False
         self.leave_by = None  # seconds when a worker that was told to leave waits no longer
         self.stall_time = 0.0
-        self.hook, self.closed = None, threading.Event()
+        self.closed = threading.Event()
         self.started = time.monotonic()
-        self.leader = Leader(self)
+        self.leader, self.watch = Leader(self), Watch(self)
+        held = [*self.trained.named.values()]
+        held = held, [parameter._version for parameter in held]
+        self.unstarted = weakref.finalize(self, say_unstarted, self.worker_id, os.getpid(), *held)
 
     # --- Beginning and ending ---
 
+    attach = classmethod(attach)
+
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
-        STARTED.add(self)
+        self.unstarted.detach()
         try:
+            check_process(self)
+            STARTED.add(self)
             self.ranks = Ranks({**self.trained.named, **self.trained.frozen})
             found = self.ranks.tell(list(self.trained.buffers))  # names of buffers finite on rank 0
             self.trained.buffers = {name: self.trained.places[name] for name in found}
-            with torch.no_grad(), self._together(frozen=self.trained.frozen):
-                if self.ranks.leads:
-                    self.leader.join(self.reconnect_timeout)
+            with own_modes():
+                self.watch.copies.note()
+                with self._together(frozen=self.trained.frozen):
+                    if self.ranks.leads:
+                        self.leader.join(self.reconnect_timeout)
+                self.watch.copies.move()
+                self.watch.note_frozen()
         except BaseException as error:
             self.close(reason_of(error))
             raise
         atexit.register(self._close_at_exit)
         self.started = time.monotonic()
-        hook = torch.compiler.disable(self._stepped)  # a compiled step ends where this begins
-        self.hook = self.optimizer.register_step_post_hook(hook)
+        listen(self.watch)
         return self
 
     __enter__ = start
@@ -2403,14 +3412,13 @@ class DiLoCoWorker:
             raise
         self.close(reason_of(error) if kind else "done")
 
-    @torch.no_grad()
     def flush(self):
         """Adopt what is under way, send the steps since then as closing pushes, and take the final
         global model. Once; later calls do nothing. Raises ConnectionError where the server cannot be
         reached for `reconnect_timeout`. After `part`, does not wait for other workers."""
         if self.flushed or self.closed.is_set():
             return
-        with self._together():
+        with own_modes(), self._together():
             if self.ranks.leads:
                 self.leader.close_run()
         self.flushed = True
@@ -2426,9 +3434,9 @@ class DiLoCoWorker:
         if self.closed.is_set():
             return
         self.closed.set()
+        self.unstarted.detach()
         atexit.unregister(self._close_at_exit)
-        if self.hook:
-            self.hook.remove()
+        unlisten(self.watch)
         self.link.close(reason, was_member=self.joins > 0)
         # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
         if self.ranks and self.ranks.count == 1 and not self.ranks.is_sharded:
@@ -2439,17 +3447,9 @@ class DiLoCoWorker:
 
     def _close_at_exit(self):
         error = getattr(sys, "last_value", None)  # the exception that nobody caught
+        if words := self.watch.last_words():
+            log(f"ERROR: {words}")
         self.close(f"the process ended after {reason_of(error)}" if error else "the process ended")
-
-    def _disown(self):
-        """In a process forked from the worker's: leave the worker alone."""
-        self.link.disown()
-        self.closed = threading.Event()
-        self.closed.set()
-        for slice in self.replica.slices:
-            slice.lock = threading.RLock()
-        if self.hook:
-            self.hook.remove()
 
     # --- The ranks of one worker ---
 
@@ -2501,24 +3501,16 @@ class DiLoCoWorker:
         if not self.ranks.leads:
             if told["clearings"] != self.trained.clearings:
                 self.trained.clear_moments()
+            self.local_step -= told["skipped"] - self.skipped
             vars(self).update((name, told[name]) for name in TOLD)
             self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
         return told
 
     # --- Steps ---
 
-    def _stepped(self, optimizer, args, kwargs):
-        if not is_nested_step(optimizer):  # as where a subclass's `step` calls its parent's
-            self._after_step()
-
     def _after_step(self):
         """A step has been made: adopt what is due, then push what is due."""
-        self.local_step += 1
-        self.step += 1
-        self.replica.step = self.local_step
-        with torch.no_grad(), self._together(self.leader.is_busy()) as is_busy:
-            if self.ranks.leads:
-                self.leader.work() if is_busy else self.schedule.tick()
+        count_step(self)
 
     # --- What others want to know ---
 
@@ -2573,27 +3565,16 @@ class DiLoCoWorker:
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length. All
         ranks of a worker say the same after the same step."""
-        return self.stop_ordered or 0 < max_steps <= self.run_step
+        is_over = self.stop_ordered or 0 < max_steps <= self.run_step
+        if is_over:
+            self.watch.tell_over(max_steps)
+        return is_over
 
-    @contextlib.contextmanager
-    @torch.no_grad()
     def global_model(self):
         """Within the block the model's parameters and buffers are the global ones, as far as this
         worker has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded
         model all ranks have to enter it, and leave it, between the same steps."""
-        tensors = [*self.trained.named.values(), *self.trained.buffer_tensors.values()]
-        local = [tensor.detach().clone() for tensor in tensors]
-        together = self._together() if self.ranks.is_sharded else contextlib.nullcontext()
-        with together:
-            for slice in self.replica.slices:
-                slice.show_anchor()
-        try:
-            yield
-        finally:
-            self.trained.reshard()
-            with torch.no_grad():
-                for tensor, values in zip(tensors, local, strict=True):
-                    tensor.copy_(values)
+        return showing_global(self)
 
     def metrics(self):
         """Return the numbers for a log, under `diloco/`."""
@@ -2619,6 +3600,7 @@ class DiLoCoWorker:
             "step": self.step,
             "position": self.schedule.position,
             "fragments": self.replica.progress(),
+            "local": self.watch.own_names(),
         }
 
 
@@ -2649,6 +3631,7 @@ class DiLoCoCallback:
         self.worker = None
         self.saved, self.folder = {}, None
         self.warned = False
+        self.notice, self.told = None, {}  # SigtermNotice; metrics as they were logged last
 
     def __getattr__(self, name):
         if name.startswith("on_"):
@@ -2656,7 +3639,7 @@ class DiLoCoCallback:
         raise AttributeError(name)
 
     def __getstate__(self):
-        return {**self.__dict__, "worker": None, "saved": self.state_dict()}
+        return {**self.__dict__, "worker": None, "notice": None, "saved": self.state_dict()}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Join the run."""
@@ -2672,6 +3655,7 @@ class DiLoCoCallback:
         saved = {"state": saved, "residual": residual}
         self.worker = DiLoCoWorker(model, optimizer, self.server, **saved, **self.options)
         self.worker.start()
+        self.notice, self.told = SigtermNotice(self.worker), {}
 
     def _checkpoint(self, args, state):
         """The progress and the folder that training goes on from: what `load_state_dict` was told,
@@ -2694,12 +3678,15 @@ class DiLoCoCallback:
             return
         if self.worker.run_is_over(getattr(state, "max_steps", 0)):
             control.should_training_stop = True
+            if getattr(args, "save_strategy", "no") != "no":
+                control.should_save = True
         if control.should_training_stop:
             self.worker.flush()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the metrics to `logs`, and report its loss to the server."""
-        if self.worker is None or logs is None:
+        """Add to `logs` the metrics that have changed since the last time, to the summary all, and to
+        the lines of evaluations none. Report the loss to the server."""
+        if self.worker is None or logs is None or is_evaluation(logs):
             return
         if isinstance(logs.get("loss"), int | float):
             self.worker.loss = float(logs["loss"])
@@ -2707,20 +3694,28 @@ class DiLoCoCallback:
         # training was stopped after the last step's hook, as early stopping does.
         if getattr(control, "should_training_stop", False) or "train_runtime" in logs:
             self.worker.flush()
-        metrics = self.worker.metrics()
+        metrics = self.changed_metrics(whole="train_runtime" in logs)
         logs.update(metrics)
         history = getattr(state, "log_history", None)  # its last entry may be a copy of `logs`
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 
+    def changed_metrics(self, whole=False):
+        """Return the metrics that have changed since the last call, or all."""
+        before, self.told = self.told, self.worker.metrics()
+        return {name: n for name, n in self.told.items() if whole or before.get(name) != n}
+
     def on_train_end(self, args, state, control, **kwargs):
-        """Close the run, unless the trainer has put its best checkpoint in the model's place."""
+        """Close the run, unless the trainer has put its best checkpoint in the model's place. After
+        SIGTERM, raises SystemExit: the program ends as the signal would have ended it."""
         if self.worker is not None:
             try:
                 if not getattr(args, "load_best_model_at_end", False):
                     self.worker.flush()
             finally:
                 self.close()
+            if self.notice.came:
+                raise SystemExit(128 + signal.SIGTERM)
 
     def on_save(self, args, state, control, **kwargs):
         """Put the residual into the trainer's checkpoint."""
@@ -2735,6 +3730,8 @@ class DiLoCoCallback:
         """Leave the run; what has not been sent is not sent."""
         if self.worker is not None:
             self.worker.close(reason)
+        if self.notice:
+            self.notice.end()
 
     def state_dict(self):
         """Sync progress, to be saved beside the model's parameters; see DiLoCoWorker."""
@@ -2749,3 +3746,86 @@ class DiLoCoCallback:
         left to it: a run that goes on may find its server elsewhere."""
         given = {name: value for name, value in self.arguments.items() if value is not None}
         return {"args": given, "attributes": {"saved": self.state_dict()}}
+
+
+def is_evaluation(logs):
+    """Whether a line of a log is an evaluation's or a prediction's, not of training."""
+    others = [name for name in logs if name.endswith("_runtime") or name.startswith("eval_")]
+    return bool(others) and "train_runtime" not in logs
+
+
+class LightningHooks(DiLoCoCallback):
+    """The callback behind the hooks of Lightning; `LightningCallback` is this and Lightning's own."""
+
+    def on_train_start(self, trainer, module):
+        """Join the run."""
+        self.on_train_begin(None, None, None, module, trainer.optimizers)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        """Stop with the run; close it before the last validation and checkpoint; log."""
+        if self.worker is None:
+            return
+        if self.worker.run_is_over(trainer.max_steps):
+            trainer.should_stop = True
+        last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        last = last or 0 < trainer.max_steps <= trainer.global_step
+        if last:
+            self.worker.flush()
+        if last or trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            if "loss" in (outputs or {}):
+                loss = outputs["loss"].item()  # of a part of the batch, where it is accumulated
+                self.worker.loss = loss * trainer.accumulate_grad_batches
+            module.log_dict(self.changed_metrics(whole=last))
+
+    def on_train_end(self, trainer, module):
+        """Close the run."""
+        super().on_train_end(None, None, None)
+
+    def on_exception(self, trainer, module, exception):
+        """Leave the run. After SIGTERM, which Lightning raises between two steps, send what is left
+        without waiting for others."""
+        if self.worker is not None and type(exception).__name__ == "SIGTERMException":
+            self.worker.part()
+            with contextlib.suppress(OSError):
+                self.worker.flush()
+        self.close(reason_of(exception))
+
+    def state_dict(self):
+        """The progress, with what rounding has lost."""
+        residual = {"residual": self.worker.residual()} if self.worker else {}
+        return super().state_dict() | residual
+
+
+def _made_for(name):
+    """The class of a trainer's own kind that has our hooks; it imports the trainer's package."""
+    if name == "TransformersCallback":
+        from transformers import TrainerCallback
+        from transformers.trainer_callback import ExportableState
+
+        return type(name, (DiLoCoCallback, TrainerCallback, ExportableState), {})
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    known = [sys.modules[package] for package in packages if package in sys.modules]
+    for package in packages if not known else ():
+        with contextlib.suppress(ModuleNotFoundError):
+            known = known or [importlib.import_module(package)]
+    if not known:
+        raise ModuleNotFoundError(
+            "LightningCallback needs the package lightning: pip install lightning"
+        )
+    return type(name, (LightningHooks, *(package.Callback for package in known)), {})
+
+
+def __getattr__(name):
+    """TransformersCallback and LightningCallback are made when they are asked for first, so that this
+    file needs torch only."""
+    docs = {
+        "TransformersCallback": "DiLoCoCallback for transformers' Trainer, trl, sentence-transformers: "
+        "its progress is in every checkpoint, for resume_from_checkpoint.",
+        "LightningCallback": "DiLoCoCallback for Lightning: its progress is in every checkpoint, for "
+        "fit(ckpt_path=...).",
+    }
+    if name not in docs:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = _made_for(name)
+    made.__module__, made.__qualname__, made.__doc__ = __name__, name, docs[name]
+    return globals().setdefault(name, made)

@@ -110,6 +110,8 @@ LINES_PER_SECOND = 10  # lines of a log that strangers can cause
 # The descriptive files that may travel with a model. Nothing else is ever written by name.
 FILE_NAMES = (
     "config.json",
+    "adapter_config.json",
+    "adapter_names.json",  # {tensor: its name in adapter_model.safetensors}
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -120,6 +122,10 @@ FILE_NAMES = (
     "merges.txt",
     "vocab.txt",
 )
+
+# Ending of the name of a config.json beside weights that are only a part of what it describes:
+# `from_pretrained` would make up the other tensors, at random.
+INCOMPLETE = ".incomplete"
 
 DTYPES = {
     "F64": torch.float64,
@@ -759,7 +765,7 @@ def sum_of_file(path):
         if str(path).endswith(".safetensors"):
             read_file_header(file)
             file.seek(0)
-        checksum, buffer = Checksum(), torch.empty(4 * CHUNK, dtype=torch.uint8)
+        checksum, buffer = Checksum(), torch.empty(4 * CHUNK, dtype=torch.uint8, device="cpu")
         raw, size = memory(buffer), 0
         while count := file.readinto(raw):
             size += count
@@ -966,11 +972,12 @@ def foreign_weights(folder):
 
 
 def read_descriptive_files(folder):
-    """{name: bytes} of the descriptive files (FILE_NAMES) in a folder. Raises ProtocolError where
-    they are too large."""
+    """{name: bytes} of the descriptive files (FILE_NAMES) in a folder; also of those that describe
+    more than the folder's weights. Raises ProtocolError where they are too large."""
     files = {}
     for name in FILE_NAMES:
         path = os.path.join(folder, name)
+        path = path + INCOMPLETE if os.path.isfile(path + INCOMPLETE) else path
         if os.path.isfile(path):
             with open(path, "rb") as file:
                 files[name] = file.read(MAX_FILES_BYTES + 1)
@@ -1580,7 +1587,7 @@ class Connection:
 
     def discard(self):
         """Read the payload of the last message and throw it away."""
-        sink = torch.empty(1 << 16, dtype=torch.uint8)
+        sink = torch.empty(1 << 16, dtype=torch.uint8, device="cpu")
         while self.unread:
             self.read(sink[: min(self.unread, sink.numel())])
 
@@ -1930,6 +1937,10 @@ class FlatModel:
             start += parameter.numel()
         self.numel = high
 
+    def replace(self, before, parameter):
+        """Have a tensor of the same shape take another one's place."""
+        self.parts = [(parameter if p[0] is before else p[0], *p[1:]) for p in self.parts]
+
     def spans(self, start, stop):
         """(parameter, slice of its elements, slice of [start, stop)) of all that overlap."""
         first = bisect.bisect_right(self.parts, start, key=lambda part: part[2])
@@ -2053,7 +2064,9 @@ def scratch(use, like, count):
     device of `like`. The next call with the same `use` may give the same memory."""
     key = use, like.dtype, like.device
     if key not in SCRATCH.kept or SCRATCH.kept[key].numel() < count:
-        SCRATCH.kept[key] = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # the program may be in it now and not at the next call
+            room = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
+        SCRATCH.kept[key] = room
     return SCRATCH.kept[key][:count]
 
 
@@ -2084,7 +2097,8 @@ class Codec:
     def square(self, tensors, start, stop):
         """The sum of the squares of an encoded chunk's numbers; infinite where not all of them are
         finite and at most MAX_ABS in size."""
-        numbers = self.decoded(tensors, start, torch.empty(stop - start))
+        like = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+        numbers = self.decoded(tensors, start, like)
         total = numbers.dot(numbers).item()
         # A finite sum has no number over 2e19. Another one may have, which is no fault yet.
         is_fine = math.isfinite(total) or self.finite(tensors, start, stop)
@@ -2213,7 +2227,7 @@ def within(numbers, limit=MAX_ABS):
     """Whether floating-point numbers are all finite and at most `limit` in size. Without their
     signs they have the order of their bits as integers, in which NaN comes last."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.dtype.itemsize]
-    largest = torch.tensor(limit, dtype=numbers.dtype).view(bits).item()
+    largest = torch.tensor(limit, dtype=numbers.dtype, device="cpu").view(bits).item()
     signed = numbers.view(bits)
     unsigned = scratch("unsigned", signed, signed.numel())
     torch.bitwise_and(signed, torch.iinfo(bits).max, out=unsigned)

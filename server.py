@@ -85,6 +85,7 @@ HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
 NAMES = "members.json"  # file in the output folder with the names of who takes part
+KEPT = "frozen.safetensors"  # file in a checkpoint with frozen tensors that were trained before
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
 now = time.monotonic
 
@@ -107,6 +108,13 @@ log, shown = protocol.Log("stdout", "server: ", clock=True), protocol.shown
 # of the members that are missing anywhere, the one that is missing at the lowest open turn waits,
 # if it waits at all, for a round at a lower turn still, and there is none. The other conditions
 # keep rounds from waiting needlessly.
+#
+# A worker that trains other tensors from now on closes all slices and joins *anew*. From then on it
+# is expected back, as members are after a crash, and it waits until the others have done the same:
+# with the last one the run closes, and opens again with the new tensors. So a run that opens has the
+# tensors that it had as long as one of those that it expects comes back with these. Who has gone on
+# for a cycle beyond the step of the change makes no such change: the worker that waits is refused.
+# Until then nobody new comes in, who would know nothing of the change.
 
 
 @dataclass(kw_only=True)
@@ -197,6 +205,18 @@ def medians(pushes):
         return None
     per_step = statistics.median(push.norm / max(1, push.counted) for push in found)
     return per_step, statistics.median(push.norm for push in found)
+
+
+def twins(pushes):
+    """Two pushes of a round, by different workers, whose numbers are equal to the bit, or None. Only
+    those whose norms are equal are compared, so that other rounds pay nothing. Needs the payloads."""
+    seen = {}  # norm -> push
+    for push in pushes:
+        if push.norm:
+            other = seen.setdefault(push.norm, push)
+            if other.worker != push.worker and torch.equal(other.payload.raw, push.payload.raw):
+                return other, push
+    return None
 
 
 def believed(versions, life):
@@ -292,6 +312,7 @@ class Member:
     asked: list = field(default_factory=list)  # slices that it was asked to bring
     closed: set = field(default_factory=set)  # slices that it will push no more
     facts: object = None  # what the server's shell knows of it
+    layout: object = None  # its tensors, to be compared; None: those that all have
     sync_every: int = 1
     fragments: int = 1  # slices that have a step of their own in its cycle
     heard: float = 0.0  # seconds, when the worker last spoke
@@ -373,10 +394,10 @@ class Run:
     """The rules of a run. Each public method is an event or a question; see the theory above.
 
     slices: [Slice]; members: {id: Member} of those that take part; waiting: {id: Member} of those
-    that have asked to; expected: {id: seconds when heard of} of members from before a crash that
-    the run waits for; indices: {id: index} that ids have had, in the order of last use; sessions:
-    {id: session} of the process that had the id last; away: ids that were given up and may come
-    back; stopping: ids that are to finish and have not left yet.
+    that have asked to; expected: {id: seconds when heard of} of members from before a crash, or a
+    change of tensors, that the run waits for; indices: {id: index} that ids have had, in the order of
+    last use; sessions: {id: session} of the process that had the id last; away: ids that were given up
+    and may come back; stopping: ids that are to finish and have not left yet; anew: Anew.
     """
 
     def __init__(self, rules, now, count=0):
@@ -386,7 +407,7 @@ class Run:
         self.members, self.waiting, self.expected = {}, {}, {}
         self.indices, self.sessions = {}, {}
         self.away, self.stopping = set(), set()
-        self.is_open = False
+        self.is_open, self.anew = False, Anew(self)
         self.step = 0  # step of the worker that is furthest
         self.pace = 0  # steps of a cycle, of the workers that opened the run
         self.kept = -1  # number of the newest version that was on disk
@@ -425,8 +446,8 @@ class Run:
         life = "" if is_stranger else self.life or LAST_LIFE
         member.versions = believed(member.versions, life)  # a stranger's replace nothing
         self.slices = self.slices or [Slice() for _ in member.versions]
-        member.heard = now
         self.waiting[member.id] = member
+        self.here(member.id, member.session, now)
 
     def here(self, id, session, now):
         """A worker that waits to enter is alive. False where it is waited for no more."""
@@ -434,6 +455,7 @@ class Run:
         if member is None or member.session != session:
             return False
         member.heard = now
+        self.anew.heard(id, now)
         return True
 
     def may_enter(self, id, now):
@@ -441,15 +463,16 @@ class Run:
         if id not in self.waiting or any(slice.folding for slice in self.slices):
             return False
         if self.is_open:
-            return not self.is_stopping or id in self.stopping or id in self.indices
-        ready = id in self._opening() and self.is_ready(now)
+            is_free = not (self.is_stopping or self.expected) or id in self.stopping
+            return (is_free or id in self.indices) and self.anew.fits(self.waiting[id])
+        ready = id in self._opening() and self.is_ready(now) and not self.anew.is_due
         return ready and self.is_whole and not any(self.lacking(w, now) for w in self.waiting)
 
     def _opening(self):
-        """The ids that open the run: all that wait; of a run that is to stop, those it knows."""
-        if self.stopping.isdisjoint(self.waiting):
-            return self.waiting.keys()
-        return self.waiting.keys() & (self.stopping | self.expected.keys())
+        """The ids that open the run: all that wait with its tensors; to stop it, those it knows."""
+        is_free = self.stopping.isdisjoint(self.waiting)
+        known = self.waiting if is_free else self.stopping | self.expected.keys()
+        return {id for id, m in self.waiting.items() if id in known and self.anew.fits(m)}
 
     def is_ready(self, now):
         """Whether all are there that the run starts with: after a crash its members of before whose
@@ -467,9 +490,9 @@ class Run:
     def lacking(self, id, now):
         """The slices that a waiting worker is to bring: it is the first, by id, of those that hold
         the newest version, and the server holds an older one."""
-        if self.is_open or not self.is_ready(now):
+        if self.is_open or self.anew.is_due or not self.is_ready(now):
             return []
-        holders = [self.waiting[w] for w in sorted(self.waiting)]
+        holders = [self.waiting[w] for w in sorted(self._opening())]
         found = []
         for k, slice in enumerate(self.slices):
             newest = max(holders, key=lambda m, k=k: (m.versions[k], k in m.asked))
@@ -499,13 +522,11 @@ class Run:
         brought = [v.life for m in self.waiting.values() for v in m.versions]
         self.life = life(max([self.life, *(s.version.life for s in self.slices), *brought]))
         for slice in self.slices:
-            slice.closed_at = now
-            if not slice.version.life:  # a worker's own start, or the weights of -m
-                slice.version = Version(self.life, 0)
+            slice.closed_at, slice.version = now, self.anew.first(slice.version)
         if self.stopping.isdisjoint(self.waiting) and not self.expected:
             self.stopping.clear()
         self.pace, self.step = opened_at(self)
-        self.expected, self.is_open = {}, True
+        self.expected, self.is_open = self.anew.left(), True
 
     def _enter(self, member, now):
         old = self.members.get(member.id)
@@ -552,8 +573,7 @@ class Run:
         """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
         member = self.members.get(id)
         if member is None or member.session != session:
-            if id in self.expected:
-                self.expected[id] = now  # alive, and about to join again
+            self.anew.heard(id, now)  # alive, and about to join again
             raise Refused("rejoin", f"worker {id!r} is not a member of the run; join again")
         member.heard, member.has_ended = now, False
         return member
@@ -579,7 +599,7 @@ class Run:
             self.forget(id, session)  # a join that was sent twice
         else:
             self.away.add(id)
-        if not self.members and (ends or was_stopping):
+        if not self.members and (ends or was_stopping or self.expected):
             self.is_open = False
             self.away &= self.stopping
 
@@ -662,7 +682,7 @@ class Run:
     def has_enough(self, k):
         """Whether --min-workers is met, which does not bind workers that end their part."""
         is_ending = self.is_stopping or all(member.closed for member in self.members.values())
-        there = len(self.slices[k].pushers | self.members.keys())
+        there = len(self.slices[k].pushers | self.members.keys() | self.anew.back.keys())
         return there >= (1 if is_ending else self.rules.min_workers)
 
     def over(self, now):
@@ -719,6 +739,114 @@ class Run:
         self.life, self.pace = names.get("life", ""), names.get("pace", 0)
         self.slices = [Slice(version, dict(folded)) for version, folded in heads]
         self.kept = newest(self.slices)
+
+
+class Anew:
+    """Which tensors a run has where its workers change what they train; see the theory above.
+
+    layout: the tensors of the run, as Member.layout; before, held: newest and oldest version of a slice
+    before the run got them, until it opens with them, else None; gone: {id: Member} of those that have
+    left to come back with other tensors, as they were.
+    """
+
+    def __init__(self, run):
+        self.run, self.layout, self.before, self.held, self.gone = run, None, None, None, {}
+
+    def fits(self, member):
+        """Whether a worker has the tensors of the run."""
+        return member.layout == self.layout
+
+    def expect(self, id, now):
+        """A member has closed all slices and comes back with other tensors. With the last one the run
+        closes, until all are back."""
+        run = self.run
+        self.gone[id] = run.members.pop(id)
+        run.expected[id] = now
+        run.is_open = bool(run.members)
+
+    def heard(self, id, now):
+        """A worker shows that it is alive, which may be expected."""
+        if id in self.run.expected:
+            self.run.expected[id] = now
+
+    def is_stale(self, member):
+        """Whether a worker's join is from before it left to come back with other tensors."""
+        old = self.gone.get(member.id)
+        return bool(old) and (member.session, member.layout) == (old.session, old.layout)
+
+    def awaits_any(self, now):
+        """Whether somebody is expected who waits, or was heard of within the worker timeout."""
+        run, limit = self.run, self.run.rules.worker_timeout
+        return bool(self.back) or any(now - heard <= limit for heard in run.expected.values())
+
+    @property
+    def back(self):
+        """{id: Member} of the waiting workers that the run expects."""
+        run = self.run
+        return {id: run.waiting[id] for id in sorted(run.expected.keys() & run.waiting.keys())}
+
+    @property
+    def is_due(self):
+        """Whether workers that are expected are back, and none of them with the tensors of the run."""
+        back = self.back.values()
+        return bool(back) and not any(self.fits(member) for member in back)
+
+    def lays_out(self, id, now):
+        """Whether the run, which is about to open, gets the tensors of this waiting worker."""
+        run = self.run
+        return not run.is_open and self.is_due and run.is_ready(now) and id == min(self.back)
+
+    def lay_out(self, layout, count, is_whole):
+        """The run has other tensors from now on, in `count` slices; `is_whole`: the server has all of
+        them. Pushes of before are known by their numbers still."""
+        run, fates = self.run, {}
+        if self.before is None:
+            self.held = min(slice.version for slice in run.slices)
+            self.before = max(slice.version for slice in run.slices)
+        for slice in run.slices:
+            for id, fate in slice.folded.items():
+                fates[id] = max(fate, fates.get(id, fate))
+        self.layout, version = layout, self.held if is_whole else NONE
+        run.slices = [Slice(version, dict(fates)) for _ in range(count)]
+
+    def first(self, version):
+        """The version of a slice when the run opens. One that was cut anew gets a name of its own, also
+        where it was brought; a worker's own start, or the weights of -m, are the run's first."""
+        if self.before is None:
+            return version if version.life else Version(self.run.life, 0)
+        newer = version if version > self.before else self.before
+        return Version(self.run.life, max(0, newer.number))
+
+    def left(self):
+        """{id: seconds when heard of} of those that the run, which has just opened, still expects."""
+        self.before = self.held = None
+        left = {id: member.heard for id, member in self.back.items() if not self.fits(member)}
+        self.gone = {id: member for id, member in self.gone.items() if id in left}
+        return left
+
+    def is_left_behind(self, id):
+        """Whether a waiting worker has other tensors than the run, which will not get them: the worker
+        is not expected, or a member has gone on for a cycle without the change."""
+        run, mine = self.run, self.run.waiting[id]
+        if self.fits(mine) or not (run.is_open or self.before):
+            return False
+        old = self.gone.get(id, mine)  # whose step and pace are not what it says now
+        limit = old.step + min(old.sync_every, PACES * run.pace)
+        return id not in run.expected or any(m.step >= limit for m in run.members.values())
+
+    def turn_away(self, id):
+        """A waiting worker is refused for good."""
+        del self.run.waiting[id]
+        self.run.expected.pop(id, None)
+
+    def give_up_absent(self, now):
+        """While the run is open, expect nobody any more who is silent for the worker timeout."""
+        run = self.run
+        for id in [*run.expected] if run.is_open else ():
+            if id not in run.waiting and now - run.expected[id] > run.rules.worker_timeout:
+                del run.expected[id]
+                run.away.add(id)
+        self.gone = {id: member for id, member in self.gone.items() if id in run.expected}
 
 
 class Stalls:
@@ -996,6 +1124,7 @@ class GlobalModel:
         self.payloads = [weakref.WeakSet() for _ in range(self.count)]  # those, and the ones in use
         self.spares = [None] * self.count  # by slice, a payload for the next entry
         self.snapshots = [weakref.WeakSet() for _ in range(self.count)]
+        self.past = None  # (GlobalModel, {name: tensor}) that `inherit` takes from
         self.lock = threading.Lock()  # guards `idle`, `payloads`, `spares` and `snapshots`
         self.warming = threading.Lock()  # held while memory is got for the first rounds
         # Several chunks are worked on at a time: more threads for one chunk would only wait.
@@ -1236,6 +1365,21 @@ class GlobalModel:
                         raise Refused("model", "the parameters to start from are not all finite")
                     vector[first + start : first + stop].copy_(part)
 
+    def inherit(self):
+        """Take from `past`: weights by name, then the numbers, momentum and residual of the tensors
+        that a model with other tensors has too, whose names and shapes are the same."""
+        old, found = self.past
+        self.put(found)
+        mine = self.manifest, self.params, self.momentum, self.residual
+        its = old.manifest, old.params, old.momentum, old.residual
+        for own, other in ((mine, its), ((self.buffers, self.values), (old.buffers, old.values))):
+            places = {(s.name, s.shape): slice(*place) for s, *place in protocol.ranges(other[0])}
+            for spec, start, stop in protocol.ranges(own[0]):
+                place = places.get((spec.name, spec.shape))
+                for vector, before in zip(own[1:], other[1:], strict=True) if place else ():
+                    if vector is not None and before is not None:
+                        vector[start:stop].copy_(before[place])
+
     def tensors(self, snapshots):
         """Yields (spec, tensor of the spec's dtype) of all parameters and buffers, from snapshots
         of every slice."""
@@ -1258,9 +1402,10 @@ class GlobalModel:
 
 # --- The store: weights, checkpoints, the final model -----------------------------------------
 #
-# A checkpoint is a folder `checkpoint-ROUND` with two safetensors files: the parameters and buffers
+# A checkpoint is a folder `checkpoint-ROUND` with safetensors files: the parameters and buffers
 # in float32 under their names, and the outer optimizer's vectors, whose header has the state of the
-# run as JSON. It is written beside, synced and renamed, so that a folder with the name is whole;
+# run as JSON. A third has the tensors that were trained before and are frozen now, if there are any.
+# It is written beside, synced and renamed, so that a folder with the name is whole;
 # one that cannot be read all the same is passed over for the one before it. `members.json` has the
 # names of who takes part since the newest checkpoint.
 #
@@ -1355,6 +1500,8 @@ def read_checkpoint(path, up, down, error_feedback):
     _, tensors = protocol.load_file(os.path.join(path, "model.safetensors"))
     fields, outer = protocol.load_file(os.path.join(path, "outer.safetensors"))
     state = state_of(fields) | {"files": protocol.read_descriptive_files(path), "path": path}
+    kept = os.path.join(path, KEPT)
+    state["kept"] = protocol.load_file(kept)[1] if os.path.exists(kept) else {}
     heads, dtypes = state["heads"], fields["dtypes"]
     if dtypes.keys() != tensors.keys():
         raise ProtocolError("the two files are of different models")
@@ -1413,19 +1560,45 @@ def write_vectors(folder, state, model, snapshots):
                 params.write(protocol.memory(piece))
 
 
+PARTIAL = b"""The model.safetensors beside this file has only a part of the model: what is frozen is not
+in it. Build the model, with its frozen part, then diloco_callback.load_weights(model, folder). The
+model's own config.json is in config.json.incomplete.
+"""
+
+
+def write_adapter(folder, names):
+    """Write the tensors of a folder's model.safetensors into adapter_model.safetensors, under the
+    names that peft reads; `names`: {tensor: name there} as a worker has sent it, in JSON. Tensors
+    without a proper name are left out."""
+    try:
+        names = protocol.parse_json(names, "adapter_names.json")
+    except ProtocolError as error:
+        return log(f"WARNING: no adapter_model.safetensors: {error}")
+    _, tensors = protocol.load_file(os.path.join(folder, "model.safetensors"))
+    told = {name: names.get(name) for name in tensors if type(names) is dict}
+    proper = {n for n in told.values() if type(n) is str and n.isprintable() and n[:1] not in "_"}
+    named = {told[name]: tensor for name, tensor in tensors.items() if told.get(name) in proper}
+    path = os.path.join(folder, "adapter_model.safetensors")
+    protocol.save_file(path, named, {"program": "diloco"})
+
+
 class Store:
     """The disk of a run: the folder that it writes to, and the weights of -m.
 
     output: folder of checkpoints and the final model; weights: {name: tensor} of -m, mapped; files:
     {name: bytes} of the descriptive files; frozen: {name: [dtype, fingerprint, whose]} of the
-    frozen tensors that -m lacks; names: as `Run.names`, from before a crash, or None.
+    frozen tensors that -m lacks; kept: {name: tensor} of those that the run has trained before;
+    names: as `Run.names`, from before a crash, or None; is_partial:
+    whether a checkpoint has only a part of what config.json describes, and whether the final model
+    has.
     """
 
     def __init__(self, model, output_dir=None, save_total_limit=3):
         self.model, self.limit = model, save_total_limit
         self.output, self.source = choose_output(model, output_dir)
-        self.weights, self.files, self.frozen = {}, {}, {}
+        self.weights, self.files, self.frozen, self.kept = {}, {}, {}, {}
         self.untrained = []  # names of frozen tensors of -m that the final model has too
+        self.is_partial = False, False
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
         self.faults = {}  # what could not be saved -> why
@@ -1510,6 +1683,10 @@ class Store:
         path, versions = state["path"], [version for version, _ in state["heads"]]
         self.names = self.names or self._read_names(os.path.dirname(path)) or names_of(state)
         self.files, self.frozen = state.pop("files"), state["frozen"]
+        self.kept = state.pop("kept")
+        self.weights = {**self.weights, **self.kept}
+        hidden = os.path.exists(os.path.join(path, "config.json" + protocol.INCOMPLETE))
+        self.is_partial = hidden, hidden  # until a worker says what is frozen
         self.saved = versions, bool(state["members"])
         text = f"round {min(v.number for v in versions)}, step {state['step']}"
         log(f"continuing from {os.path.abspath(path)} ({text})")
@@ -1581,11 +1758,13 @@ class Store:
                 self.saved = versions, bool(state["members"])
 
     def _write_checkpoint(self, name, state, model, snapshots):
-        path = os.path.join(self.output, name)
+        path, kept = os.path.join(self.output, name), self.kept
 
         def fill(folder):
             write_vectors(folder, state, model, snapshots)
-            self._write_files(folder)
+            if kept:
+                protocol.save_file(os.path.join(folder, KEPT), kept, {"program": "diloco"})
+            self._write_files(folder, self.is_partial[0])
 
         own = [other for _, other in protocol.checkpoints(self.output)]
         if os.path.lexists(path) and path not in own:
@@ -1597,9 +1776,22 @@ class Store:
                 if old != path:
                     protocol.discard(old)
 
-    def _write_files(self, folder):
-        for name, text in self.files.items():
+    def _write_files(self, folder, is_partial):
+        """Write the descriptive files beside the weights in a folder. A config.json that describes
+        more than these weights gets another name, and a text in its place which says so: whoever
+        opens the folder would get random tensors, without one even those of a default size."""
+        files, hidden = {**self.files}, "config.json" + protocol.INCOMPLETE
+        if is_partial and "config.json" in files:
+            files[hidden] = files.pop("config.json")
+            if "adapter_config.json" not in files:  # it leads to the base model
+                files["config.json"] = PARTIAL
+        for name in {"config.json", hidden} - files.keys():
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, name))
+        for name, text in files.items():
             protocol.write_beside(os.path.join(folder, name), lambda file, t=text: file.write(t))
+        if "adapter_names.json" in files:
+            write_adapter(folder, files["adapter_names.json"])
 
     def save_final(self, versions, model, snapshots):
         """Write the model of some versions in its first worker's dtypes, with the frozen tensors of
@@ -1617,11 +1809,22 @@ class Store:
         with self._surviving("final", snapshots):
             if self.final != versions:
                 os.makedirs(self.output, exist_ok=True)
-                self._write_files(self.output)
                 protocol.write_beside(os.path.join(self.output, "model.safetensors"), write)
+                self._write_files(self.output, self.is_partial[1])
                 self.final = versions
                 number = min(version.number for version in versions)
                 log(f"the model of round {number} is in {os.path.abspath(self.output)}")
+
+    def needs_files(self, facts):
+        """Whether the files of a worker, known by its Facts, would say more of the model."""
+        return not self.files or (facts.adapter and "adapter_config.json" not in self.files)
+
+    def take_files(self, texts):
+        """Keep the files that a worker has brought, {name: bytes}: all, or if there are some
+        already, those of its adapter."""
+        has_some, wanted = bool(self.files), ("adapter_config.json", "adapter_names.json")
+        texts = {n: text for n, text in texts.items() if not has_some or n in wanted}
+        self.files = {**texts, **self.files}
 
     # --- Weights of -m, and frozen tensors ---
     #
@@ -1682,7 +1885,8 @@ class Store:
                     "model",
                     "this worker's model is not the one of the run: "
                     f"its frozen tensor {name!r} has other numbers than that of {whose}; load the "
-                    "same weights on all workers, or start the server with a -m that holds them",
+                    "same weights on all workers, or start the server with a -m that holds them; where "
+                    "it changes in training, as a teacher's does, name it in the worker's local=[...]",
                 )
 
     def note_frozen(self, frozen, whose):
@@ -1690,11 +1894,24 @@ class Store:
         in words. Called when the run opens."""
         found = protocol.matched(self.weights, frozen)
         self.untrained = [name for name in frozen if name in self.weights]
+        self.is_partial = bool(frozen), len(self.untrained) < len(frozen)
         self.frozen = self.frozen or {
             name: [protocol.DTYPE_NAMES[spec.dtype], mark, whose]
             for name, (spec, mark) in frozen.items()
             if name not in found
         }
+
+    def keep(self, model, frozen):
+        """Keep the tensors of a model which are frozen from now on, as the workers have them."""
+        snapshots = [model.snapshot(k) for k in range(model.count)]
+        now_frozen = {s.name: tensor for s, tensor in model.tensors(snapshots) if s.name in frozen}
+        for snapshot in snapshots:
+            snapshot.close()
+        self.kept = {name: t for name, t in self.kept.items() if name in frozen} | now_frozen
+        self.weights = {**self.weights, **now_frozen}
+        self.frozen = {name: noted for name, noted in self.frozen.items() if name in frozen}
+        with self.lock:
+            self.marks = {}
 
     def frozen_tensors(self, frozen, names):
         """(specs, generator of tensors) of frozen tensors of -m by name, in the order of the names
@@ -1725,6 +1942,9 @@ class Facts:
     ranks: int  # processes of the worker
     run: str  # id of the run that the worker was in before, or ""
     process: list  # [machine, process id, when the process started]; ["", 0, 0] if unknown
+    adapter: bool = False  # whether it can bring the files that describe an adapter
+    again: bool = False  # whether its process was in the run with other tensors
+    compared: object = None  # weights that `differs` was found with
     differs: list = field(default_factory=list)  # frozen tensors that are not those of -m
     was_asked: bool = False  # whether the worker was asked to bring slices or files
     is_told: bool = False  # whether the worker has heard that the server ends
@@ -1744,6 +1964,8 @@ def facts_of(conn, message):
         ranks=message.field("ranks", int, 1, low=1, high=1 << 20),
         run=message.field("run", str, ""),
         process=message.field("process", list, ["", 0, 0]),
+        adapter=message.field("adapter", bool, False),
+        again=message.field("again", bool, False),
     )
     if [type(part) for part in facts.process] != [str, int, int] or len(facts.process[0]) > 256:
         raise ProtocolError("join: process is not [machine, process id, when it started]")
@@ -1751,6 +1973,11 @@ def facts_of(conn, message):
     if len(set(named)) != len(named):  # tensors of one name would share a place in a file
         raise ProtocolError("join: a name stands for two tensors of the model")
     return facts
+
+
+def layout_of(specs):
+    """What tells the tensors of a model from others: their names and shapes."""
+    return hash(frozenset((spec.name, spec.shape) for spec in specs))
 
 
 def blocked_of(message, count):
@@ -1958,7 +2185,7 @@ def read_join(server, conn, message):
         member = server.gate.introduced(conn, message)
         message.fields.clear()
         with server.lock:
-            if server.run.life and server.model and conn.large:
+            if server.run.life and server.model and conn.large and not member.facts.again:
                 server.model.check(member.facts.manifest, member.facts.buffers)
                 share(member.facts, server)
     finally:
@@ -2135,13 +2362,99 @@ class Handouts:
             return self.packed
 
 
+class Layouts:
+    """Which tensors the global model has: those of the first worker that joins, and where workers
+    change what they train, those that they come back with. Its methods need the lock."""
+
+    def __init__(self, server):
+        self.server, self.run, self.store = server, server.run, server.store
+
+    def check(self, member):
+        """Raise Refused where a joining worker's tensors are not those of the run; the first worker's
+        become those. A worker that comes back with others leaves the run until all do."""
+        run, facts = self.run, member.facts
+        others = [*run.members, *run.waiting.keys() - {member.id}]
+        is_new = not (is_begun(run.slices) or others or run.anew.before)
+        if self.server.model is None or is_new:
+            self.lay_out(member)
+        is_known = member.id in run.members or member.id in run.expected
+        if run.anew.is_stale(member):
+            raise Refused("rejoin", "this worker has asked to join with other tensors since")
+        if facts.again and is_known and not run.anew.fits(member):
+            if member.id in run.members:
+                run.anew.expect(member.id, now())
+                why = self.difference(member)
+                log(f"{shown(member.id)} trains other tensors from step {member.step} on: {why}")
+        else:
+            self.server.model.check(facts.manifest, facts.buffers)
+        self.store.check_frozen(facts.frozen)
+
+    def difference(self, member):
+        """How a worker's tensors differ from those of the run, in words."""
+        model, facts = self.server.model, member.facts
+        return protocol.explain_mismatch(
+            model.manifest + model.buffers, facts.manifest + facts.buffers
+        )
+
+    def empty_model(self, member):
+        """A new GlobalModel with the tensors of a worker."""
+        facts, args = member.facts, self.server.args
+        codecs = args.upload_codec, args.download_codec, args.error_feedback
+        return GlobalModel(facts.manifest, facts.buffers, member.fragments, *codecs)
+
+    def lay_out(self, member):
+        """Set up the global model in the layout of the first worker that joins, with the weights of
+        -m as far as it has them."""
+        facts = member.facts
+        found = self.store.fit(facts.manifest, facts.buffers, facts.frozen)
+        self.server.model = self.empty_model(member)
+        self.server.model.put(found)
+        self.run.slices = [Slice() for _ in range(self.server.model.count)]
+        self.run.anew.layout = member.layout
+        if found and len(found) == len(facts.manifest + facts.buffers):
+            for slice in self.run.slices:
+                slice.version = WEIGHTS
+
+    def lay_out_anew(self, member):
+        """Give the global model the tensors of a worker that has come back with others. What it, or
+        -m, has of them keeps its numbers, and the outer momentum of what was trained before; what is
+        trained no more is kept as frozen. The workers bring the rest."""
+        facts, old = member.facts, self.server.model
+        old = old.past[0] if old.past else old  # as where who was to bring the rest has gone
+        log(f"the run goes on with the tensors of {shown(member.id)}: {self.difference(member)}")
+        self.store.keep(old, facts.frozen)
+        specs = facts.manifest + facts.buffers
+        names = [*(spec.name for spec in specs), *facts.frozen]
+        shapes = {spec.name: spec.shape for spec in specs}
+        found = protocol.matched(self.store.weights, names)
+        found = {n: t for n, t in found.items() if shapes.get(n) == tuple(t.shape)}
+        held = {s.name for s in old.manifest + old.buffers if shapes.get(s.name) == s.shape}
+        model = self.empty_model(member)
+        model.past = old, found
+        model.inherit()
+        self.server.model = model
+        self.run.anew.lay_out(member.layout, model.count, shapes.keys() <= found.keys() | held)
+
+    def left_behind(self, member):
+        """The Refused of a worker that waits with tensors which the run will not get."""
+        why, step = "this worker's model is not the one of the run", member.step
+        if member.id in self.run.expected:
+            others = ", ".join(sorted(self.run.members))
+            why = (
+                f"this worker trains other tensors from step {step} of the run on, and {others} did not "
+                "make that change: all workers must make it at the same step"
+            )
+        self.run.anew.turn_away(member.id)
+        return Refused("model", f"{why}: {self.difference(member)}")
+
+
 class Gate:
     """The requests of workers that come and go: to join, to bring slices, to stay and to leave."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
         self.store, self.args = server.store, server.args
-        self.ids = Ids(server)
+        self.ids, self.layouts = Ids(server), Layouts(server)
 
     def on_join(self, conn, message):
         """Let a worker take part: the worker brings what the server lacks, then gets its place."""
@@ -2155,10 +2468,8 @@ class Gate:
         ended = message.field("ended", list, [])
         member = read_join(self.server, conn, message)
         facts = member.facts
-        jobs = self.store.compare(facts.frozen)
-        hashing = "the server, which compares the frozen weights with those of -m"
-        self.server.wait(conn, lambda: all(j.done() for j in jobs.values()), lambda: hashing)
-        facts.differs = self.store.differing(facts.frozen, jobs)
+        if not facts.again:  # else those of -m may be old
+            self.compare(conn, facts)
         self.ids.wait(conn, member, ended)
         with self.lock:
             self.check(member)
@@ -2168,6 +2479,14 @@ class Gate:
         who = f"{shown(member.id)} on {shown(facts.host)} ({conn.peer})"
         log.seldom("requests to join", f"{who} asks to join")
         self.admit(conn, member)
+
+    def compare(self, conn, facts):
+        """Find which of a worker's frozen tensors are not those that the server has."""
+        facts.compared = self.store.weights
+        jobs = self.store.compare(facts.frozen)
+        hashing = "the server, which compares the frozen weights with those of -m"
+        self.server.wait(conn, lambda: all(j.done() for j in jobs.values()), lambda: hashing)
+        facts.differs = self.store.differing(facts.frozen, jobs)
 
     def introduced(self, conn, message):
         """The Member that a join describes. Raises ProtocolError where the description is malformed,
@@ -2193,6 +2512,7 @@ class Gate:
             resumes=resumes,
             closed=set(message.numbers("closed", None, high=count - 1)),
             facts=facts,
+            layout=layout_of(facts.manifest + facts.buffers),
             sync_every=field("sync_every", int, low=1, high=1 << 31),
             fragments=fragments,
             step=field("step", int, 0),
@@ -2210,25 +2530,7 @@ class Gate:
                 "--worker-id, or end that one",
             )
         self.check_settings(member)
-        others = [*self.run.members, *self.run.waiting.keys() - {id}]
-        is_new = not is_begun(self.run.slices) and not others
-        if self.server.model is None or is_new:
-            self.lay_out(member)
-        self.server.model.check(member.facts.manifest, member.facts.buffers)
-        self.store.check_frozen(member.facts.frozen)
-
-    def lay_out(self, member):
-        """Set up the global model in the layout of the first worker that joins, with the weights of
-        -m as far as it has them. Needs the lock."""
-        facts, args = member.facts, self.args
-        found = self.store.fit(facts.manifest, facts.buffers, facts.frozen)
-        codecs = args.upload_codec, args.download_codec, args.error_feedback
-        self.server.model = GlobalModel(facts.manifest, facts.buffers, member.fragments, *codecs)
-        self.server.model.put(found)
-        self.run.slices = [Slice() for _ in range(self.server.model.count)]
-        if found and len(found) == len(facts.manifest + facts.buffers):
-            for slice in self.run.slices:
-                slice.version = WEIGHTS
+        self.layouts.check(member)
 
     def check_settings(self, member):
         """Raise Refused where a setting that all workers of a run need alike differs. Needs the
@@ -2257,28 +2559,38 @@ class Gate:
     def admit(self, conn, member):
         """Wait until a worker may enter the run, or is to bring what the server lacks; then answer
         its join."""
-        run, id = self.run, member.id
+        run, id, anew = self.run, member.id, self.run.anew
 
         def is_decided():
             if not run.here(id, member.session, now()):
                 return True
-            return bool(run.lacking(id, now())) or run.may_enter(id, now())
+            is_over = anew.lays_out(id, now()) or anew.is_left_behind(id)
+            return is_over or bool(run.lacking(id, now())) or run.may_enter(id, now())
 
         while True:
             self.server.wait(conn, is_decided, self.awaited_to_start)
+            if member.facts.compared is not self.store.weights and anew.fits(member):
+                self.compare(conn, member.facts)
             with self.lock:
                 if member not in (run.waiting.get(id), run.members.get(id)):
                     raise Refused("id", "another connection of this worker has taken its place")
+                if id in run.waiting and anew.is_left_behind(id):
+                    raise self.layouts.left_behind(member)
+                if id in run.waiting and anew.lays_out(id, now()):
+                    self.layouts.lay_out_anew(member)
+                    self.lock.notify_all()
+                    continue
                 is_asked = id in run.waiting and self.ask_to_bring(member)
                 if id in run.waiting and not is_asked:
-                    if not run.may_enter(id, now()):
+                    is_old = member.facts.compared is not self.store.weights
+                    if is_old or not run.may_enter(id, now()):
                         continue  # somebody has gone, or a fold has begun, in between
                     self.enter(id)
                 fields = {} if is_asked else self.place(member)
             break
         if is_asked:
             conn.stall = min(conn.stall, self.args.worker_timeout)
-            wanted = {"slices": member.asked, "files": not self.store.files}
+            wanted = {"slices": member.asked, "files": self.store.needs_files(member.facts)}
             return conn.send("bring", {**wanted, **self.layout()})
         conn.stall = protocol.STALL_SECONDS
         request = self.server.clerk.keep_names()
@@ -2293,13 +2605,14 @@ class Gate:
         start of a run the model's descriptive files. Needs the lock."""
         member.asked = self.run.lacking(member.id, now())
         is_first = not self.run.is_open and member.id == min(self.run.waiting)
-        needs_files = is_first and not self.store.files and not member.facts.was_asked
+        needs_files = is_first and self.store.needs_files(member.facts)
+        needs_files = needs_files and not member.facts.was_asked
         member.facts.was_asked |= bool(member.asked) or needs_files
         return bool(member.asked) or needs_files
 
     def enter(self, id):
         """Make a member of a waiting worker, or open the run with all that wait. Needs the lock."""
-        run, was_open = self.run, self.run.is_open
+        run, was_open, past = self.run, self.run.is_open, self.server.model.past
         entered = run.enter(id, now(), protocol.new_life)
         if was_open:
             log(f"{shown(id)} joins the run as worker {run.members[id].index}")
@@ -2311,7 +2624,8 @@ class Gate:
             names = ", ".join(map(shown, entered))
             log(f"the run starts at round {self.server.round} with {names}")
             protocol.audit("open", life=run.life, labels=labels, members=entered)
-            if self.args.save_every and not self.store.saved:
+            self.server.model.past = None
+            if self.args.save_every and (past or not self.store.saved):
                 self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
         self.lock.notify_all()
 
@@ -2349,8 +2663,10 @@ class Gate:
     def awaited_to_start(self):
         """Whom a worker that waits to enter waits for, in words."""
         run = self.run
-        if run.expected:
+        if run.expected and not run.is_open:
             return f"{', '.join(sorted(run.expected.keys() - run.waiting.keys()))} to come back"
+        if run.expected:
+            return f"{', '.join(sorted(run.members))} to train the same tensors"
         if (missing := self.args.n - len(run.waiting)) > 0 and not run.is_open:
             return f"{missing} more worker(s) to join"
         bringing = [id for id in sorted(run.waiting) if run.lacking(id, now())]
@@ -2383,7 +2699,8 @@ class Gate:
         raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
         texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
         with self.lock:
-            if slices and self.run.waiting.get(id) is not member:
+            is_asked = self.run.waiting.get(id) is member and self.server.model is model
+            if slices and not is_asked:
                 raise Refused("rejoin", "this worker was waited for no more; join again")
             for k in slices:
                 model.take(k, values[k])
@@ -2393,8 +2710,10 @@ class Gate:
             if NONE < newest <= WEIGHTS:  # a new model: -m may have a part of it
                 facts = member.facts
                 self.server.model.put(self.store.fit(facts.manifest, facts.buffers, facts.frozen))
+            elif model.past and newest <= self.run.anew.held:  # what the server has is as new
+                model.inherit()
             self.server.run_id = self.server.run_id or member.facts.run
-            self.store.files = self.store.files or texts
+            self.store.take_files(texts)
             if newest > WEIGHTS:  # work that is on no disk
                 self.server.save_wanted.add("checkpoint")
             self.lock.notify_all()
@@ -2475,6 +2794,7 @@ class Rounds:
         self.store, self.args = server.store, server.args
         self.unfolded = collections.deque()  # (Round, Entry) whose thread is still to be started
         self.last = None  # line of rounds.jsonl of the round that was closed last
+        self.has_twins = False  # whether two workers were seen to train on the same data
 
     @property
     def model(self):
@@ -2501,7 +2821,7 @@ class Rounds:
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             self.check_room(member, message)
-            push = self.announced(member, message)
+            push, model = self.announced(member, message), self.model
         unused = push.payload
         try:
             self.read_push(conn, push)
@@ -2518,7 +2838,7 @@ class Rounds:
                         log(f"WARNING: {who}: {push.refused}; the round goes on without it")
         finally:
             if unused is not None:
-                self.model.give_back(push.k, unused)
+                model.give_back(push.k, unused)
         return is_taken
 
     def check_room(self, member, message):
@@ -2599,9 +2919,11 @@ class Rounds:
 
     def fold(self, closed, entry):
         """Fold a closed round, in a thread of its own, while its entry is being sent."""
+        model = self.model
         try:
-            norm, counted = self.model.fold(closed, entry, self.server.outer)
+            norm, counted = model.fold(closed, entry, self.server.outer)
             line = self.round_line(closed, entry, counted, norm)
+            self.warn_of_twins(closed)
             with self.lock:
                 before = self.server.round
                 self.audit_fold(closed, counted, entry)
@@ -2613,11 +2935,23 @@ class Rounds:
             entry.finish()
             for push in closed.pushes:
                 if push.payload:
-                    self.model.give_back(closed.k, push.payload)
+                    model.give_back(closed.k, push.payload)
             self.turn()
             self.write_line(line)
         except BaseException:  # half of the slice is of one version, half of another
             die("an outer step failed")
+
+    def warn_of_twins(self, closed):
+        """Say once that the pushes of two workers are equal to the bit."""
+        found = None if self.has_twins else twins(closed.pushes)
+        if found:
+            self.has_twins = True
+            first, second = (shown(push.worker) for push in found)
+            log(
+                f"WARNING: the pushes of {first} and {second} are identical: they train on the same "
+                "data in the same order, so that the second one adds nothing. Give each worker data "
+                "of its own: seed its data loader with 1337 + the worker's index, for example"
+            )
 
     def audit_fold(self, closed, counted, entry):
         """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
@@ -3177,6 +3511,7 @@ class Server:
                 self.settings[name] = saved
             elif given != saved:
                 log(f"{name} {given} from the command line replaces {saved} of the run")
+        self.run.anew.layout = layout_of(model.manifest + model.buffers)
         labels = [version for version, _ in state["heads"]]
         protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
         return model
@@ -3264,6 +3599,7 @@ class Server:
         with self.lock:
             self.transfers.hear()
             self.watch.look()
+            self.run.anew.give_up_absent(now())
             for id in self.run.silent(now()):
                 self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
             for id in self.run.silent_waiting(now()):
@@ -3357,10 +3693,9 @@ class Server:
 
     def state(self):
         """What the run is doing, in words."""
-        if self.run.expected:
-            return "waiting for workers to come back"
         if not self.run.is_open:
-            return "waiting for workers"
+            is_back = bool(self.run.expected)
+            return "waiting for workers to come back" if is_back else "waiting for workers"
         return "running" if len(self.run.members) >= self.args.min_workers else "too few workers"
 
     def on_save(self, conn, message):
@@ -3384,6 +3719,7 @@ class Server:
 
     def save_when_wanted(self):
         """Write what is wanted, until the process ends."""
+        is_last = False  # whether the final model was wanted last
         while not self.ended.is_set():
             with self.lock:
                 self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
@@ -3391,25 +3727,28 @@ class Server:
             with self.faults.survive(log, "saving"):
                 if wanted:
                     self.save("final" in wanted)
-            if "final" in wanted and self.args.until_done and not self.run.is_open:
+            is_last = (is_last or "final" in wanted) and not self.run.is_open
+            with self.lock:
+                is_over = is_last and not self.run.anew.awaits_any(now())
+            if is_over and self.args.until_done:
                 self.ended.set()
 
     def save(self, final):
         """Write a checkpoint where there is something new, and if `final` the final model too."""
         with self.lock:
-            if not self.run.is_whole:
-                return
+            if not self.run.is_whole or self.run.anew.before:
+                return  # the model is only half laid out
             while any(slice.folding for slice in self.run.slices):
                 self.rounds.start_folds()  # near the end nobody else does
                 self.lock.wait(0.5)
-            state, snapshots = self.state_to_save(), self.model.freeze()
-            others = self.model.freeze() if final else []
-        self.store.save(state, self.model, snapshots)
+            state, model = self.state_to_save(), self.model
+            snapshots, others = model.freeze(), model.freeze() if final else []
+        self.store.save(state, model, snapshots)
         if "names" in self.store.faults and "checkpoint" not in self.store.faults:
             self.clerk.named = None  # the disk is there again: the next tick writes the names
         if final:
             versions = [version for version, _ in state["heads"]]
-            self.store.save_final(versions, self.model, others)
+            self.store.save_final(versions, model, others)
 
     def state_to_save(self):
         """The state of the run that a checkpoint stores. Needs the lock."""

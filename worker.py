@@ -4,6 +4,7 @@
     python worker.py --server host:8512 default.yaml        # on each machine that trains
     python worker.py default.yaml --set train.max_steps=100 --set data.source=builtin
     python worker.py default.yaml --resume                  # go on from the newest checkpoint
+    python worker.py default.yaml --go-on                   # the same if there is one, else start
     python worker.py default.yaml --dry-run                 # show the settings, do nothing
     torchrun --nproc_per_node=2 worker.py --server host:8512 default.yaml     # several GPUs a machine
     python worker.py --server host:8512 --sync-every 500 -- python train.py --their flags
@@ -596,12 +597,10 @@ def story(seed, number):
 # from the same seed, and so from the same weights, until the server's weights replace them.
 
 
-MAX_PARTS = 1024  # layers, heads or experts of a model
+MAX_PARTS, PARTS = 1024, "layer|block|expert|head|depth|stage"  # of a model, and what names them
 # What descriptive files that nobody has checked may lead to.
-MALFORMED = (
-    OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError,
-    AssertionError, ProtocolError,
-)  # fmt: skip
+MALFORMED = OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError
+MALFORMED += ArithmeticError, AssertionError, ProtocolError
 
 
 def build_model(settings, files):
@@ -627,9 +626,8 @@ def build_model(settings, files):
                 kind = f"the run's model, a {str(description.get('model_type'))[:80]!r},"
                 auto = models.transformers_for(kind)
                 config = auto.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                build = functools.partial(
-                    auto.AutoModelForCausalLM.from_config, config, trust_remote_code=False
-                )
+                from_config = auto.AutoModelForCausalLM.from_config
+                build = functools.partial(from_config, config, trust_remote_code=False)
             with torch.device("meta"):  # without memory
                 check_memory(sum(parameter.numel() for parameter in build().parameters()))
             torch.manual_seed(settings.train.seed)
@@ -650,8 +648,7 @@ def check_sizes(description):
             if type(each) is dict:
                 check_sizes(each)
             elif type(each) is int:
-                parts = re.search("layer|block|expert|head|depth|stage", name)
-                most = MAX_PARTS if parts else 1 << 31
+                most = MAX_PARTS if re.search(PARTS, name) else 1 << 31
                 if abs(each) > most:
                     raise ValueError(f"{name[:80]!r} is {each:.3g}, over {most}")
 
@@ -660,10 +657,8 @@ def check_memory(count):
     """Raise ValueError where a model of so many parameters is larger than this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
-        raise ValueError(
-            f"its {count:,} parameters take {4 * count / 1e9:.3g} GB as float32, and this machine "
-            f"has {memory / 1e9:.3g} GB of memory"
-        )
+        needs, has = f"{4 * count / 1e9:.3g} GB as float32", f"{memory / 1e9:.3g} GB of memory"
+        raise ValueError(f"its {count:,} parameters take {needs}, and this machine has {has}")
 
 
 def check_fit(config, tokenizer, context):
@@ -843,8 +838,9 @@ def newest_checkpoint(found):
 
 
 def output_folder(settings, resume):
-    """(folder for this worker's output, checkpoints in it to resume from, oldest first, or none). A worker of a run
-    that has no id yet gets one. Raises RunError."""
+    """(folder for this worker's output, checkpoints in it to resume from, oldest first, or none). A
+    worker of a run that has no id yet gets one. Raises RunError, also where `resume` is True and there
+    is no checkpoint; "may" starts anew then."""
     diloco = settings.diloco
     if diloco.server and not diloco.worker_id:
         diloco.worker_id = f"{socket.gethostname()}-{os.getpid()}"
@@ -853,7 +849,7 @@ def output_folder(settings, resume):
     if (folder / "rounds.jsonl").exists() or any(folder.glob("checkpoint-*")):
         raise RunError(f"{folder} is the folder of a server: give another --output-dir")
     found = checkpoints(folder)
-    if resume and not found:
+    if resume is True and not found:
         raise RunError(
             f"nothing to resume in {folder}: name the run's --worker-id or --output-dir, or leave "
             "--resume out to start anew"
@@ -1057,6 +1053,11 @@ class Run:
             f"{place}: {count:,} parameters on {self.device}, data {self.source.identity}, "
             f"steps {self.step} to {self.settings.train.max_steps}"
         )
+        if worker and self.step >= self.settings.train.max_steps:
+            self.output.line(
+                f"the run is over: it is at step {self.step} already, so no step is made here. For a "
+                "new run start a server with another folder; to go on raise train.max_steps"
+            )
 
     def next_batch(self):
         """This rank's part of the worker's batch: int64 [batch_size, context + 1]. Every rank draws
@@ -1338,6 +1339,8 @@ def parse_arguments(arguments):
     protocol.Access.add_options(parser)
     parser.add_argument("--set", action="append", default=[], metavar="BLOCK.KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    again = "as --resume if there is a checkpoint, else start anew; for jobs that are run again"
+    parser.add_argument("--go-on", dest="resume", action="store_const", const="may", help=again)
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and exit")
     command = arguments[len(own) + 1 :] if len(own) < len(arguments) else None
     return parser.parse_args(own, argparse.Namespace(command=command))

@@ -119,6 +119,7 @@ REQUESTS = {
         "folded": [FATES, FATES],
         "closed": [],
         "resumes": [],
+        "again": False,
     },
     "bring": {"slices": [0], "files": {"config.json": 3}},
     "push": {

@@ -41,11 +41,26 @@ DEFAULTS = {
 }
 
 
+# What the README said before the callback could be imported; it stands in people's scripts.
+PASTED = """
+from diloco_callback import DiLoCoCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class DiLoCo(DiLoCoCallback, TrainerCallback, ExportableState):
+    pass
+
+
+trainer = Trainer(model, args, train_dataset=train, eval_dataset=test, callbacks=[DiLoCo()])
+"""
+
+
 def recipe():
     """The README's code for the Trainer."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         blocks = re.findall(r"```python\n(.*?)```", file.read(), flags=re.DOTALL)
-    (block,) = (block for block in blocks if "ExportableState" in block)
+    (block,) = (block for block in blocks if "transformers import Trainer" in block)
     return block
 
 
@@ -114,6 +129,7 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], help="TrainingArguments, as name=value")
     parser.add_argument("--lora", action="store_true", help="an adapter on a model of --base")
     parser.add_argument("--base", type=int, default=0, help="the seed of what is adapted")
+    parser.add_argument("--pasted", action="store_true", help="with a class as people have it")
     parser.add_argument("--early-stopping", action="store_true")
     parser.add_argument("--hold-at", type=int, default=0, help="the step of a checkpoint")
     parser.add_argument("--resume", action="store_true")
@@ -129,7 +145,7 @@ def main():
 
     train, test = sentences(64, options.seed), sentences(16, 99)
     names = {"model": model, "args": args, "train": train, "test": test}
-    exec(recipe(), names)
+    exec(PASTED if options.pasted else recipe(), names)
     trainer = names["trainer"]
     reporter = Reporter()
     trainer.add_callback(reporter)  # behind the callback, as the last of `callbacks` would be

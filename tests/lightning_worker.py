@@ -8,13 +8,17 @@ JSON, what each came to.
 """
 
 import argparse
+import copy
 import json
 import os
+import pickle
 import re
+import signal
 import sys
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -24,7 +28,7 @@ sys.path.insert(0, ROOT)
 # Each but the last is 12 steps; an epoch has four batches.
 RUNS = {
     "plain": {"max_steps": 12},
-    "accumulated": {
+    "accumulated": {  # with a class as people have pasted it
         "max_epochs": 6,
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 0.5,
@@ -33,7 +37,47 @@ RUNS = {
     "several": {"max_steps": 24},  # of two optimizers, and in fragments
     "cut": {"max_steps": 12},
     "stopped": {"max_epochs": -1, "limit_val_batches": 0},
+    "preempted": {"max_epochs": -1, "limit_val_batches": 0},  # by SIGTERM
 }
+
+
+# What the README said before the callback could be imported; it stands in people's scripts.
+PASTED = """
+import lightning
+from diloco_callback import DiLoCoCallback, reason_of
+
+
+class DiLoCo(DiLoCoCallback, lightning.Callback):
+    def on_train_start(self, trainer, module):
+        self.on_train_begin(None, None, None, module, trainer.optimizers)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.worker is None:  # no server
+            return
+        if self.worker.run_is_over(trainer.max_steps):
+            trainer.should_stop = True
+        last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        last = last or 0 < trainer.max_steps <= trainer.global_step
+        if last:
+            self.worker.flush()  # before the last validation and checkpoint
+        if last or trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            if "loss" in (outputs or {}):
+                self.worker.loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+            module.log_dict(self.worker.metrics())
+
+    def on_train_end(self, trainer, module):
+        super().on_train_end(None, None, None)
+
+    def on_exception(self, trainer, module, exception):
+        self.close(reason_of(exception))
+
+    def state_dict(self):
+        residual = {"residual": self.worker.residual()} if self.worker else {}
+        return super().state_dict() | residual
+
+
+trainer = lightning.Trainer(callbacks=[DiLoCo()], **settings)
+"""
 
 
 def recipe():
@@ -95,6 +139,14 @@ class Breaks(lightning.Callback):
             raise RuntimeError("no sample\nof that name")
 
 
+class Preempts(lightning.Callback):
+    """The notice that a machine gets before it is taken away, in the third epoch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+
 def loader(count, seed):
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(torch.randn(count, 4, generator=generator), batch_size=8)
@@ -112,10 +164,13 @@ def train(run, folder, seed, ckpt_path=None, breaks=False):
         **RUNS[run],
     }
     names = {"settings": settings}
-    exec(recipe(), names)
+    exec(PASTED if run == "accumulated" else recipe(), names)
     trainer = names["trainer"]
     if breaks:
         trainer.callbacks.append(Breaks())
+    if run == "preempted":
+        trainer.callbacks.append(Preempts())
+        trainer.callbacks.append(ModelCheckpoint(folder, "last", save_on_exception=True))
     module = (Several if run == "several" else Module)(seed)
     trainer.fit(module, loader(32, seed), loader(16, 99), ckpt_path=ckpt_path)
     return trainer, module
@@ -141,6 +196,12 @@ def main():
                 print(f"{args.name} has caught {error!r}", flush=True)
             (name,) = os.listdir(os.path.join(folder, "logs", "checkpoints"))
             ckpt_path = os.path.join(folder, "logs", "checkpoints", name)
+        if run == "preempted":
+            try:
+                train(run, folder, seed)
+            except SystemExit as error:
+                told[run] = {"error": type(error).__name__, "files": sorted(os.listdir(folder))}
+            continue
         trainer, module = train(run, folder, seed, ckpt_path)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         save_file(trained, f"{folder}.safetensors")
@@ -150,6 +211,12 @@ def main():
             "step": trainer.global_step,
             "checkpoint": trainer.checkpoint_callback.best_model_path,
         }
+    from diloco_callback import LightningCallback
+
+    made = LightningCallback("host:1", 7, "ada")
+    again = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert type(again) is LightningCallback and again.options == made.options
+    assert isinstance(made, lightning.Callback) and made.state_key == "LightningCallback"
     print(json.dumps(told), flush=True)
 
 

@@ -75,15 +75,8 @@ def compiled(net, args):
     return plain(net, args, torch.compile(net, backend="eager"))
 
 
-class Wrapper(torch.nn.Module):
+class Wrapper(torch.nn.DataParallel):
     """As DistributedDataParallel wraps a module: under one more name."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
 
 
 def wrapped(net, args):

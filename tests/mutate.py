@@ -44,8 +44,8 @@ MUTATIONS = {
     ),
     "an old session is let in": (
         "server",
-        "        if member is None or member.session != session:\n            if id in",
-        "        if member is None:\n            if id in",
+        "        if member is None or member.session != session:\n            self.anew",
+        "        if member is None:\n            self.anew",
     ),
     "a process comes back under an id that was taken over": (
         "server",
@@ -74,6 +74,26 @@ MUTATIONS = {
         "server",
         'self.expected = dict.fromkeys(names["members"], now)',
         "pass",
+    ),
+    "a run is laid out anew though one comes back with the tensors of before": (
+        "server",
+        "return bool(back) and not any(self.fits(member) for member in back)",
+        "return bool(back) and not all(self.fits(member) for member in back)",
+    ),
+    "pushes from before a change are forgotten": (
+        "server",
+        "run.slices = [Slice(version, dict(fates)) for _ in range(count)]",
+        "run.slices = [Slice(version) for _ in range(count)]",
+    ),
+    "slices that are cut anew keep their version": (
+        "server",
+        "        if self.before is None:\n            return version",
+        "        if True:\n            return version",
+    ),
+    "a join from before a change is let in": (
+        "server",
+        "return bool(old) and (member.session, member.layout) == (old.session, old.layout)",
+        "return False",
     ),
     "those who are expected are waited for for ever": (
         "server",

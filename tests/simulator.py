@@ -60,6 +60,7 @@ FAULTS = {
     "stop": 0.3,
     "late": 0.4,
     "unequal": 0.5,
+    "change": 0.3,
     "folds": 0.6,
 }
 # Faults after which workers may be out of step for a cycle, as they are where one has trained on in
@@ -89,6 +90,7 @@ class Server:
         self.world, self.calls, self.folds, self.snapshot = world, [], [], None
         names, heads = world.names, world.heads
         self.run = Run(world.rules, world.now)
+        self.run.anew.layout = world.layout
         self.expected = set(names["members"]) if names else set()
         if names:
             self.run.reopen(names, [head[:2] for head in heads], world.now)
@@ -172,8 +174,13 @@ class Server:
                 self.snapshot[k] = slice.version, dict(slice.folded), Counter(self.numbers[k])
                 self.point()
         if len(self.snapshot) == len(self.run.slices):
-            self.world.heads = [self.snapshot[k] for k in range(len(self.snapshot))]
-            self.snapshot, self.world.step = None, self.run.step
+            self.keep([self.snapshot[k] for k in range(len(self.snapshot))])
+            self.snapshot = None
+
+    def keep(self, heads):
+        """A checkpoint is whole."""
+        self.world.heads, self.world.step = heads, self.run.step
+        self.world.layout = self.run.anew.layout
 
     def receive(self, call):
         """Answer a request, or keep it until that is possible."""
@@ -197,7 +204,9 @@ class Server:
     def on_join(self, call, process):
         run, now, id = self.run, self.world.now, process.id
         if call.member is None:
-            call.member = Member(id=id, session=process.session, **call.what)
+            what = {name: value for name, value in call.what.items() if name != "again"}
+            call.member = Member(id=id, session=process.session, **what)
+            self.check_layout(call.member, call.what["again"])
             run.ask(call.member, now)
         if run.waiting.get(id) is not call.member:
             if id in run.members and run.members[id].session == process.session:
@@ -205,6 +214,11 @@ class Server:
             return ("again",)
         if not call.mute and call.broken_at is None:
             run.here(id, process.session, now)
+        if run.anew.is_left_behind(id):
+            run.anew.turn_away(id)
+            raise Refused("model", "other tensors than the run's")
+        if run.anew.lays_out(id, now):
+            self.lay_out(call.member)
         if asked := run.lacking(id, now):
             return "bring", asked
         if not run.may_enter(id, now):
@@ -219,6 +233,30 @@ class Server:
             self.world.opened(self, entered)
         self.save_names()
         return self.joined(id)
+
+    def check_layout(self, member, again):
+        """A worker that comes back with other tensors leaves the run until all do."""
+        run, id = self.run, member.id
+        if run.anew.is_stale(member):
+            raise Refused("rejoin", "an older join")
+        if run.holder(id, member.session, self.world.now) or run.anew.fits(member):
+            return
+        if not (again and (id in run.members or id in run.expected)):
+            raise Refused("model", "other tensors than the run's")
+        if id in run.members:
+            run.anew.expect(id, self.world.now)
+            self.world.note("changes", id)
+            self.world.changes += 1
+            self.save_names()
+
+    def lay_out(self, member):
+        """The run goes on with other tensors, which have the numbers of before."""
+        run, world = self.run, self.world
+        assert not any(slice.folding for slice in run.slices), "laid out anew amid a fold"
+        run.anew.lay_out(member.layout, len(run.slices), world.has_all)
+        world.note("lays out anew", member.id, tuple(run.anew.before))
+        self.log, self.snapshot = [[] for _ in world.slices], None
+        self.taken = [set() for _ in world.slices]
 
     def recall(self, member):
         """The open push of the predecessor of a process that is resumed is not missed."""
@@ -242,7 +280,8 @@ class Server:
             call.member = run.waiting[id]
             for k, (version, numbers) in call.what.items():
                 if k in run.lacking(id, now) and run.waiting[id].versions[k] == version:
-                    self.numbers[k] = Counter(numbers)
+                    if version > (run.anew.held or NONE):  # else the server's are as new
+                        self.numbers[k] = Counter(numbers)
                     run.bring(id, k)
                     self.point()
         return self.on_join(call, process)
@@ -301,7 +340,8 @@ class Server:
     def check_step(self, member, claimed):
         """Steps of honest workers are believed, unless they have trained on without the server."""
         honest = [process.furthest for process in self.world.processes if not process.lies]
-        most = max(honest, default=0) + 100 * (1 + self.world.crashes)  # a run opens with a lead
+        openings = 1 + self.world.crashes + self.world.kills + self.world.changes
+        most = max(honest, default=0) + 100 * openings  # who comes in has a lead
         assert self.run.step <= most, f"the run is at {self.run.step}, over {most}"
         may_skip = member.sync_every < self.world.delay  # which no DiLoCoWorker allows
         if self.world.is_even and claimed < 1 << 50 and not may_skip:
@@ -313,8 +353,7 @@ class Server:
         self.world.note("left", process.id)
         if not self.run.is_open and not any(slice.folding for slice in self.run.slices):
             slices = zip(self.run.slices, self.numbers, strict=True)
-            self.world.step = self.run.step
-            self.world.heads = [(s.version, dict(s.folded), Counter(n)) for s, n in slices]
+            self.keep([(s.version, dict(s.folded), Counter(n)) for s, n in slices])
         self.save_names()
         return ("leave",)
 
@@ -344,11 +383,12 @@ class Process:
         self.next = ("join",)  # next request on the control connection
         self.ticked, self.ending, self.parting, self.fate = True, False, None, ""
         self.is_ahead = False
+        self.layout, self.again, self.is_changing = 0, False, False
         self.ahead = None  # steps of the run that were made before it came
         self.lies = world.has_liar and id == "z"
         self.reached = world.now
         if saved:
-            self.saved, position = saved[:-1], saved[-1]
+            self.saved, position, self.layout = saved[:-2], *saved[-2:]
             self.schedule.resume(position)
             for k, (version, seq, _) in enumerate(self.saved):
                 self.resumes[k], self.outbox.places[k].seq = version, seq
@@ -428,6 +468,8 @@ class Process:
                 "step": self.claims,
                 "sync_every": self.every,
                 "fragments": world.fragments,
+                "layout": self.layout,
+                "again": self.again,
             }
             return world.send(self, "join", what)
         if self.next:
@@ -477,6 +519,11 @@ class Process:
             self.fate = "parted" if self.parting else "ended"
         elif code == "rejoin":
             self.next = ("join",)
+        elif code == "model":
+            is_new = not self.step and not self.is_changing
+            assert is_new or self.again or not self.world.is_gentle, f"{self.session} is no misfit"
+            self.world.misfits += 1
+            self.fate = "turned away"
         elif code == "stopping":
             assert self.step == 0, f"{self.session} was turned away with its steps"
             self.fate = "turned away"
@@ -515,6 +562,8 @@ class Process:
             return
         if self.parting is not None:
             return self.close()
+        if self.is_changing:
+            return self.change()
         if not self.settle():
             return
         if not self.ticked:
@@ -526,12 +575,34 @@ class Process:
         if self.step >= self.last or self.ending:
             self.ending = True
             self.close()
+        elif self.is_in and 0 < self.world.change_at <= self.furthest and not self.layout:
+            self.is_changing = True
+            self.change()
         elif self.world.random() >= self.slowness:
             self.step += 1
             self.ticked = False
             for names, must in zip(self.names, self.must, strict=True):
                 names[self.step] = f"{self.session}.{self.step}"
                 must.add(names[self.step])
+
+    def change(self):
+        """Close all slices, then join anew with other tensors, as the product's Anew does."""
+        self.close()
+        if not self.outbox.is_closed or any(self.news) or self.behind:
+            return
+        places, fates = self.outbox.places, {}
+        version, seq = min(p.version for p in places), max(p.seq for p in places)
+        for place in places:
+            for id, fate in place.folded.items():
+                fate = fate._replace(round=min(fate.round, version.number))
+                fates[id] = max(fate, fates.get(id, fate))
+        self.outbox = Outbox(self.id, len(places))
+        for place in self.outbox.places:
+            place.version, place.base, place.seq = version, version, seq
+            place.folded, place.mark = dict(fates), (self.step, self.step)
+        self.layout, self.again, self.is_changing = 1, True, False
+        self.skipped.clear()
+        self.control, self.next = None, ("join",)
 
     @property
     def is_cut_off(self):
@@ -641,7 +712,7 @@ class Process:
             else:
                 steps = range(place.mark[0] + 1, self.step + 1)
                 saved.append((place.version, place.seq, [self.names[k][step] for step in steps]))
-        self.world.saved[self.id] = [*saved, self.schedule.position]
+        self.world.saved[self.id] = [*saved, self.schedule.position, self.layout]
 
     def close(self):
         if self.parting is None:
@@ -670,7 +741,7 @@ class Process:
     def suffer(self):
         """Faults of a tick. True where the process does not act now."""
         world = self.world
-        if self.is_in and world.hits("saved") and not self.ending:
+        if self.is_in and world.hits("saved") and not (self.ending or self.is_changing):
             self.save()
         if world.hits("frozen"):
             self.wakes = world.now + world.rng.randrange(1, 120)
@@ -688,7 +759,12 @@ class Process:
         elif world.hits("doubled"):
             self.wakes = world.now + world.rng.randrange(30, 200)
             world.replace(self)
-        elif world.hits("parting") and self.step and self.is_in and not self.ending:
+        elif (
+            world.hits("parting")
+            and self.step
+            and self.is_in
+            and not (self.ending or self.is_changing)
+        ):
             self.parting = world.now
         return self.fate or world.now < self.wakes
 
@@ -735,6 +811,9 @@ class World:
             id: (rng.choice([4, 6, 8]), rng.choice([0, 0.3, 0.8])) if unequal else (every, 0.1)
             for id in "abcdz"
         }
+        self.change_at = rng.randrange(1, STEPS) if self.has("change") else 0  # step of the run
+        self.has_all = rng.random() < 0.5  # whether the server has all numbers of a change
+        self.layout = self.changes = self.misfits = 0
         self.stop_at = rng.randrange(20, 150) if self.has("stop") else 0
         self.has_liar = self.has("lying")
         self.step = 0  # of the run, on disk
@@ -868,7 +947,7 @@ class World:
                 assert held <= slice.version, f"slice {k}: {id} holds {held}, not {slice.version}"
                 assert held.life < run.life, f"slice {k}: {id} holds {held}, not before {run.life}"
         if self.now - run.began <= TIMEOUT:
-            gone = server.expected - set(entered)
+            gone = server.expected - set(entered) - run.waiting.keys()
             assert not gone, f"opened without {gone}, who may come"
         server.expected = set()
         self.excuse(server)
@@ -1044,7 +1123,7 @@ def main():
             bad.append((seed, fault))
             if len(bad) == 1 and args.trace:
                 explain(seed)
-        for name in ("crashes", "kills", "pushes", "needless"):
+        for name in ("crashes", "kills", "pushes", "needless", "changes", "misfits"):
             total[name] += getattr(world, name)
         total["forced"] += world.forced + (world.server.run.forced if world.server else 0)
         total["ticks"] += int(world.now)

@@ -15,7 +15,7 @@ LINES = 1400  # that a product file may have at most
 # the file: as many lines as it takes to say them plainly, until a room can be made simpler. The third
 # is what both sides share, which projects that copy the callback need as well: the wire, who may
 # speak (tokens, TLS), files and checkpoints, logs.
-LONGER = {"server.py": 3700, "diloco_callback.py": 2800, "protocol.py": 2300}
+LONGER = {"server.py": 3975, "diloco_callback.py": 3840, "protocol.py": 2260}
 CHANGING = {"add", "discard", "remove", "clear", "update", "pop", "setdefault", "append", "extend"}
 
 
@@ -91,7 +91,7 @@ def test_a_decision_outside_of_run_is_seen(line):
     assert len(decisions(ast.parse(line))) == 1
 
 
-@pytest.mark.parametrize("name", ["Rules", "Push", "Round", "Slice", "Member", "Run"])
+@pytest.mark.parametrize("name", ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew"])
 def test_the_rules_know_no_socket_thread_file_clock_or_tensor(name):
     [cls] = [n for n in nodes(ROOT / "server.py", ast.ClassDef) if n.name == name]
     names = {node.id for node in ast.walk(cls) if isinstance(node, ast.Name)}

@@ -14,11 +14,12 @@ import sys
 import pytest
 import torch
 from conftest import DEADLINE, ROOT, TRAINER, result, status, until
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import protocol
-from diloco_callback import DiLoCoCallback, DiLoCoWorker
+from diloco_callback import DiLoCoCallback, DiLoCoWorker, TransformersCallback
 
 SCRIPT = os.path.join(ROOT, "tests", "hf_worker.py")
 HF = runpy.run_path(SCRIPT)  # what the workers are made of
@@ -59,6 +60,14 @@ def same(one, other):
     )
 
 
+def carried(log, name):
+    """The values of a metric by the line, of which those that have not changed are left out."""
+    values = [None]
+    for line in log:
+        values.append(line.get(name, values[-1]))
+    return values[1:]
+
+
 def parameters(folder, when="end"):
     return [load_file(folder / f"{name}-{when}.safetensors") for name in NAMES]
 
@@ -92,13 +101,14 @@ def closed_once_in_fragments(folder, fragments, steps=STEPS):
     "settings",
     [
         {},
-        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 2, "pasted": True},
         {"gradient_checkpointing": True, "bf16": True, "fragments": 4},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
 def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
-    ends = run(**settings)
+    pasted = ["--pasted"] if settings.pop("pasted", False) else []
+    ends = run(*pasted, **settings)
     served = load_file(tmp_path / "model" / "model.safetensors")
     first, second = parameters(tmp_path)
     assert same(first, served) and same(second, served)
@@ -124,10 +134,12 @@ def test_two_trainers_end_with_the_servers_model(run, tmp_path, settings):
         # In fragments the last of a cycle is adopted a step later.
         first = 4 if fragments == 1 else 5
         counts = [*[0] * first, *[1] * 5, *[2] * (STEPS - 1 - first - 5), 3, 3]
-        assert [entry["diloco/sync_count"] for entry in end["log"]] == counts
+        assert carried(end["log"], "diloco/sync_count") == counts
+        written = sum("diloco/sync_count" in entry for entry in end["log"])
+        assert written == len({*counts}) + 1  # and the summary
         # A reporter has the metrics where it stands behind the callback, and only there.
         assert len(end["first"]) == len(end["behind"]) == len(end["log"])
-        assert all(set(names) > METRICS for names in end["behind"])
+        assert all("diloco/local_step" in names for names in end["behind"])
         assert not any(METRICS & set(names) for names in end["first"])
         losses = [entry["loss"] for entry in end["log"][:-1]]
         assert losses[-1] < losses[0] - 0.2
@@ -159,7 +171,7 @@ def test_killed_trainers_go_on_from_their_checkpoints(start, serve, tmp_path):
         assert end["log"][-1]["diloco/local_step"] == STEPS - 8
 
     with open(cut / "w0" / "checkpoint-8" / "trainer_state.json", encoding="utf-8") as file:
-        state = json.load(file)["stateful_callbacks"]["DiLoCo"]
+        state = json.load(file)["stateful_callbacks"]["TransformersCallback"]
     assert state["args"] == {}  # the environment may name another server next time
     saved = state["attributes"]["saved"]
     assert (saved["worker_id"], saved["step"], saved["position"]) == ("w0", 8, 3)
@@ -198,7 +210,9 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
         losses = [entry["eval_loss"] for entry in end["log"] if "eval_loss" in entry]
         assert losses == sorted(losses, reverse=True) and len(losses) == 3
         evaluations.append(losses)
-        assert all(entry.keys() >= METRICS for entry in end["log"])
+        *lines, summary = end["log"]
+        assert summary.keys() >= METRICS
+        assert not any(METRICS & entry.keys() for entry in lines)  # evaluations
     # The last is of the global model.
     assert [a == b for a, b in zip(*evaluations, strict=True)] == [False, False, True]
 
@@ -245,7 +259,7 @@ def test_a_checkpoint_that_was_made_alone_goes_on_in_a_run(start, serve, tmp_pat
     assert host.wait() == 0
     assert end["log"][-1]["diloco/local_step"] == STEPS - 4
     path = tmp_path / "w0" / f"checkpoint-{STEPS}" / "trainer_state.json"
-    state = json.loads(path.read_text())["stateful_callbacks"]["DiLoCo"]
+    state = json.loads(path.read_text())["stateful_callbacks"]["TransformersCallback"]
     assert state["attributes"]["saved"]["step"] == STEPS - 4
     served = load_file(tmp_path / "model" / "model.safetensors")
     assert same(load_file(tmp_path / "w0-end.safetensors"), served)
@@ -278,11 +292,9 @@ def test_a_trainer_that_looks_for_its_batch_size_joins_again(serve, tmp_path, mo
 
 
 def test_the_state_makes_the_same_callback_again():
-    names = {"model": HF["build"](0, False), "args": None, "train": None, "test": None}
-    exec(HF["recipe"]().split("trainer = ")[0], names)
-    made = names["DiLoCo"]("host:1", 7, "ada", num_fragments=2)
+    made = TransformersCallback("host:1", 7, "ada", num_fragments=2)
     made.load_state_dict({"step": 3, "fragments": []})
-    again = names["DiLoCo"].from_state(json.loads(json.dumps(made.state())))
+    again = TransformersCallback.from_state(json.loads(json.dumps(made.state())))
     assert (again.server, again.options, again.saved) == (made.server, made.options, made.saved)
 
 
@@ -300,7 +312,8 @@ def lightning(start, serve, tmp_path):
     """What two workers have made of all runs of tests/lightning_worker.py, each with a server of
     its own: (ends of the workers, {run: folder}). In two processes, as it takes long to import
     Lightning."""
-    folders = {run: tmp_path / run for run in ("plain", "accumulated", "several", "cut", "stopped")}
+    runs = ("plain", "accumulated", "several", "cut", "stopped", "preempted")
+    folders = {run: tmp_path / run for run in runs}
     hosts = {}
     for run, folder in folders.items():
         folder.mkdir()
@@ -325,6 +338,12 @@ def lightning(start, serve, tmp_path):
 
 def test_lightning(lightning):
     ends, folders = lightning
+    # At SIGTERM in step 9 each has sent its eight or nine steps, and has saved.
+    assert sum(line["steps"] for line in rounds(folders.pop("preempted"))) in (16, 17, 18)
+    for end in ends:
+        told = end.pop("preempted")
+        assert told["error"] == "SIGTERMException"
+        assert any(name.endswith(".ckpt") for name in told["files"]), told
     for run, folder in folders.items():
         served = load_file(folder / "model" / "model.safetensors")
         assert served.keys() == {"hidden.weight", "hidden.bias", "head.weight", "head.bias"}
@@ -358,14 +377,18 @@ def test_lightning(lightning):
         with open(folders["plain"] / name / "logs" / "metrics.csv", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["diloco/local_step"]]
         assert [float(row["diloco/local_step"]) for row in rows] == [*range(1, STEPS + 1)]
-        assert [float(row["diloco/sync_count"]) for row in rows] == [0] * 4 + [1] * 5 + [2, 2, 3]
+        rows = [{name: text for name, text in row.items() if text} for row in rows]
+        counts = [float(count) for count in carried(rows, "diloco/sync_count")]
+        assert counts == [0] * 4 + [1] * 5 + [2, 2, 3]
+        # Within an epoch, of four steps, Lightning repeats what was logged in it.
+        assert [k for k, row in enumerate(rows) if "diloco/sync_count" not in row] == [8]
 
 
 # --- peft ----------------------------------------------------------------------------------------
 
 
 def test_of_an_adapter_only_the_adapter_travels(run, tmp_path):
-    run("--lora")
+    run("--lora", "--pasted")
     served = load_file(tmp_path / "model" / "model.safetensors")
     assert served and all("lora_" in name for name in served)
     elements = sum(tensor.numel() for tensor in served.values())
@@ -377,6 +400,10 @@ def test_of_an_adapter_only_the_adapter_travels(run, tmp_path):
         assert same({n: after[n] for n in served}, served)
         assert not same({n: before[n] for n in served}, served)
         assert same({n: after[n] for n in base}, {n: before[n] for n in base})
+    # The base is that of the workers; of the adapter the folder has all.
+    opened = PeftModel.from_pretrained(HF["build"](0, False), tmp_path / "model")
+    assert same(dict(opened.named_parameters()), parameters(tmp_path)[0])
+    assert not (tmp_path / "model" / "config.json").exists()
 
 
 def test_an_adapter_of_a_pretrained_model_whose_base_a_worker_lacks(start, serve, tmp_path):
@@ -407,8 +434,11 @@ def test_an_adapter_of_a_pretrained_model_whose_base_a_worker_lacks(start, serve
             plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             assert torch.equal(tensor, own[plain]), name
     adapted = HF["build"](0, True)
-    adapted.load_state_dict(load_file(path), strict=False)  # as the README has it
+    adapted.load_state_dict(load_file(path), strict=False)  # as the README had it
     assert same(dict(adapted.named_parameters()), parameters(tmp_path)[0])
+    opened = PeftModel.from_pretrained(HF["build"](0, False), path.parent)  # as it has it
+    assert same(dict(opened.named_parameters()), parameters(tmp_path)[0])
+    assert {*os.listdir(path.parent)} > {"adapter_config.json", "config.json.incomplete"}
 
 
 # --- From a pretrained model -----------------------------------------------------------------
