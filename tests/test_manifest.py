@@ -9,17 +9,18 @@ threads of the test's own process, in step where a test wants that.
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
 import toy_worker
 from conftest import DEADLINE, ENV, ROOT, Outer, flat, put, status, until
-from peers import background, rounds, together
+from peers import Peer, background, encode, numbers, rounds, together
 from safetensors.torch import load_file, save_file
 from test_rules import fold, join, life, member, push, refusal
 
 from diloco_callback import STARTED, DiLoCoWorker, Refused
-from protocol import FRESH, Message, Version
+from protocol import FRESH, Message, Version, encode_header, manifest_from_json, memory
 from server import Rules, Run
 
 FP32 = ["--upload-codec", "fp32", "--download-codec", "fp32"]
@@ -167,6 +168,42 @@ def test_a_member_that_left_to_come_back_is_told_to_join():
     run.anew.expect("ada", 1)
     assert refusal(lambda: push(run, "ada", base=FRESH, now=3)) == "rejoin"
     assert run.expected == {"ada": 3}
+
+
+def test_a_round_from_before_a_change_is_folded_before_the_tensors_change():
+    run = changing("ada", "bob")
+    leave(run, "ada")
+    push(run, "bob", seq=1)
+    run.anew.expect("bob", 1.0)
+    run.ask(member("bob", layout="new", sync_every=2, versions=[run.slices[0].version]), 1.0)
+    assert not run.anew.lays_out("ada", 1)
+    run.take(0, 1.0)
+    assert not run.anew.lays_out("ada", 1)
+    run.publish(0)
+    assert run.anew.lays_out("ada", 1)
+
+
+def test_nobody_brings_a_newer_version_than_the_server_has_led_the_run_to():
+    run = changing("ada", "bob")
+    push(run, "ada"), push(run, "bob")
+    fold(run)
+    leave(run, "bob")
+    lie = [Version(run.life, 1 << 40)] * 2
+    run.anew.expect("ada", 1.0)
+    run.ask(member("ada", layout="new", sync_every=2, versions=lie), 1.0)
+    assert run.waiting["ada"].versions == run.waiting["bob"].versions
+    run.anew.lay_out("new", 2, is_whole=False)
+    run.ask(member("ada", layout="new", sync_every=2, versions=lie), 1.0)
+    for k in run.lacking("ada", 1):
+        run.bring("ada", k)
+    run.enter("ada", 1, life)
+    assert [slice.version.number for slice in run.slices] == [1, 1]
+
+
+def test_the_run_gets_the_tensors_that_most_come_back_with():
+    run = changing("ada", "bob", "cai")
+    leave(run, "ada", "hers"), leave(run, "bob"), leave(run, "cai")
+    assert not run.anew.lays_out("ada", 1) and run.anew.lays_out("bob", 1)
 
 
 # --- Workers -----------------------------------------------------------------------------------
@@ -619,6 +656,36 @@ def test_a_buffer_that_comes_with_a_new_layer_travels_too(serve, tmp_path):
         assert torch.equal(a.model.state_dict()[name], tensor), name
         assert torch.equal(b.model.state_dict()[name], tensor), name
     assert "2.running_mean" in served and "2.weight" in served
+
+
+# --- Members that are broken or hostile --------------------------------------------------------
+
+
+def enter_anew(peer, manifest, **fields):
+    """Join with other tensors, of zeros."""
+    peer.manifest = manifest_from_json(manifest)
+    peer.params = torch.zeros(sum(spec.numel for spec in peer.manifest))
+    reply = peer.ask(again=True, **fields)
+    while reply.type == "bring":
+        reply = peer.bring(reply.fields["slices"], reply.fields["files"])
+    return peer.enter(reply)
+
+
+def test_a_push_that_began_before_a_change_does_not_count_after_it(serve):
+    server = serve("-n", 1, *FP32)
+    small = [["w", "F32", [3, 4]]]
+    a = Peer(server, "ada", torch.zeros(12), small).join()
+    payload, line = encode(numbers(1, 12), "fp32"), a.connect()
+    fields = {"slice": 0, "seq": 1, "base": a.version, "step": 5, "steps": 5}
+    line.send_raw(encode_header({"type": "push", **fields}, payload.specs))
+    time.sleep(0.3)  # the server reads the push
+    enter_anew(a, [*small, ["x", "F32", [7]]])
+    for tensor in payload.tensors.values():
+        line.send_raw(bytes(memory(tensor)))
+    with pytest.raises(Refused, match="join again"):
+        Peer.receive(line)
+    a.push(numbers(2, 19))
+    assert server.process.poll() is None and a.version.number == 1
 
 
 LIGHTNING = """
