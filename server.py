@@ -445,6 +445,7 @@ class Run:
         is_stranger = has_past and not known and member.id not in self.expected
         life = "" if is_stranger else self.life or LAST_LIFE
         member.versions = believed(member.versions, life)  # a stranger's replace nothing
+        member.versions = self.anew.at_most(member.versions)
         self.slices = self.slices or [Slice() for _ in member.versions]
         self.waiting[member.id] = member
         self.here(member.id, member.session, now)
@@ -769,6 +770,12 @@ class Anew:
         if id in self.run.expected:
             self.run.expected[id] = now
 
+    def at_most(self, versions):
+        """The versions that a worker says it holds: none is newer than those of the server, where it has
+        led the run up to the change."""
+        newest = self.held or min((slice.version for slice in self.run.slices), default=NONE)
+        return [min(version, newest) for version in versions] if self.gone else versions
+
     def is_stale(self, member):
         """Whether a worker's join is from before it left to come back with other tensors."""
         old = self.gone.get(member.id)
@@ -792,9 +799,14 @@ class Anew:
         return bool(back) and not any(self.fits(member) for member in back)
 
     def lays_out(self, id, now):
-        """Whether the run, which is about to open, gets the tensors of this waiting worker."""
+        """Whether the run, which is about to open, gets the tensors of this waiting worker: those that
+        most have come back with. What was contributed before is in an entry by then."""
         run = self.run
-        return not run.is_open and self.is_due and run.is_ready(now) and id == min(self.back)
+        if run.is_open or not (self.is_due and run.is_ready(now)):
+            return False
+        alike = collections.Counter(member.layout for member in self.back.values())
+        is_still = not any(slice.pushes or slice.folding for slice in run.slices)
+        return is_still and id == min(self.back, key=lambda w: (-alike[self.back[w].layout], w))
 
     def lay_out(self, layout, count, is_whole):
         """The run has other tensors from now on, in `count` slices; `is_whole`: the server has all of
@@ -2826,6 +2838,8 @@ class Rounds:
         try:
             self.read_push(conn, push)
             with self.lock:
+                if self.model is not model:
+                    raise Refused("rejoin", "the run has other tensors since; join again")
                 slice = self.run.slices[push.k]
                 self.lock.wait_for(lambda: not slice.folding)
                 self.check_room(member, message)
