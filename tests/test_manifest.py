@@ -206,6 +206,19 @@ def test_the_run_gets_the_tensors_that_most_come_back_with():
     assert not run.anew.lays_out("ada", 1) and run.anew.lays_out("bob", 1)
 
 
+def test_who_comes_back_with_the_tensors_of_before_is_expected_no_more():
+    run = changing("ada", "bob")
+    leave(run, "ada")
+    run.forget("ada", "ada1")
+    run.ask(member("ada", layout="old", session="ada2", sync_every=2, step=2), 2.0)
+    run.enter("ada", 2.0, life)
+    assert run.members.keys() == {"ada", "bob"} and not run.expected
+    run.ask(member("cai", layout="old"), 2.0)
+    assert run.may_enter("cai", 2.0)
+    run.anew.give_up_absent(99.0)
+    assert not run.away
+
+
 # --- Workers -----------------------------------------------------------------------------------
 
 
@@ -669,6 +682,21 @@ def enter_anew(peer, manifest, **fields):
     while reply.type == "bring":
         reply = peer.bring(reply.fields["slices"], reply.fields["files"])
     return peer.enter(reply)
+
+
+def test_what_was_trained_and_is_gone_takes_no_memory_after_many_changes(serve):
+    size = 4_000_000  # 16 MB
+
+    def layout(i):
+        return [[f"x{i}", "F32", [size]]]
+
+    server = serve("-n", 1, "--save-every", 0, *FP32)
+    a, used = Peer(server, "ada", torch.zeros(size), layout(0)).join(), []
+    for i in range(1, 17):
+        enter_anew(a, layout(i), frozen=[[f"x{i - 1}", "F32", [size], "0" * 32]])
+        with open(f"/proc/{server.process.pid}/status") as file:
+            used.append(int(next(line for line in file if line.startswith("VmRSS")).split()[1]))
+    assert used[-1] - used[7] < 64 * 1024, used  # KiB
 
 
 def test_a_push_that_began_before_a_change_does_not_count_after_it(serve):
