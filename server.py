@@ -544,6 +544,7 @@ class Run:
         member.begin(old, furthest, newest(self.slices), PACES * self.pace)
         member.index = free_index(member.id, self.indices, self.members)
         member.heard = now
+        self.expected.pop(member.id, None)
         self.indices.pop(member.id, None)
         self.indices[member.id], self.sessions[member.id] = member.index, member.session
         self.members[member.id] = member
@@ -1609,6 +1610,7 @@ class Store:
         self.model, self.limit = model, save_total_limit
         self.output, self.source = choose_output(model, output_dir)
         self.weights, self.files, self.frozen, self.kept = {}, {}, {}, {}
+        self.passing = set()  # names of `weights` that are there for as long as they are kept
         self.untrained = []  # names of frozen tensors of -m that the final model has too
         self.is_partial = False, False
         self.names = None
@@ -1904,6 +1906,12 @@ class Store:
     def note_frozen(self, frozen, whose):
         """Note the frozen tensors of a member, which all others must have too. `whose`: the member
         in words. Called when the run opens."""
+        gone = self.passing - self.kept.keys()
+        self.passing = self.passing & self.kept.keys()
+        if gone:
+            self.weights = {name: t for name, t in self.weights.items() if name not in gone}
+            with self.lock:
+                self.marks = {}
         found = protocol.matched(self.weights, frozen)
         self.untrained = [name for name in frozen if name in self.weights]
         self.is_partial = bool(frozen), len(self.untrained) < len(frozen)
@@ -1921,6 +1929,7 @@ class Store:
             snapshot.close()
         self.kept = {name: t for name, t in self.kept.items() if name in frozen} | now_frozen
         self.weights = {**self.weights, **now_frozen}
+        self.passing = self.passing | now_frozen.keys()
         self.frozen = {name: noted for name, noted in self.frozen.items() if name in frozen}
         with self.lock:
             self.marks = {}
