@@ -443,9 +443,8 @@ class Run:
             raise Refused("stopping", "this run is being stopped")
         has_past = is_begun(self.slices) or self.indices or self.expected
         is_stranger = has_past and not known and member.id not in self.expected
-        life = "" if is_stranger else self.life or LAST_LIFE
-        member.versions = believed(member.versions, life)  # a stranger's replace nothing
-        member.versions = self.anew.at_most(member.versions)
+        life = "" if is_stranger else self.life or LAST_LIFE  # whose versions replace nothing
+        member.versions = self.anew.at_most(believed(member.versions, life))
         self.slices = self.slices or [Slice() for _ in member.versions]
         self.waiting[member.id] = member
         self.here(member.id, member.session, now)
