@@ -70,30 +70,12 @@ from torch.optim.optimizer import (
 
 if __package__:  # explicit: inside a package, another `protocol` must never be imported
     from . import protocol
-    from .protocol import (
-        CODECS,
-        FRESH,
-        NONE,
-        Checksum,
-        Payload,
-        ProtocolError,
-        Refused,
-        Version,
-        reason_of,
-    )
 else:
     import protocol
-    from protocol import (
-        CODECS,
-        FRESH,
-        NONE,
-        Checksum,
-        Payload,
-        ProtocolError,
-        Refused,
-        Version,
-        reason_of,
-    )
+
+CODECS, FRESH, NONE, Version = protocol.CODECS, protocol.FRESH, protocol.NONE, protocol.Version
+Checksum, Payload, reason_of = protocol.Checksum, protocol.Payload, protocol.reason_of
+ProtocolError, Refused = protocol.ProtocolError, protocol.Refused
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
@@ -389,6 +371,19 @@ class Outbox:
         for place in self.places:
             place.seq = 0  # its server counts for itself
         return forgotten
+
+    def renewed(self, count, step, tokens):
+        """An Outbox for `count` other slices, which take the place of these, all of them closed. What
+        is known of pushes stays known."""
+        version = min(place.version for place in self.places)
+        found = protocol.newest_fates(place.folded for place in self.places)
+        fates = {id: f._replace(round=min(f.round, version.number)) for id, f in found.items()}
+        renewed = Outbox(self.worker_id, count)
+        for place in renewed.places:
+            place.version, place.base, place.folded = version, version, dict(fates)
+            place.seq = max(old.seq for old in self.places)
+            place.mark = step, tokens
+        return renewed
 
 
 # --- A slice's numbers --------------------------------------------------------------------------
@@ -1117,18 +1112,7 @@ class Replica:
     def renew(self, count, tokens):
         """Forget the slices, which are closed: others, `count` of them, come in their place. What is
         known of pushes stays known."""
-        places, fates = self.outbox.places, {}
-        version, seq = min(place.version for place in places), max(place.seq for place in places)
-        for place in places:
-            for id, fate in place.folded.items():
-                fate = fate._replace(round=min(fate.round, version.number))
-                fates[id] = max(fate, fates.get(id, fate))
-        self.slices, self.outbox = [], Outbox(self.worker_id, count)
-        mark = self.step, tokens
-        self.outbox.places = [
-            Place(version=version, base=version, folded=dict(fates), seq=seq, mark=mark)
-            for _ in range(count)
-        ]
+        self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
 
     def outer_at(self, version):
         """Return (lr, momentum, nesterov) of the outer step that follows a version."""
@@ -3313,6 +3297,17 @@ class DiLoCoWorker:
     ranks that follow a rank which has failed.
     """
 
+    # Where the worker is before it has joined. What its arguments decide is made in `__init__`.
+    ranks = None  # the processes of this worker, from `start` on
+    index, rank, world, num_shares = 0, 0, 1, 1
+    step = run_step = 0  # this worker's step of the run, and the furthest worker's
+    local_step = 0  # optimizer steps of this process
+    skipped = 0  # steps of which a GradScaler said later that they were none
+    tokens, loss, stall_time = 0, None, 0.0
+    joins = fragment_syncs = dropped_steps = 0
+    kept_local = flushed = stop_ordered = is_server_away = False
+    leave_by = None  # seconds when a worker that was told to leave waits no longer
+
     def __init__(
         self,
         model,
@@ -3350,22 +3345,12 @@ class DiLoCoWorker:
         self.source, self.reconnect_timeout = source, reconnect_timeout
         local = [*patterns(local), *map(glob.escape, self.saved.get("local", []))]
         self.trained = Trained(model, optimizer, files, local, trained)
-        self.ranks = None  # the processes of this worker, from `start` on
         self.link = Link(self.server, self.worker_id, protocol.Access.of(token, tls))
         self.replica = Replica(self.worker_id, self.link)
         count = self.num_fragments + bool(self.trained.buffers)
         self.schedule = Schedule(self.sync_every, self.num_fragments, count)
         self.run = self.saved.get("run", "")  # id of the run that local work belongs to
-        self.index, self.rank, self.world, self.num_shares = 0, 0, 1, 1
-        self.skipped = 0  # steps of which a GradScaler said later that they were none
-        self.step = self.run_step = 0  # this worker's step of the run, and the furthest worker's
-        self.local_step = 0  # optimizer steps of this process
-        self.tokens, self.loss = 0, None
-        self.joins = self.fragment_syncs = self.dropped_steps = 0
         self.fetched = []  # names of frozen parameters that were taken from the server
-        self.kept_local = self.flushed = self.stop_ordered = self.is_server_away = False
-        self.leave_by = None  # seconds when a worker that was told to leave waits no longer
-        self.stall_time = 0.0
         self.closed = threading.Event()
         self.started = time.monotonic()
         self.leader, self.watch = Leader(self), Watch(self)

@@ -425,6 +425,15 @@ def fates_of(value):
     return fates
 
 
+def newest_fates(folded):
+    """{worker id: its newest Fate} of several slices' fates, where new slices take their place."""
+    found = {}
+    for fates in folded:
+        for worker, fate in fates.items():
+            found[worker] = max(fate, found.get(worker, fate))
+    return found
+
+
 def recent(fates, version, max_staleness, keep=()):
     """The fates that a push which is not too old can still ask for, and those of the ids in
     `keep`."""

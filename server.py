@@ -52,7 +52,18 @@ from dataclasses import dataclass, field
 import torch
 
 import protocol
-from protocol import FRESH, NONE, WEIGHTS, Fate, ProtocolError, Refused, TensorSpec, Version, recent
+from protocol import (
+    FRESH,
+    NONE,
+    WEIGHTS,
+    Fate,
+    ProtocolError,
+    Refused,
+    TensorSpec,
+    Version,
+    newest_fates,
+    recent,
+)
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 TICK_SECONDS = 0.25  # how often the server looks for rounds and workers whose time has come
@@ -811,13 +822,11 @@ class Anew:
     def lay_out(self, layout, count, is_whole):
         """The run has other tensors from now on, in `count` slices; `is_whole`: the server has all of
         them. Pushes of before are known by their numbers still."""
-        run, fates = self.run, {}
+        run = self.run
         if self.before is None:
             self.held = min(slice.version for slice in run.slices)
             self.before = max(slice.version for slice in run.slices)
-        for slice in run.slices:
-            for id, fate in slice.folded.items():
-                fates[id] = max(fate, fates.get(id, fate))
+        fates = newest_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
         run.slices = [Slice(version, dict(fates)) for _ in range(count)]
 

@@ -590,16 +590,7 @@ class Process:
         self.close()
         if not self.outbox.is_closed or any(self.news) or self.behind:
             return
-        places, fates = self.outbox.places, {}
-        version, seq = min(p.version for p in places), max(p.seq for p in places)
-        for place in places:
-            for id, fate in place.folded.items():
-                fate = fate._replace(round=min(fate.round, version.number))
-                fates[id] = max(fate, fates.get(id, fate))
-        self.outbox = Outbox(self.id, len(places))
-        for place in self.outbox.places:
-            place.version, place.base, place.seq = version, version, seq
-            place.folded, place.mark = dict(fates), (self.step, self.step)
+        self.outbox = self.outbox.renewed(len(self.outbox.places), self.step, self.step)
         self.layout, self.again, self.is_changing = 1, True, False
         self.skipped.clear()
         self.control, self.next = None, ("join",)
