@@ -1021,7 +1021,6 @@ class Snapshot:
         self.count = vectors[0].numel()
         self.taken = 0  # elements that the reader has taken
         self.kept = {}  # start -> copies of that chunk of each vector
-        self.sums = protocol.Checksum()  # checksum of the chunks taken from the first vector
         self.lock = threading.Lock()  # guards `taken` and `kept`
 
     def _copy(self, start, stop):
@@ -1041,16 +1040,11 @@ class Snapshot:
                     raise RuntimeError("a snapshot was read twice, or after it was closed")
                 parts = self.kept.pop(start, None) or self._copy(start, stop)
                 self.taken = stop
-            self.sums.add(parts[0])
             yield parts
 
     def pieces(self):
         """Yields the chunks of the first vector."""
         return (parts[0] for parts in self.chunks())
-
-    def checksum(self):
-        """The Checksum of the first vector, once all of it has been read."""
-        return self.sums.digest()
 
     def close(self):
         """Stop keeping copies."""
