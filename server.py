@@ -2834,8 +2834,10 @@ class Rounds:
         given back where they do not."""
         with self.lock:
             member = self.run.hear(*conn.worker, now())
-            self.check_room(member, message)
             push, model = self.announced(member, message), self.model
+            self.check_room(push)
+            if message.specs:
+                push.payload = model.payload(push.k)
         unused = push.payload
         try:
             self.read_push(conn, push)
@@ -2844,7 +2846,7 @@ class Rounds:
                     raise Refused("rejoin", "the run has other tensors since; join again")
                 slice = self.run.slices[push.k]
                 self.lock.wait_for(lambda: not slice.folding)
-                self.check_room(member, message)
+                self.check_room(push)
                 before = slice.pushes.get((push.worker, push.seq))
                 if is_taken := self.run.push(push, now()):
                     unused = before.payload if before else None
@@ -2857,19 +2859,18 @@ class Rounds:
                 model.give_back(push.k, unused)
         return is_taken
 
-    def check_room(self, member, message):
+    def check_room(self, push):
         """Raise ProtocolError where a worker's earlier push of the slice is still in the open round:
         a process has one at a time. Needs the lock."""
-        seq, k = message.field("seq", int, low=1), self.slice_of(message)
-        mine = [p for p in self.run.slices[k].pushes.values() if p.worker == member.id]
-        others = [p for p in mine if p.seq != seq]
-        if len(others) >= MAX_PUSHES or any(p.session == member.session for p in others):
+        mine = [p for p in self.run.slices[push.k].pushes.values() if p.worker == push.worker]
+        others = [p for p in mine if p.seq != push.seq]
+        if len(others) >= MAX_PUSHES or any(p.session == push.session for p in others):
             raise ProtocolError(
-                f"push {seq} of slice {k} comes before an entry lists push {others[0].seq}"
+                f"push {push.seq} of slice {push.k} comes before an entry lists push {others[0].seq}"
             )
 
     def announced(self, member, message):
-        """The Push that a message announces. Needs the lock."""
+        """The Push that a message announces, still without its numbers. Needs the lock."""
         k, limit = self.slice_of(message), protocol.MAX_ABS
         if message.specs:
             message.expect(self.model.codec(k)[0].layout(self.model.sizes[k]))
@@ -2884,7 +2885,6 @@ class Rounds:
             step=message.field("step", int),
             tokens=message.field("tokens", int, 0),
             loss=message.field("loss", float, None, low=-limit, high=limit),
-            payload=self.model.payload(k) if message.specs else None,
             nbytes=protocol.payload_bytes(message.specs),
         )
 
