@@ -2573,46 +2573,48 @@ class Gate:
     def admit(self, conn, member):
         """Wait until a worker may enter the run, or is to bring what the server lacks; then answer
         its join."""
-        run, id, anew = self.run, member.id, self.run.anew
-
-        def is_decided():
-            if not run.here(id, member.session, now()):
-                return True
-            is_over = anew.lays_out(id, now()) or anew.is_left_behind(id)
-            return is_over or bool(run.lacking(id, now())) or run.may_enter(id, now())
-
-        while True:
-            self.server.wait(conn, is_decided, self.awaited_to_start)
-            if member.facts.compared is not self.store.weights and anew.fits(member):
+        kind, fields = "compare", {}
+        while kind == "compare":
+            decide = functools.partial(self.decide, member)
+            kind, fields = self.server.wait(conn, decide, self.awaited_to_start)
+            if kind == "compare":
                 self.compare(conn, member.facts)
-            with self.lock:
-                if member not in (run.waiting.get(id), run.members.get(id)):
-                    raise Refused("id", "another connection of this worker has taken its place")
-                if id in run.waiting and anew.is_left_behind(id):
-                    raise self.layouts.left_behind(member)
-                if id in run.waiting and anew.lays_out(id, now()):
-                    self.layouts.lay_out_anew(member)
-                    self.lock.notify_all()
-                    continue
-                is_asked = id in run.waiting and self.ask_to_bring(member)
-                if id in run.waiting and not is_asked:
-                    is_old = member.facts.compared is not self.store.weights
-                    if is_old or not run.may_enter(id, now()):
-                        continue  # somebody has gone, or a fold has begun, in between
-                    self.enter(id)
-                fields = {} if is_asked else self.place(member)
-            break
-        if is_asked:
+        if kind == "bring":
             conn.stall = min(conn.stall, self.args.worker_timeout)
-            wanted = {"slices": member.asked, "files": self.store.needs_files(member.facts)}
-            return conn.send("bring", {**wanted, **self.layout()})
+            return conn.send("bring", fields)
         conn.stall = protocol.STALL_SECONDS
         request = self.server.clerk.keep_names()
         kept = functools.partial(self.server.clerk.is_done, request)
         self.server.wait(conn, kept, lambda: "the server's disk")  # a crash forgets nobody
         conn.send("join", fields)
         for k in range(self.server.model.count):
-            self.server.model.warm(k, len(run.members))
+            self.server.model.warm(k, len(self.run.members))
+
+    def decide(self, member):
+        """Do for a worker that has asked to join what can be done now. Returns (type, fields) of the
+        answer, ("compare", {}) where its frozen tensors are to be compared first, or None where it
+        has to wait. Raises Refused where it cannot enter. Needs the lock."""
+        run, id, anew = self.run, member.id, self.run.anew
+        is_waiting = run.waiting.get(id) is member
+        if not is_waiting and run.members.get(id) is not member:
+            raise Refused("id", "another connection of this worker has taken its place")
+        if is_waiting:
+            run.here(id, member.session, now())
+            if anew.is_left_behind(id):
+                raise self.layouts.left_behind(member)
+            if anew.lays_out(id, now()):
+                self.layouts.lay_out_anew(member)
+                self.lock.notify_all()
+            if not (run.lacking(id, now()) or run.may_enter(id, now())):
+                return None
+        if member.facts.compared is not self.store.weights:
+            return "compare", {}
+        if is_waiting and self.ask_to_bring(member):
+            files = self.store.needs_files(member.facts)
+            return "bring", {"slices": member.asked, "files": files, **self.layout()}
+        if is_waiting:
+            self.enter(id)
+        return "join", self.place(member)
 
     def ask_to_bring(self, member):
         """Whether a waiting worker is to bring something: slices that the server lacks, or at the
@@ -3627,16 +3629,17 @@ class Server:
         self.rounds.turn()
 
     def wait(self, conn, condition, awaited):
-        """Wait for `condition()`, called with the lock held. The peer gets a `wait` message with
-        `awaited()` soon, and every WAIT_SECONDS. Raises ConnectionError when the peer hangs up, or
-        the server ends."""
+        """Wait for `condition()`, called with the lock held, and return what it gave. The peer gets a
+        `wait` message with `awaited()` soon, and every WAIT_SECONDS. Raises ConnectionError when the
+        peer hangs up, or the server ends."""
         said = -protocol.WAIT_SECONDS
         while True:
             with self.lock:
-                if self.lock.wait_for(lambda: condition() or self.closed, timeout=0.5):
-                    if condition():
-                        return
+                found = self.lock.wait_for(lambda: condition() or (self.closed and "closed"), 0.5)
+                if found == "closed":
                     break
+                if found:
+                    return found
                 text = awaited()
                 fields = text if type(text) is dict else {"awaited": text}
             if conn.closed_by_peer():
