@@ -366,6 +366,12 @@ class Member:
         return max(0.0, steps - self.speed * (now - self.heard)) / self.sync_every
 
 
+def of_process(workers, id, session):
+    """The Member of an id among {id: Member} where it is this process of the worker, else None."""
+    member = workers.get(id)
+    return member if member is not None and member.session == session else None
+
+
 def is_begun(slices):
     """Whether a slice holds a version that a run has made."""
     return any(slice.version.life for slice in slices)
@@ -451,8 +457,8 @@ class Run:
 
     def here(self, id, session, now):
         """A worker that waits to enter is alive. False where it is waited for no more."""
-        member = self.waiting.get(id)
-        if member is None or member.session != session:
+        member = of_process(self.waiting, id, session)
+        if member is None:
             return False
         member.heard = now
         self.anew.heard(id, now)
@@ -572,8 +578,8 @@ class Run:
 
     def hear(self, id, session, now):
         """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
-        member = self.members.get(id)
-        if member is None or member.session != session:
+        member = of_process(self.members, id, session)
+        if member is None:
             self.anew.heard(id, now)  # alive, and about to join again
             raise Refused("rejoin", f"worker {id!r} is not a member of the run; join again")
         member.heard, member.has_ended = now, False
@@ -581,13 +587,13 @@ class Run:
 
     def free(self, id, session):
         """A worker's process has ended, as whoever knows it says: another one may have its id."""
-        for other in (self.members.get(id), self.waiting.get(id)):
-            if other and other.session == session:
-                other.has_ended = True
+        for workers in (self.members, self.waiting):
+            if member := of_process(workers, id, session):
+                member.has_ended = True
 
     def forget(self, id, session):
         """A worker that waits to enter has gone, or does not bring what it was asked for."""
-        if id in self.waiting and self.waiting[id].session == session:
+        if of_process(self.waiting, id, session):
             del self.waiting[id]
 
     def remove(self, id, ends):
@@ -2272,10 +2278,8 @@ class Transfers:
         id, session = conn.worker
         with self.lock:
             for found in (self.run.members, self.run.waiting):
-                member = found.get(id)
-                if member is None or member.session != session:
-                    continue
-                if not (counts() if counts else member.facts.conn is conn):
+                member = of_process(found, id, session)
+                if not member or not (counts() if counts else member.facts.conn is conn):
                     continue
                 if found is self.run.members:
                     self.server.gate.remove(id, f"is gone: {why}", ends=False)
@@ -3392,9 +3396,7 @@ class Door:
         run = self.server.run
 
         def is_of(visitor, workers):
-            id, session = visitor.conn.worker
-            worker = workers.get(id)
-            return worker is not None and worker.session == session
+            return of_process(workers, *visitor.conn.worker) is not None
 
         is_member = is_waiting = False
         if visitor.conn.worker[0]:
