@@ -2287,7 +2287,6 @@ class Transfers:
                     log(f"{shown(id)} waits to join no more: {why}")
                     self.run.forget(id, session)
                     self.lock.notify_all()
-        self.server.clerk.keep_names()
         self.server.rounds.turn()
 
     @contextlib.contextmanager
@@ -2788,12 +2787,12 @@ class Gate:
         self.server.rounds.turn()
 
     def remove(self, id, why, ends):
-        """Drop a member. Needs the lock."""
+        """Drop a member, and have the names written without it. Needs the lock."""
         self.run.remove(id, ends)
         log(f"{shown(id)} {why}")
         if not self.run.members:
             self.server.save_wanted.add("final")
-        self.lock.notify_all()
+        self.server.clerk.keep_names()
 
     def give_up(self, id):
         """Wait no longer for a worker whose process is known to have ended."""
@@ -2802,7 +2801,6 @@ class Gate:
                 self.remove(id, "is gone: its process has ended", ends=False)
             elif id in self.run.waiting:
                 self.run.forget(id, self.run.waiting[id].session)
-        self.server.clerk.keep_names()
         self.server.rounds.turn()
 
 
