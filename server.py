@@ -77,10 +77,8 @@ SEQ_AHEAD = 1000  # that a sequence number may lie above the last one that was c
 PACES = 10  # steps of a cycle that count at most, over those of the workers that opened the run
 LEAD = 3  # cycles that a worker may have made since the last round that it was in
 MOST_STEPS = 10**9  # of one push
-MOST_ROUNDS = (
-    1 << 40
-)  # highest version number, and LAST_LIFE the last life, that a worker may bring
-LAST_LIFE = "7" + "f" * 19
+MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
+LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
 HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
@@ -1472,6 +1470,18 @@ def names_of(fields):
     return lists | tables | {"life": protocol.version_of([life, 0]).life, "pace": pace}
 
 
+def norms_of(value, count):
+    """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
+    kept = [[] for _ in range(count)]
+    for norms, pairs in zip(kept, value if type(value) is list else (), strict=False):
+        for pair in pairs if type(pairs) is list else ():
+            match pair:
+                case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
+                    norms.append((each, whole))
+        del norms[:-HISTORY]
+    return kept
+
+
 def state_of(fields):
     """The state of a run, checked, from the header of a checkpoint. Raises ProtocolError."""
     check = protocol.Message("checkpoint", fields, []).field
@@ -1653,9 +1663,8 @@ class Store:
             for _, path in found
         }
         self.latest_life = max((life for life, _ in ages.values()), default="")
-        for path in sorted(
-            ages, key=lambda path: ages[path] > ("", -1)
-        ):  # to name all that are broken
+        # Those whose header cannot be read come first, so that the log names them all.
+        for path in sorted(ages, key=lambda path: ages[path] > ("", -1)):
             try:
                 state, model = load_checkpoint(path, up, down, error_feedback)
             except ProtocolError as error:
@@ -2025,18 +2034,6 @@ def held_of(message, count):
         if any(fate.round > most or fate.seq > most + SEQ_AHEAD for fate in fates.values()):
             raise ProtocolError(f"join: a push that cannot be in version {version.number}")
     return held, resumes, folded
-
-
-def norms_of(value, count):
-    """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
-    kept = [[] for _ in range(count)]
-    for norms, pairs in zip(kept, value if type(value) is list else (), strict=False):
-        for pair in pairs if type(pairs) is list else ():
-            match pair:
-                case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
-                    norms.append((each, whole))
-        del norms[:-HISTORY]
-    return kept
 
 
 def rank_of(member, members):
@@ -3606,14 +3603,14 @@ class Server:
 
     def tick(self):
         """Give up who is silent, and close the rounds whose time has come."""
-        limit = self.args.worker_timeout
-        while not self.ended.wait(min(TICK_SECONDS, limit / 4)):
+        while not self.ended.wait(min(TICK_SECONDS, self.args.worker_timeout / 4)):
             with self.faults.survive(log, "looking after workers and rounds"):
-                self.look_after(limit)
+                self.look_after()
             log.settle()
 
-    def look_after(self, limit):
+    def look_after(self):
         """Do what the time demands, once."""
+        limit = self.args.worker_timeout
         with self.lock:
             self.transfers.hear()
             self.watch.look()
