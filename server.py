@@ -2051,6 +2051,16 @@ def settings_of(member):
     }
 
 
+def outer_settings(args, saved):
+    """{name: value} of the settings of the outer optimizer: those of the command line, else those
+    that the run had (`saved`), else the defaults."""
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value != saved.get(name, value):
+            log(f"{name} {value} from the command line replaces {saved[name]} of the run")
+    return {**DEFAULTS, **saved, **given}
+
+
 def status_of(member):
     """The fields about one member that status.py shows."""
     return {
@@ -3485,17 +3495,11 @@ class Server:
         self.faults = protocol.Faults()  # what went wrong and was survived
         self.run = Run(rules_of(args), now())
         self.run_id = ""  # life in which the run began
-        self.settings = {name: getattr(args, name) for name in DEFAULTS}
-        self.shares = args.shares
         self.store = Store(args.model, args.output_dir, args.save_total_limit)
         self.store.hold()
         self.model = self.reopen()  # GlobalModel; None before the first join
-        for name, value in DEFAULTS.items():
-            if self.settings[name] is None:
-                self.settings[name] = value
         lr, momentum, nesterov, warmup = self.settings.values()
         self.outer = Outer(lr=lr, momentum=momentum, nesterov=nesterov, warmup=warmup)
-        self.shares = self.shares or max(args.n, LEAST_SHARES)
         if self.shares < args.n:
             raise SystemExit(
                 f"{self.shares} --shares for {args.n} workers: some would have no text"
@@ -3513,19 +3517,15 @@ class Server:
         state, model = self.store.open(args.upload_codec, args.download_codec, args.error_feedback)
         if self.store.names:
             self.run.reopen(self.store.names, state["heads"] if state else [], now())
+        saved = state or {"settings": {}, "shares": 0}
+        self.settings = outer_settings(args, saved["settings"])
+        self.shares = args.shares or saved["shares"] or max(args.n, LEAST_SHARES)
         if state is None:
             return None
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
         for slice, norms in zip(self.run.slices, state["norms"], strict=True):
             slice.norms = norms
-        self.shares = self.shares or state["shares"]
-        for name, saved in state["settings"].items():
-            given = self.settings[name]
-            if given is None:
-                self.settings[name] = saved
-            elif given != saved:
-                log(f"{name} {given} from the command line replaces {saved} of the run")
         self.run.anew.layout = layout_of(model.manifest + model.buffers)
         labels = [version for version, _ in state["heads"]]
         protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
