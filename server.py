@@ -1772,12 +1772,13 @@ class Store:
         state["buffers"], state["num_fragments"] = len(model.buffers), model.num_fragments
         state["fragments"] = [{"label": version, "folded": fates} for version, fates in heads]
         state["frozen"] = self.frozen
+        what = versions, bool(state["members"])
         with self._surviving("checkpoint", snapshots):
-            if self.saved != (versions, bool(state["members"])):
+            if self.saved != what:
                 os.makedirs(self.output, exist_ok=True)
                 number = min(version.number for version in versions)
                 self._write_checkpoint(f"checkpoint-{number}", state, model, snapshots)
-                self.saved = versions, bool(state["members"])
+                self.saved = what
 
     def _write_checkpoint(self, name, state, model, snapshots):
         path, kept = os.path.join(self.output, name), self.kept
@@ -2325,18 +2326,20 @@ class Watch:
     def look(self):
         """Called several times a second. Needs the lock."""
         server, limit = self.server, self.server.args.drop_stuck
-        self.found = [] if server.closed else self.stalls.found(now())
-        self.said = {stall["slice"]: self.said.get(stall["slice"]) for stall in self.found}
+        if server.closed:
+            return
+        self.found = self.stalls.found(now())
+        self.said = {s["slice"]: self.said.get(s["slice"], -math.inf) for s in self.found}
         for stall in self.found:
-            k, said = stall["slice"], self.said[stall["slice"]]
-            if said is None or now() - said >= SAY_SECONDS:
+            k = stall["slice"]
+            if now() - self.said[k] >= SAY_SECONDS:
                 self.said[k] = now()
                 whom = ", ".join(stall["missing"][:20]) or "more workers (--min-workers)"
                 log(
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
                 )
-        for id in [] if server.closed else self.stalls.stuck(now()):
+        for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
 
