@@ -2355,7 +2355,7 @@ class Handouts:
 
     def status(self):
         """The reply to a status request: of a moment after it came, but of all that come within a
-        short while the same."""
+        short while the same. Under a mere lock, who asks again would go before those who wait."""
         asked = now()
         with self.ready:
             while self.made < asked and self.is_making:
