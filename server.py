@@ -910,15 +910,15 @@ class Stalls:
     def stuck(self, now):
         """The ids of members to be given up: those for which the open round at the lowest turn has
         waited longer than --drop-stuck, since it is that. Called several times a second."""
-        waiting = self.waiting()
-        is_folding = any(slice.folding for slice in self.run.slices)
-        name = (waiting[0][0], self.run.slices[waiting[0][0]].version) if waiting else None
-        if name is None or is_folding or name != self.oldest[0]:
-            self.oldest = None if is_folding else name, now
+        waiting, oldest = self.waiting(), None
+        if waiting and not any(slice.folding for slice in self.run.slices):
+            k = waiting[0][0]
+            oldest = k, self.run.slices[k].version
+        if oldest is None or oldest != self.oldest[0]:
+            self.oldest = oldest, now
             return []
-        limit = self.run.rules.drop_stuck
-        is_stuck = 0 < limit < now - self.oldest[1]
-        return sorted(self.run.missing(name[0])) if is_stuck else []
+        is_stuck = 0 < self.run.rules.drop_stuck < now - self.oldest[1]
+        return sorted(self.run.missing(oldest[0])) if is_stuck else []
 
 
 # --- The global model -------------------------------------------------------------------------
