@@ -136,7 +136,8 @@ class Rules:
 
 @dataclass(eq=False, kw_only=True)
 class Push:
-    """A contribution of a worker. Immutable once made; sent again as it is."""
+    """A contribution of a worker, who sends it again as it was. `refused` to `norm` are what the
+    server finds of it."""
 
     worker: str
     session: str  # names the worker's process
@@ -2145,8 +2146,9 @@ class Clerk:
 class Ids:
     """Who holds a worker id: the process that joined with it, whatever becomes of its connection,
     until the worker timeout has passed without a word from it, or until it is known to have ended.
-    That says --spawn, or a process on the same machine, of the same address, once the connection has
-    ended, too: no more than a stranger there could have done without."""
+    --spawn knows that of its workers. A joining process that says so is believed where it comes from
+    the holder's machine and address, and the holder's connection has ended as well: a stranger there
+    gains nothing by it."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
@@ -2275,7 +2277,8 @@ class Transfers:
     @contextlib.contextmanager
     def patient(self, conn, kind, counts=None):
         """A block that serves a connection. Where its transfer stops or is too slow, the worker is
-        given up, if the connection `counts()`, or is that of its join."""
+        given up, unless another connection has taken over: `counts()` says whether this one is still
+        the one that counts; without it, that is the one of the join, then of the heartbeats."""
         try:
             yield
         except protocol.TooSlow as error:
