@@ -2175,10 +2175,8 @@ class Ids:
         """Whether two processes run on the same machine, as far as they say so and come from the same
         address."""
         mine, its = member.facts, other.facts
-        return bool(mine.process[0]) and (mine.process[0], mine.conn.peer) == (
-            its.process[0],
-            its.conn.peer,
-        )
+        is_one_machine = mine.process[0] == its.process[0] != ""
+        return is_one_machine and mine.conn.peer == its.conn.peer
 
     def explain(self, member):
         """The fields of a `wait` message to a worker whose id is held. A worker on the holder's own
@@ -2526,7 +2524,7 @@ class Gate:
         count = fragments + bool(facts.buffers)
         held, resumes, folded = held_of(message, count)
         if run_id and facts.run != run_id:  # what it holds belongs to another run
-            held, folded, resumes = [min(version, protocol.FRESH) for version in held], [], []
+            held, folded, resumes = [min(version, FRESH) for version in held], [], []
         size = 4 * sum(spec.numel for spec in facts.manifest + facts.buffers) / 1e9
         if size > self.args.max_model_gb:
             raise Refused(
