@@ -88,10 +88,8 @@ SEQ_AHEAD = 1000  # that a sequence number may lie above the last one that was c
 PACES = 10  # steps of a cycle that count at most, over those of the workers that opened the run
 LEAD = 3  # cycles that a worker may have made since the last round that it was in
 MOST_STEPS = 10**9  # of one push
-MOST_ROUNDS = (
-    1 << 40
-)  # highest version number, and LAST_LIFE the last life, that a worker may bring
-LAST_LIFE = "7" + "f" * 19
+MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
+LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
 HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
@@ -149,7 +147,8 @@ class Rules:
 
 @dataclass(eq=False, kw_only=True)
 class Push:
-    """A contribution of a worker. Immutable once made; sent again as it is."""
+    """A contribution of a worker, who sends it again as it was. `refused` to `norm` are what the
+    server finds of it."""
 
     worker: str
     session: str  # names the worker's process
@@ -377,6 +376,12 @@ class Member:
         return max(0.0, steps - self.speed * (now - self.heard)) / self.sync_every
 
 
+def of_process(workers, id, session):
+    """The Member of an id among {id: Member} where it is this process of the worker, else None."""
+    member = workers.get(id)
+    return member if member is not None and member.session == session else None
+
+
 def is_begun(slices):
     """Whether a slice holds a version that a run has made."""
     return any(slice.version.life for slice in slices)
@@ -462,8 +467,8 @@ class Run:
 
     def here(self, id, session, now):
         """A worker that waits to enter is alive. False where it is waited for no more."""
-        member = self.waiting.get(id)
-        if member is None or member.session != session:
+        member = of_process(self.waiting, id, session)
+        if member is None:
             return False
         member.heard = now
         self.anew.heard(id, now)
@@ -583,8 +588,8 @@ class Run:
 
     def hear(self, id, session, now):
         """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
-        member = self.members.get(id)
-        if member is None or member.session != session:
+        member = of_process(self.members, id, session)
+        if member is None:
             self.anew.heard(id, now)  # alive, and about to join again
             raise Refused("rejoin", f"worker {id!r} is not a member of the run; join again")
         member.heard, member.has_ended = now, False
@@ -592,13 +597,13 @@ class Run:
 
     def free(self, id, session):
         """A worker's process has ended, as whoever knows it says: another one may have its id."""
-        for other in (self.members.get(id), self.waiting.get(id)):
-            if other and other.session == session:
-                other.has_ended = True
+        for workers in (self.members, self.waiting):
+            if member := of_process(workers, id, session):
+                member.has_ended = True
 
     def forget(self, id, session):
         """A worker that waits to enter has gone, or does not bring what it was asked for."""
-        if id in self.waiting and self.waiting[id].session == session:
+        if of_process(self.waiting, id, session):
             del self.waiting[id]
 
     def remove(self, id, ends):
@@ -915,15 +920,15 @@ class Stalls:
     def stuck(self, now):
         """The ids of members to be given up: those for which the open round at the lowest turn has
         waited longer than --drop-stuck, since it is that. Called several times a second."""
-        waiting = self.waiting()
-        is_folding = any(slice.folding for slice in self.run.slices)
-        name = (waiting[0][0], self.run.slices[waiting[0][0]].version) if waiting else None
-        if name is None or is_folding or name != self.oldest[0]:
-            self.oldest = None if is_folding else name, now
+        waiting, oldest = self.waiting(), None
+        if waiting and not any(slice.folding for slice in self.run.slices):
+            k = waiting[0][0]
+            oldest = k, self.run.slices[k].version
+        if oldest is None or oldest != self.oldest[0]:
+            self.oldest = oldest, now
             return []
-        limit = self.run.rules.drop_stuck
-        is_stuck = 0 < limit < now - self.oldest[1]
-        return sorted(self.run.missing(name[0])) if is_stuck else []
+        is_stuck = 0 < self.run.rules.drop_stuck < now - self.oldest[1]
+        return sorted(self.run.missing(oldest[0])) if is_stuck else []
 
 
 # --- The global model -------------------------------------------------------------------------
@@ -1030,7 +1035,6 @@ class Snapshot:
         self.count = vectors[0].numel()
         self.taken = 0  # elements that the reader has taken
         self.kept = {}  # start -> copies of that chunk of each vector
-        self.sums = protocol.Checksum()  # checksum of the chunks taken from the first vector
         self.lock = threading.Lock()  # guards `taken` and `kept`
 
     def _copy(self, start, stop):
@@ -1050,16 +1054,11 @@ class Snapshot:
                     raise RuntimeError("a snapshot was read twice, or after it was closed")
                 parts = self.kept.pop(start, None) or self._copy(start, stop)
                 self.taken = stop
-            self.sums.add(parts[0])
             yield parts
 
     def pieces(self):
         """Yields the chunks of the first vector."""
         return (parts[0] for parts in self.chunks())
-
-    def checksum(self):
-        """The Checksum of the first vector, once all of it has been read."""
-        return self.sums.digest()
 
     def close(self):
         """Stop keeping copies."""
@@ -1481,6 +1480,18 @@ def names_of(fields):
     return lists | tables | {"life": protocol.version_of([life, 0]).life, "pace": pace}
 
 
+def norms_of(value, count):
+    """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
+    kept = [[] for _ in range(count)]
+    for norms, pairs in zip(kept, value if type(value) is list else (), strict=False):
+        for pair in pairs if type(pairs) is list else ():
+            match pair:
+                case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
+                    norms.append((each, whole))
+        del norms[:-HISTORY]
+    return kept
+
+
 def state_of(fields):
     """The state of a run, checked, from the header of a checkpoint. Raises ProtocolError."""
     check = protocol.Message("checkpoint", fields, []).field
@@ -1662,9 +1673,8 @@ class Store:
             for _, path in found
         }
         self.latest_life = max((life for life, _ in ages.values()), default="")
-        for path in sorted(
-            ages, key=lambda path: ages[path] > ("", -1)
-        ):  # to name all that are broken
+        # Those whose header cannot be read come first, so that the log names them all.
+        for path in sorted(ages, key=lambda path: ages[path] > ("", -1)):
             try:
                 state, model = load_checkpoint(path, up, down, error_feedback)
             except ProtocolError as error:
@@ -1772,12 +1782,13 @@ class Store:
         state["buffers"], state["num_fragments"] = len(model.buffers), model.num_fragments
         state["fragments"] = [{"label": version, "folded": fates} for version, fates in heads]
         state["frozen"] = self.frozen
+        what = versions, bool(state["members"])
         with self._surviving("checkpoint", snapshots):
-            if self.saved != (versions, bool(state["members"])):
+            if self.saved != what:
                 os.makedirs(self.output, exist_ok=True)
                 number = min(version.number for version in versions)
                 self._write_checkpoint(f"checkpoint-{number}", state, model, snapshots)
-                self.saved = versions, bool(state["members"])
+                self.saved = what
 
     def _write_checkpoint(self, name, state, model, snapshots):
         path, kept = os.path.join(self.output, name), self.kept
@@ -2036,18 +2047,6 @@ def held_of(message, count):
     return held, resumes, folded
 
 
-def norms_of(value, count):
-    """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
-    kept = [[] for _ in range(count)]
-    for norms, pairs in zip(kept, value if type(value) is list else (), strict=False):
-        for pair in pairs if type(pairs) is list else ():
-            match pair:
-                case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
-                    norms.append((each, whole))
-        del norms[:-HISTORY]
-    return kept
-
-
 def rank_of(member, members):
     """The place of a member among the live ones, and their number."""
     live = sorted(other.index for other in members.values())
@@ -2061,6 +2060,16 @@ def settings_of(member):
         "source": member.facts.source,
         "sync_every": member.sync_every,
     }
+
+
+def outer_settings(args, saved):
+    """{name: value} of the settings of the outer optimizer: those of the command line, else those
+    that the run had (`saved`), else the defaults."""
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value != saved.get(name, value):
+            log(f"{name} {value} from the command line replaces {saved[name]} of the run")
+    return {**DEFAULTS, **saved, **given}
 
 
 def status_of(member):
@@ -2146,8 +2155,9 @@ class Clerk:
 class Ids:
     """Who holds a worker id: the process that joined with it, whatever becomes of its connection,
     until the worker timeout has passed without a word from it, or until it is known to have ended.
-    That says --spawn, or a process on the same machine, of the same address, once the connection has
-    ended, too: no more than a stranger there could have done without."""
+    --spawn knows that of its workers. A joining process that says so is believed where it comes from
+    the holder's machine and address, and the holder's connection has ended as well: a stranger there
+    gains nothing by it."""
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
@@ -2174,10 +2184,8 @@ class Ids:
         """Whether two processes run on the same machine, as far as they say so and come from the same
         address."""
         mine, its = member.facts, other.facts
-        return bool(mine.process[0]) and (mine.process[0], mine.conn.peer) == (
-            its.process[0],
-            its.conn.peer,
-        )
+        is_one_machine = mine.process[0] == its.process[0] != ""
+        return is_one_machine and mine.conn.peer == its.conn.peer
 
     def explain(self, member):
         """The fields of a `wait` message to a worker whose id is held. A worker on the holder's own
@@ -2276,7 +2284,8 @@ class Transfers:
     @contextlib.contextmanager
     def patient(self, conn, kind, counts=None):
         """A block that serves a connection. Where its transfer stops or is too slow, the worker is
-        given up, if the connection `counts()`, or is that of its join."""
+        given up, unless another connection has taken over: `counts()` says whether this one is still
+        the one that counts; without it, that is the one of the join, then of the heartbeats."""
         try:
             yield
         except protocol.TooSlow as error:
@@ -2287,10 +2296,8 @@ class Transfers:
         id, session = conn.worker
         with self.lock:
             for found in (self.run.members, self.run.waiting):
-                member = found.get(id)
-                if member is None or member.session != session:
-                    continue
-                if not (counts() if counts else member.facts.conn is conn):
+                member = of_process(found, id, session)
+                if not member or not (counts() if counts else member.facts.conn is conn):
                     continue
                 if found is self.run.members:
                     self.server.gate.remove(id, f"is gone: {why}", ends=False)
@@ -2298,7 +2305,6 @@ class Transfers:
                     log(f"{shown(id)} waits to join no more: {why}")
                     self.run.forget(id, session)
                     self.lock.notify_all()
-        self.server.clerk.keep_names()
         self.server.rounds.turn()
 
     @contextlib.contextmanager
@@ -2330,18 +2336,20 @@ class Watch:
     def look(self):
         """Called several times a second. Needs the lock."""
         server, limit = self.server, self.server.args.drop_stuck
-        self.found = [] if server.closed else self.stalls.found(now())
-        self.said = {stall["slice"]: self.said.get(stall["slice"]) for stall in self.found}
+        if server.closed:
+            return
+        self.found = self.stalls.found(now())
+        self.said = {s["slice"]: self.said.get(s["slice"], -math.inf) for s in self.found}
         for stall in self.found:
-            k, said = stall["slice"], self.said[stall["slice"]]
-            if said is None or now() - said >= SAY_SECONDS:
+            k = stall["slice"]
+            if now() - self.said[k] >= SAY_SECONDS:
                 self.said[k] = now()
                 whom = ", ".join(stall["missing"][:20]) or "more workers (--min-workers)"
                 log(
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
                 )
-        for id in [] if server.closed else self.stalls.stuck(now()):
+        for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
 
@@ -2357,7 +2365,7 @@ class Handouts:
 
     def status(self):
         """The reply to a status request: of a moment after it came, but of all that come within a
-        short while the same."""
+        short while the same. Under a mere lock, who asks again would go before those who wait."""
         asked = now()
         with self.ready:
             while self.made < asked and self.is_making:
@@ -2525,7 +2533,7 @@ class Gate:
         count = fragments + bool(facts.buffers)
         held, resumes, folded = held_of(message, count)
         if run_id and facts.run != run_id:  # what it holds belongs to another run
-            held, folded, resumes = [min(version, protocol.FRESH) for version in held], [], []
+            held, folded, resumes = [min(version, FRESH) for version in held], [], []
         size = 4 * sum(spec.numel for spec in facts.manifest + facts.buffers) / 1e9
         if size > self.args.max_model_gb:
             raise Refused(
@@ -2588,46 +2596,48 @@ class Gate:
     def admit(self, conn, member):
         """Wait until a worker may enter the run, or is to bring what the server lacks; then answer
         its join."""
-        run, id, anew = self.run, member.id, self.run.anew
-
-        def is_decided():
-            if not run.here(id, member.session, now()):
-                return True
-            is_over = anew.lays_out(id, now()) or anew.is_left_behind(id)
-            return is_over or bool(run.lacking(id, now())) or run.may_enter(id, now())
-
-        while True:
-            self.server.wait(conn, is_decided, self.awaited_to_start)
-            if member.facts.compared is not self.store.weights and anew.fits(member):
+        kind, fields = "compare", {}
+        while kind == "compare":
+            decide = functools.partial(self.decide, member)
+            kind, fields = self.server.wait(conn, decide, self.awaited_to_start)
+            if kind == "compare":
                 self.compare(conn, member.facts)
-            with self.lock:
-                if member not in (run.waiting.get(id), run.members.get(id)):
-                    raise Refused("id", "another connection of this worker has taken its place")
-                if id in run.waiting and anew.is_left_behind(id):
-                    raise self.layouts.left_behind(member)
-                if id in run.waiting and anew.lays_out(id, now()):
-                    self.layouts.lay_out_anew(member)
-                    self.lock.notify_all()
-                    continue
-                is_asked = id in run.waiting and self.ask_to_bring(member)
-                if id in run.waiting and not is_asked:
-                    is_old = member.facts.compared is not self.store.weights
-                    if is_old or not run.may_enter(id, now()):
-                        continue  # somebody has gone, or a fold has begun, in between
-                    self.enter(id)
-                fields = {} if is_asked else self.place(member)
-            break
-        if is_asked:
+        if kind == "bring":
             conn.stall = min(conn.stall, self.args.worker_timeout)
-            wanted = {"slices": member.asked, "files": self.store.needs_files(member.facts)}
-            return conn.send("bring", {**wanted, **self.layout()})
+            return conn.send("bring", fields)
         conn.stall = protocol.STALL_SECONDS
         request = self.server.clerk.keep_names()
         kept = functools.partial(self.server.clerk.is_done, request)
         self.server.wait(conn, kept, lambda: "the server's disk")  # a crash forgets nobody
         conn.send("join", fields)
         for k in range(self.server.model.count):
-            self.server.model.warm(k, len(run.members))
+            self.server.model.warm(k, len(self.run.members))
+
+    def decide(self, member):
+        """Do for a worker that has asked to join what can be done now. Returns (type, fields) of the
+        answer, ("compare", {}) where its frozen tensors are to be compared first, or None where it
+        has to wait. Raises Refused where it cannot enter. Needs the lock."""
+        run, id, anew = self.run, member.id, self.run.anew
+        is_waiting = run.waiting.get(id) is member
+        if not is_waiting and run.members.get(id) is not member:
+            raise Refused("id", "another connection of this worker has taken its place")
+        if is_waiting:
+            run.here(id, member.session, now())
+            if anew.is_left_behind(id):
+                raise self.layouts.left_behind(member)
+            if anew.lays_out(id, now()):
+                self.layouts.lay_out_anew(member)
+                self.lock.notify_all()
+            if not (run.lacking(id, now()) or run.may_enter(id, now())):
+                return None
+        if member.facts.compared is not self.store.weights:
+            return "compare", {}
+        if is_waiting and self.ask_to_bring(member):
+            files = self.store.needs_files(member.facts)
+            return "bring", {"slices": member.asked, "files": files, **self.layout()}
+        if is_waiting:
+            self.enter(id)
+        return "join", self.place(member)
 
     def ask_to_bring(self, member):
         """Whether a waiting worker is to bring something: slices that the server lacks, or at the
@@ -2797,12 +2807,12 @@ class Gate:
         self.server.rounds.turn()
 
     def remove(self, id, why, ends):
-        """Drop a member. Needs the lock."""
+        """Drop a member, and have the names written without it. Needs the lock."""
         self.run.remove(id, ends)
         log(f"{shown(id)} {why}")
         if not self.run.members:
             self.server.save_wanted.add("final")
-        self.lock.notify_all()
+        self.server.clerk.keep_names()
 
     def give_up(self, id):
         """Wait no longer for a worker whose process is known to have ended."""
@@ -2811,7 +2821,6 @@ class Gate:
                 self.remove(id, "is gone: its process has ended", ends=False)
             elif id in self.run.waiting:
                 self.run.forget(id, self.run.waiting[id].session)
-        self.server.clerk.keep_names()
         self.server.rounds.turn()
 
 
@@ -2849,8 +2858,10 @@ class Rounds:
         given back where they do not."""
         with self.lock:
             member = self.run.hear(*conn.worker, now())
-            self.check_room(member, message)
             push, model = self.announced(member, message), self.model
+            self.check_room(push)
+            if message.specs:
+                push.payload = model.payload(push.k)
         unused = push.payload
         try:
             self.read_push(conn, push)
@@ -2859,7 +2870,7 @@ class Rounds:
                     raise Refused("rejoin", "the run has other tensors since; join again")
                 slice = self.run.slices[push.k]
                 self.lock.wait_for(lambda: not slice.folding)
-                self.check_room(member, message)
+                self.check_room(push)
                 before = slice.pushes.get((push.worker, push.seq))
                 if is_taken := self.run.push(push, now()):
                     unused = before.payload if before else None
@@ -2872,19 +2883,18 @@ class Rounds:
                 model.give_back(push.k, unused)
         return is_taken
 
-    def check_room(self, member, message):
+    def check_room(self, push):
         """Raise ProtocolError where a worker's earlier push of the slice is still in the open round:
         a process has one at a time. Needs the lock."""
-        seq, k = message.field("seq", int, low=1), self.slice_of(message)
-        mine = [p for p in self.run.slices[k].pushes.values() if p.worker == member.id]
-        others = [p for p in mine if p.seq != seq]
-        if len(others) >= MAX_PUSHES or any(p.session == member.session for p in others):
+        mine = [p for p in self.run.slices[push.k].pushes.values() if p.worker == push.worker]
+        others = [p for p in mine if p.seq != push.seq]
+        if len(others) >= MAX_PUSHES or any(p.session == push.session for p in others):
             raise ProtocolError(
-                f"push {seq} of slice {k} comes before an entry lists push {others[0].seq}"
+                f"push {push.seq} of slice {push.k} comes before an entry lists push {others[0].seq}"
             )
 
     def announced(self, member, message):
-        """The Push that a message announces. Needs the lock."""
+        """The Push that a message announces, still without its numbers. Needs the lock."""
         k, limit = self.slice_of(message), protocol.MAX_ABS
         if message.specs:
             message.expect(self.model.codec(k)[0].layout(self.model.sizes[k]))
@@ -2899,7 +2909,6 @@ class Rounds:
             step=message.field("step", int),
             tokens=message.field("tokens", int, 0),
             loss=message.field("loss", float, None, low=-limit, high=limit),
-            payload=self.model.payload(k) if message.specs else None,
             nbytes=protocol.payload_bytes(message.specs),
         )
 
@@ -3405,9 +3414,7 @@ class Door:
         run = self.server.run
 
         def is_of(visitor, workers):
-            id, session = visitor.conn.worker
-            worker = workers.get(id)
-            return worker is not None and worker.session == session
+            return of_process(workers, *visitor.conn.worker) is not None
 
         is_member = is_waiting = False
         if visitor.conn.worker[0]:
@@ -3501,17 +3508,11 @@ class Server:
         self.faults = protocol.Faults()  # what went wrong and was survived
         self.run = Run(rules_of(args), now())
         self.run_id = ""  # life in which the run began
-        self.settings = {name: getattr(args, name) for name in DEFAULTS}
-        self.shares = args.shares
         self.store = Store(args.model, args.output_dir, args.save_total_limit)
         self.store.hold()
         self.model = self.reopen()  # GlobalModel; None before the first join
-        for name, value in DEFAULTS.items():
-            if self.settings[name] is None:
-                self.settings[name] = value
         lr, momentum, nesterov, warmup = self.settings.values()
         self.outer = Outer(lr=lr, momentum=momentum, nesterov=nesterov, warmup=warmup)
-        self.shares = self.shares or max(args.n, LEAST_SHARES)
         if self.shares < args.n:
             raise SystemExit(
                 f"{self.shares} --shares for {args.n} workers: some would have no text"
@@ -3529,19 +3530,15 @@ class Server:
         state, model = self.store.open(args.upload_codec, args.download_codec, args.error_feedback)
         if self.store.names:
             self.run.reopen(self.store.names, state["heads"] if state else [], now())
+        saved = state or {"settings": {}, "shares": 0}
+        self.settings = outer_settings(args, saved["settings"])
+        self.shares = args.shares or saved["shares"] or max(args.n, LEAST_SHARES)
         if state is None:
             return None
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
         for slice, norms in zip(self.run.slices, state["norms"], strict=True):
             slice.norms = norms
-        self.shares = self.shares or state["shares"]
-        for name, saved in state["settings"].items():
-            given = self.settings[name]
-            if given is None:
-                self.settings[name] = saved
-            elif given != saved:
-                log(f"{name} {given} from the command line replaces {saved} of the run")
         self.run.anew.layout = layout_of(model.manifest + model.buffers)
         labels = [version for version, _ in state["heads"]]
         protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
@@ -3619,14 +3616,14 @@ class Server:
 
     def tick(self):
         """Give up who is silent, and close the rounds whose time has come."""
-        limit = self.args.worker_timeout
-        while not self.ended.wait(min(TICK_SECONDS, limit / 4)):
+        while not self.ended.wait(min(TICK_SECONDS, self.args.worker_timeout / 4)):
             with self.faults.survive(log, "looking after workers and rounds"):
-                self.look_after(limit)
+                self.look_after()
             log.settle()
 
-    def look_after(self, limit):
+    def look_after(self):
         """Do what the time demands, once."""
+        limit = self.args.worker_timeout
         with self.lock:
             self.transfers.hear()
             self.watch.look()
@@ -3642,16 +3639,17 @@ class Server:
         self.rounds.turn()
 
     def wait(self, conn, condition, awaited):
-        """Wait for `condition()`, called with the lock held. The peer gets a `wait` message with
-        `awaited()` soon, and every WAIT_SECONDS. Raises ConnectionError when the peer hangs up, or
-        the server ends."""
+        """Wait for `condition()`, called with the lock held, and return what it gave. The peer gets a
+        `wait` message with `awaited()` soon, and every WAIT_SECONDS. Raises ConnectionError when the
+        peer hangs up, or the server ends."""
         said = -protocol.WAIT_SECONDS
         while True:
             with self.lock:
-                if self.lock.wait_for(lambda: condition() or self.closed, timeout=0.5):
-                    if condition():
-                        return
+                found = self.lock.wait_for(lambda: condition() or (self.closed and "closed"), 0.5)
+                if found == "closed":
                     break
+                if found:
+                    return found
                 text = awaited()
                 fields = text if type(text) is dict else {"awaited": text}
             if conn.closed_by_peer():

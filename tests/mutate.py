@@ -44,8 +44,8 @@ MUTATIONS = {
     ),
     "an old session is let in": (
         "server",
-        "        if member is None or member.session != session:\n            self.anew",
-        "        if member is None:\n            self.anew",
+        "member = of_process(self.members, id, session)",
+        "member = self.members.get(id)",
     ),
     "a process comes back under an id that was taken over": (
         "server",

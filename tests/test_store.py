@@ -327,7 +327,7 @@ def test_a_disk_that_hangs_stops_no_tick_and_a_join_waits_for_the_names(tmp_path
     request = running.clerk.keep_names()
     assert hangs.wait(DEADLINE) and not running.clerk.is_done(request)
     for _ in range(3):
-        running.look_after(30.0)
+        running.look_after()
     running.clerk.settle(0.01)
     free.set()
     with running.lock:
@@ -353,7 +353,7 @@ def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkey
     running.rounds.start_folds()
     assert not started and "can't start new thread" in running.status()["faults"][-1]
     Thread.fails = False
-    running.look_after(30.0)
+    running.look_after()
     assert started == [("round", "entry")]
 
 
