@@ -656,7 +656,6 @@ class Slice:
 
 MOST = 1 << 20  # processes, members and shares that a server may speak of
 MOST_ENTRIES = 1000  # that a pull may bring; the server keeps fewer
-MOST_BRINGS = 100  # uploads that one join may ask for
 
 
 class Joined(NamedTuple):
