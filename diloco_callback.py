@@ -1387,6 +1387,11 @@ class Ranks:
         self.told = b""  # last value that was told, as JSON
         self.is_broken = False  # whether a joint call has failed, or is under way
 
+    @property
+    def is_alone(self):
+        """Whether this process has the whole model, and nobody to tell."""
+        return self.count == 1 and not self.is_sharded
+
     @contextlib.contextmanager
     def _joint(self):
         """Mark a joint call. If it fails here, no rank can tell where the others are."""
@@ -1982,8 +1987,8 @@ class Watch:
     def about(self, optimizer):
         """An optimizer of this process is about to step. Looks closely only where a step ends a round,
         or where the optimizer has other parameters or a frozen one is trained."""
-        held, ranks = self.held.get(id(optimizer)), self.worker.ranks
-        if held is None or ranks.count > 1 or ranks.is_sharded:
+        held = self.held.get(id(optimizer))
+        if held is None or not self.worker.ranks.is_alone:
             return
         is_end = self.worker.schedule.left <= 1
         if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
@@ -2163,7 +2168,7 @@ class Watch:
     def last_words(self):
         """Say what is amiss where the process ends without a flush, or ""."""
         worker = self.worker
-        can_tell = worker.ranks.count == 1 and not (worker.ranks.is_sharded or worker.flushed)
+        can_tell = worker.ranks.is_alone and not worker.flushed
         if can_tell and worker.local_step == 0 and self.moved():
             return self.unseen_steps()
         return self.strange()
@@ -3064,7 +3069,7 @@ class Leader:
 
 def count_step(worker):
     """Count a step of the optimizer, and do what is due after it."""
-    watch, is_alone = worker.watch, worker.ranks.count == 1 and not worker.ranks.is_sharded
+    watch = worker.watch
     worker.local_step += 1
     worker.step += 1
     worker.replica.step = worker.local_step
@@ -3072,7 +3077,7 @@ def count_step(worker):
     if watch.jumps.records:
         watch.jumps.follow()
     is_busy = worker.leader.is_busy()
-    if is_alone and not is_busy:
+    if worker.ranks.is_alone and not is_busy:
         worker.schedule.tick()
         return
     with own_modes():
@@ -3438,7 +3443,7 @@ class DiLoCoWorker:
         unlisten(self.watch)
         self.link.close(reason, was_member=self.joins > 0)
         # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
-        if self.ranks and self.ranks.count == 1 and not self.ranks.is_sharded:
+        if self.ranks and self.ranks.is_alone:
             with torch.no_grad(), uninterrupted():
                 for k in self.replica.listed:
                     self.replica.slices[k].adopt()
@@ -3459,7 +3464,7 @@ class DiLoCoWorker:
         where they have changed; if rank 0 failed there, they fail too. frozen: names of parameters
         that are to be compared with the server's."""
         ranks = self.ranks
-        if ranks.count == 1 and not ranks.is_sharded:
+        if ranks.is_alone:
             yield is_busy
             return
         before, known = self._writes(), len(self.fetched)
