@@ -1740,11 +1740,7 @@ def thawed_later(model):
 
 def refuse_deepspeed(model, optimizers):
     """Raise ValueError where DeepSpeed trains: what an optimizer of its holds is not the model's."""
-    things = [model, *model.modules()]
-    for optimizer in optimizers:
-        while optimizer is not None and not any(optimizer is thing for thing in things):
-            things.append(optimizer)
-            optimizer = getattr(optimizer, "optimizer", None)
+    things = [model, *model.modules(), *(layer for each in optimizers for layer in layers_of(each))]
     made_by = {cls.__module__: cls.__name__ for thing in things for cls in type(thing).__mro__}
     found = [name for module, name in made_by.items() if module.startswith("deepspeed.runtime")]
     if found or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -1815,30 +1811,38 @@ def check_parameter(name, parameter):
         raise ValueError(f"parameter {name!r} {fault}")
 
 
+def layers_of(optimizer):
+    """An optimizer, and what it wraps in an attribute called `optimizer`, from the outside in."""
+    layers = []
+    while optimizer is not None and not any(optimizer is known for known in layers):
+        layers.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return layers
+
+
 def unwrapped(optimizer):
     """The innermost optimizer of wrappers such as accelerate's. Other things in an attribute called
     `optimizer` are their owner's business."""
-    inner, found, seen = optimizer, None, []
-    while inner is not None and not any(inner is known for known in seen):
-        if hasattr(inner, "register_step_post_hook"):
-            found = inner
-        seen.append(inner)
-        inner = getattr(inner, "optimizer", None)
-    if found is None:
+    found = [each for each in layers_of(optimizer) if hasattr(each, "register_step_post_hook")]
+    if not found:
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
-    return found
+    return found[-1]
 
 
 def is_nested_step(optimizer):
     """Whether a step of `optimizer` is under way within another one of its own. The stack tells, as
     no count of hooks survives a step that raises."""
     code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
-    frame, depth = sys._getframe(1), 0
+    steps = [frame.f_locals.values() for frame in callers() if frame.f_code is code]
+    return sum(any(value is optimizer for value in values) for values in steps) > 1
+
+
+def callers():
+    """The frames of all calls that are under way in this thread, from the innermost on."""
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
-            depth += any(value is optimizer for value in frame.f_locals.values())
+        yield frame
         frame = frame.f_back
-    return depth > 1
 
 
 def innermost(model):
@@ -2024,14 +2028,8 @@ class Watch:
         given = self.trained.optimizers
         inner = [*vars(optimizer).values()]
         inner += [each for value in inner if isinstance(value, list | tuple) for each in value]
-        if any(value is own for value in inner for own in given):
-            return True
-        frame = sys._getframe(1)
-        while frame is not None:
-            if any(frame.f_locals.get("self") is own for own in given):
-                return True
-            frame = frame.f_back
-        return False
+        inner += [frame.f_locals.get("self") for frame in callers()]
+        return any(value is own for value in inner for own in given)
 
     # --- Steps that are none ---
 
