@@ -3035,17 +3035,15 @@ class Leader:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
-        heard = {
-            "stop_ordered": worker.stop_ordered
-            or "stop" in beat.orders
-            or self.heard.get("stop_ordered", False),
-            "rank": beat.rank,
-            "world": beat.world,
-        }
-        if worker.ranks.count == 1:
-            vars(worker).update(heard)
-        else:
-            self.heard = heard
+        self.hear(rank=beat.rank, world=beat.world)
+        if "stop" in beat.orders:
+            self.hear(stop_ordered=True)
+
+    def hear(self, **facts):
+        """Set attributes of the worker: at once, or where it has several ranks in their next turn, in
+        which all take them over. Takes no lock: a heartbeat or a signal may come at any time."""
+        alone = self.worker.ranks.count == 1
+        (vars(self.worker) if alone else self.heard).update(facts)
 
     def say_stalled(self, stalls):
         """Log for whom a round waits too long, as a heartbeat's reply tells it; the one that it waits
@@ -3259,8 +3257,8 @@ class SigtermNotice:
         if callable(self.before):
             return self.before(number, frame)
         self.came, leader = True, getattr(self.worker, "leader", None)
-        if leader and self.worker.ranks.count > 1:  # rank 0 tells the others in its next turn
-            leader.heard = {**leader.heard, "stop_ordered": True}
+        if leader:
+            leader.hear(stop_ordered=True)
         else:
             self.worker.stop_ordered = True
 
