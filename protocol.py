@@ -78,6 +78,7 @@ MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
 MAX_HELLO_BYTES = 1 << 10  # longest header that is read from a peer that is no worker
 MAX_FILES_BYTES = 64 << 20  # all descriptive files together; the largest tokenizers are near 35 MB
 MAX_DISCARD_BYTES = 64 << 20  # most that is read after an error, so that the sender sees the reason
+CONNECT_SECONDS = 10.0  # time that a server has to take a connection
 HELLO_SECONDS = 10.0  # time that a peer has for TLS and hello in all
 REFUSED_SECONDS = 2.0  # time in all that a refused peer gets to read the reason
 WRONG_TOKEN_SECONDS = 1.0  # pause before a wrong token is refused, so that guessing takes long
@@ -201,9 +202,9 @@ def shown(text):
     return quoted(text)
 
 
-def printable(text, most=1000):
-    """A peer's sentence as people may see it: of printable characters, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+def printable(text):
+    """A peer's sentence as people may see it: of printable characters, and at most 1000 of them."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:1000])
 
 
 def quoted(value):
@@ -655,7 +656,7 @@ def write_frame(file, fields, specs, tensors, **metadata):
         raise ValueError(f"the tensors differ from their specs by {left} bytes")
 
 
-def read_file_header(file, in_order=False, whole=True):
+def read_file_header(file, whole=True):
     """(fields, specs) of the frame in an open binary file, which then stands at its payload.
 
     Raises ProtocolError also where the file is shorter or longer than its header says, unless
@@ -668,7 +669,7 @@ def read_file_header(file, in_order=False, whole=True):
     length = header_length(start)
     if 8 + length > size:
         raise ProtocolError(f"{file.name}: ends within its header")
-    fields, specs = parse_header(file.read(length), in_order)
+    fields, specs = parse_header(file.read(length), in_order=False)
     if whole and 8 + length + payload_bytes(specs) != size:
         raise ProtocolError(
             f"{file.name}: {size:,} bytes, but its header announces "
@@ -1273,7 +1274,7 @@ class Message:
         if good and kind in (int, float):
             good = low <= value <= high
         if good and kind is str:
-            good = len(value) <= 256 and (value.isprintable())
+            good = len(value) <= 256 and value.isprintable()
         if not good:
             raise ProtocolError(
                 f"{shown(self.type)}: field {name!r} is {quoted(value)}, not a valid {kind.__name__}"
@@ -1507,7 +1508,7 @@ class Connection:
 
     def _receive_large(self, length):
         self.large.append(Large())
-        before, self.deadline = self.deadline, self._deadline_of(LARGE_SECONDS)
+        before, self.deadline = self.deadline, time.monotonic() + self._within(LARGE_SECONDS)
         raw = self._header(length, self.large[0].count)
         self.deadline = before
         return self.large[0].parse(raw)
@@ -1516,10 +1517,6 @@ class Connection:
         """What the last header says has been taken in: another large one may be read."""
         with contextlib.suppress(IndexError):
             self.large.pop().release()
-
-    def _deadline_of(self, seconds):
-        end = time.monotonic() + seconds
-        return end if self.deadline is None else min(end, self.deadline)
 
     def _header(self, length, check=None):
         """Receive a header, and call `check` with each chunk. A large one has memory straight from
@@ -1786,14 +1783,14 @@ def parse_address(text, port=PORT):
     return host, number
 
 
-def connect(server, session_fields, timeout=10.0, access=PLAIN):
+def connect(server, session_fields, access=PLAIN):
     """Connect to "host:port", say hello and return (Connection, the server's hello fields).
 
     `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
     when there is nobody, Refused when the server says no or is not the one that `access` names.
     """
     host, port = parse_address(server)
-    sock = socket.create_connection((host, port), timeout)
+    sock = socket.create_connection((host, port), CONNECT_SECONDS)
     try:
         sock = access.secured(sock, host, server)
         conn = Connection(sock, server)
@@ -2239,14 +2236,3 @@ def square_of(numbers, total=math.inf):
     sum as float32 has it, if that is known."""
     total = numbers.dot(numbers).item() if total == math.inf else total
     return total if math.isfinite(total) else numbers.double().square().sum().item()
-
-
-def same_bits(one, other):
-    """Whether two CPU tensors of one dtype and shape are equal to the bit, NaN included."""
-    return memory(one) == memory(other)
-
-
-def all_finite(codec, tensors, count):
-    """Whether all numbers of an encoded slice of `count` elements are finite and at most
-    MAX_ABS."""
-    return all(codec.finite(tensors, start, stop) for start, stop in chunks(count))
