@@ -1700,16 +1700,21 @@ WRAPPERS = {
 }
 
 
-def wrapped_in(module):
-    """The attribute that a wrapper for data parallelism or compilation has its module in, else ""."""
-    return next((WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in WRAPPERS), "")
+def wrapped_in(kind):
+    """The attribute that a class of wrappers for data parallelism or compilation has its module in,
+    else ""."""
+    return next((WRAPPERS[c.__name__] for c in kind.__mro__ if c.__name__ in WRAPPERS), "")
 
 
 def plain_names(model):
     """A function from a name within `model` to the one that it has before the model, or a module of
     it, is compiled or wrapped for data parallelism."""
-    wrappers = [(path, wrapped_in(module)) for path, module in model.named_modules()]
+    modules = [*model.named_modules()]
+    inners = {kind: wrapped_in(kind) for kind in {type(module) for _, module in modules}}
+    wrappers = [(path, inners[type(module)]) for path, module in modules]
     wrappers = [(f"{path}." if path else "", f"{inner}.") for path, inner in wrappers if inner]
+    if not wrappers:
+        return str
 
     def plain(name):
         for path, inner in reversed(wrappers):  # the innermost first: outer paths stay as they are
@@ -1847,7 +1852,7 @@ def callers():
 
 def innermost(model):
     """The model within torch.compile's, DistributedDataParallel's and other wrappers."""
-    while inner := wrapped_in(model):
+    while inner := wrapped_in(type(model)):
         model = getattr(model, inner)
     return model
 
@@ -1967,7 +1972,8 @@ class Watch:
     optimizer: its marks then}; resting: parameters that were not trained then; strangers: {type of
     an optimizer that was not given: (name of a parameter, its steps)}; behind: types of optimizers
     that stepped behind the one whose steps count; doubtful: found_inf of each step since the last
-    boundary of which a GradScaler on a GPU says there whether it was one.
+    boundary of which a GradScaler on a GPU says there whether it was one; looked: {name: parameter}
+    of the model, if it was looked at before the step that is under way, else None.
     """
 
     def __init__(self, worker):
@@ -1976,6 +1982,7 @@ class Watch:
         self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
         self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
         self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
+        self.looked = None
         self.copies, self.jumps = Copies(self.trained), Jumps(worker)
         self.has_told_frozen = self.has_told_over = False
 
@@ -1991,12 +1998,12 @@ class Watch:
     def about(self, optimizer):
         """An optimizer of this process is about to step. Looks closely only where a step ends a round,
         or where the optimizer has other parameters or a frozen one is trained."""
-        held = self.held.get(id(optimizer))
+        self.looked, held = None, self.held.get(id(optimizer))
         if held is None or not self.worker.ranks.is_alone:
             return
         is_end = self.worker.schedule.left <= 1
         if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
-            self.worker.leader.anew.heed(optimizer)
+            self.looked = self.worker.leader.anew.heed(optimizer)
 
     def heard(self, optimizer):
         """An optimizer of this process has stepped."""
@@ -2054,10 +2061,10 @@ class Watch:
 
     # --- At boundaries ---
 
-    def check(self):
+    def check(self, looked=None):
         """Raise RuntimeError where what is trained has changed since the join, or another optimizer
-        trains it."""
-        if fault := self.change(self.trained.parameters()):
+        trains it. looked: {name: parameter} of the model, where that is known."""
+        if fault := self.change(looked or self.trained.parameters()):
             fault += (
                 ", since this worker joined, and it cannot join anew now: that takes a step after the "
                 "change, and a worker of one process. Make a DiLoCoWorker when the model is as it will "
@@ -2093,7 +2100,7 @@ class Watch:
         for name, parameter in now.items():
             before, shape = self.seen.get(name, (None, None))
             is_ours = name in trained.named
-            if fits(name, trained.local) or not (is_ours or parameter.requires_grad):
+            if not is_ours and (not parameter.requires_grad or fits(name, trained.local)):
                 continue
             if before is None:
                 how = f"parameter {name!r} is new"
@@ -2694,10 +2701,11 @@ class Anew:
         self.leader, self.worker, self.count = leader, leader.worker, 0
 
     def heed(self, optimizer):
-        """Join anew where what is trained has changed, before a step of `optimizer`."""
+        """Join anew where what is trained has changed, before a step of `optimizer`. Returns {name:
+        parameter} of the model, or None where this worker leaves."""
         worker, watch = self.worker, self.worker.watch
         if worker.leave_by is not None or worker.flushed:
-            return
+            return None
         found = worker.trained.parameters()
         is_replaced = self.replace(found)
         how = watch.change(found) or watch.frozen_in(optimizer)
@@ -2714,6 +2722,7 @@ class Anew:
         elif is_replaced:
             worker.trained.check_optimizers()
         watch.note(found)
+        return found
 
     def replace(self, found):
         """Synchronize the parameters among {name: parameter} that have taken the place of others of their
@@ -2843,7 +2852,7 @@ class Leader:
         worker, watch = self.worker, self.worker.watch
         watch.settle()
         if self.schedule.left <= 1:
-            watch.check()
+            watch.check(watch.looked)
         if watch.jumps.fault:
             raise RuntimeError(watch.jumps.fault)
         watch.jumps.begin()
