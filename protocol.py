@@ -225,7 +225,7 @@ class Log:
     def __init__(self, stream, prefix="", clock=False):
         self.stream, self.prefix, self.clock = stream, prefix, clock
         self.lost, self.why = 0, ""  # lines that could not be written, and why
-        self.seldom_lines = {}  # kind -> [second, lines written in it, lines that were not]
+        self.seldom_lines = {}  # kind -> [second, lines of the kind in it]
         self.lock = threading.RLock()  # a signal's handler may log, too
 
     def __call__(self, text):
@@ -265,25 +265,22 @@ class Log:
         """Log a line of a kind that peers can cause: at most LINES_PER_SECOND of it, the rest are
         counted."""
         with self.lock:
-            second = int(time.monotonic())
-            if self.seldom_lines.setdefault(kind, [second, 0, 0])[0] != second:
-                self.settle()
-            entry = self.seldom_lines.setdefault(kind, [second, 0, 0])
-            is_few = entry[1] < LINES_PER_SECOND
-            entry[1 if is_few else 2] += 1
+            self.settle()
+            entry = self.seldom_lines.setdefault(kind, [int(time.monotonic()), 0])
+            entry[1] += 1
+            is_few = entry[1] <= LINES_PER_SECOND
         if is_few:
             self(text[:400])
 
     def settle(self):
         """Say how many lines of each kind were not logged in the seconds before this one."""
         with self.lock:
-            over = [
-                k for k, entry in self.seldom_lines.items() if entry[0] != int(time.monotonic())
-            ]
-            left = {kind: self.seldom_lines.pop(kind)[2] for kind in over}
-        for kind, count in left.items():
-            if count:
-                self(f"and {count} more {kind}")
+            now = int(time.monotonic())
+            over = [kind for kind, (second, _) in self.seldom_lines.items() if second != now]
+            counts = {kind: self.seldom_lines.pop(kind)[1] for kind in over}
+        for kind, count in counts.items():
+            if count > LINES_PER_SECOND:
+                self(f"and {count - LINES_PER_SECOND} more {kind}")
 
 
 def is_writable(stream, seconds):
