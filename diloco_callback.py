@@ -770,20 +770,14 @@ def beat_of(reply):
     return Beat(rank, world, orders, reply.field("stalls", list, []))
 
 
-class Wanted(NamedTuple):
-    """What the server asks a joining worker for."""
-
-    slices: list
-    files: bool
-
-
 def wanted_of(reply, count):
-    """A Wanted, of a run with `count` slices."""
+    """(slices, whether descriptive files too) that the server asks a joining worker for, in a run
+    with `count` slices."""
     reply.typed("bring").expect([])
     slices = reply.numbers("slices", None, high=count - 1)
     if len(set(slices)) < len(slices):
         raise ProtocolError("bring: the server asks for a slice twice")
-    return Wanted(slices, reply.field("files", bool, False))
+    return slices, reply.field("files", bool, False)
 
 
 # --- The link to the server ---------------------------------------------------------------------
@@ -1508,9 +1502,8 @@ def end_groups(groups):
     for it; if Python has ended by then, the thread aborts the process."""
     while groups:
         group = groups.pop()
-        if (
-            dist.is_initialized()
-        ):  # else the program has ended all groups, and this one's name is gone
+        # Where the program has ended all groups itself, this one's name is gone.
+        if dist.is_initialized():
             dist.destroy_process_group(group)
 
 
@@ -1868,9 +1861,8 @@ def load_weights(model, path):
     lacking = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
     own |= {plain(name): buffer for name, buffer in model.named_buffers()}
     for name, tensor in own.items():
-        if (name in lacking and tensor.requires_grad) or (
-            name in weights and weights[name].shape != tensor.shape
-        ):
+        is_other = name in weights and weights[name].shape != tensor.shape
+        if is_other or (name in lacking and tensor.requires_grad):
             raise ValueError(f"{path} does not fit the model: it lacks {name!r} of this shape")
     for name in weights.keys() - own.keys():
         raise ValueError(f"{path} does not fit the model, which lacks {name!r}")
@@ -2015,9 +2007,9 @@ class Watch:
 
     def other(self, optimizer):
         """Another optimizer than the one whose steps count has stepped."""
-        if any(optimizer is given for given in self.trained.optimizers):
-            if any(optimizer is given for given in self.unseen):
-                self.unseen = [given for given in self.unseen if given is not optimizer]
+        if optimizer in self.trained.optimizers:
+            if optimizer in self.unseen:
+                self.unseen.remove(optimizer)
                 if self.worker.local_step == 1:
                     self.behind.append(type(optimizer).__name__)
             return
@@ -2096,32 +2088,27 @@ class Watch:
         trained at the join, or ""."""
         trained = self.trained
         trained.say_foreign(now)
-        how = ""
         for name, parameter in now.items():
             before, shape = self.seen.get(name, (None, None))
             is_ours = name in trained.named
             if not is_ours and (not parameter.requires_grad or fits(name, trained.local)):
                 continue
             if before is None:
-                how = f"parameter {name!r} is new"
-            elif parameter.shape != shape:
-                how = f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
-            elif parameter is not before:
-                how = f"parameter {name!r} has been replaced by another tensor"
-            elif not is_ours:
-                how = f"parameter {name!r} was frozen and is trained now"
-            elif not (parameter.requires_grad or name in trained.later or self.has_told_frozen):
+                return f"parameter {name!r} is new"
+            if parameter.shape != shape:
+                return f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
+            if parameter is not before:
+                return f"parameter {name!r} has been replaced by another tensor"
+            if not is_ours:
+                return f"parameter {name!r} was frozen and is trained now"
+            if not (parameter.requires_grad or name in trained.later or self.has_told_frozen):
                 self.has_told_frozen = True
                 log(
                     f"parameter {name!r} has requires_grad=False now: it stays synchronized, with "
                     "what the other workers make of it"
                 )
-            if how:
-                break
-        gone = next((name for name in trained.named if name not in now), None)
-        if not how and gone is not None:
-            how = f"parameter {gone!r} is not in the model any more"
-        return how
+        gone = [name for name in trained.named if name not in now]
+        return f"parameter {gone[0]!r} is not in the model any more" if gone else ""
 
     def frozen_in(self, optimizer):
         """Say which synchronized parameter of an optimizer that is about to step, or of none at all,
