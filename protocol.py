@@ -925,9 +925,13 @@ def checkpoints(folder):
         if not number or (number[2] and os.path.lexists(os.path.join(folder, name[1:-4]))):
             continue
         outer, model = (os.path.join(path, f"{n}.safetensors") for n in ("outer", "model"))
-        is_damaged = header_of(outer) is None and (os.path.exists(outer) or is_ours(model))
-        if is_ours(outer) or is_damaged or os.path.exists(os.path.join(path, SUMS)):
-            found.append((*age_of(header_of(outer) or {}), int(number[1] or number[2]), path))
+        fields = header_of(outer)
+        if fields is None:  # damaged, where it is this program's
+            is_own = os.path.exists(outer) or is_ours(model)
+        else:
+            is_own = fields.get("program") == "diloco"
+        if is_own or os.path.exists(os.path.join(path, SUMS)):
+            found.append((*age_of(fields or {}), int(number[1] or number[2]), path))
     return [(number, path) for *_, number, path in sorted(found, reverse=True)]
 
 
