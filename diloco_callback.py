@@ -2364,15 +2364,19 @@ def say_unstarted(worker_id, pid, parameters, versions):
 def check_process(worker):
     """Raise Refused where this process has a worker already that holds the same id at the same
     server, as where a cell of a notebook is run again."""
-    for other in STARTED:
-        same = other is not worker and other.worker_id == worker.worker_id
-        if same and other.server == worker.server and not other.closed.is_set():
+    for other in namesakes(worker):
+        if other.server == worker.server and not other.closed.is_set():
             raise Refused(
                 "id",
                 f"worker id {worker.worker_id!r} is held at {worker.server} by this process itself (pid "
                 f"{os.getpid()}): call close() of the DiLoCoWorker that it made before, such as in a "
                 "cell that was run already",
             )
+
+
+def namesakes(worker):
+    """The other workers of this process with a worker's id."""
+    return [w for w in STARTED if w is not worker and w.worker_id == worker.worker_id]
 
 
 # --- Joining ------------------------------------------------------------------------------------
@@ -2510,9 +2514,7 @@ class Admission:
             return False
         if holder[0] != os.getpid():
             return protocol.has_ended(*holder)
-        mine = self.worker
-        others = [w for w in STARTED if w.worker_id == mine.worker_id and w is not mine]
-        return all(other.link.closed.is_set() for other in others)
+        return all(other.link.closed.is_set() for other in namesakes(self.worker))
 
     def bring(self, conn, reply):
         """Upload the slices that the server asks for: of the anchor, or of the model that this
@@ -3024,9 +3026,8 @@ class Leader:
         worker = self.worker
         with self.replica.changed:
             blocked = list(self.replica.outbox.blocked(worker.local_step))
-        rate = {"steps_per_second": worker.steps_per_second}
-        told = {**self.facts(), **rate, "blocked": blocked}
-        beat = beat_of(control.request("heartbeat", told))
+        facts = {**self.facts(), "steps_per_second": worker.steps_per_second, "blocked": blocked}
+        beat = beat_of(control.request("heartbeat", facts))
         if "away" in beat.orders and not worker.is_server_away:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
