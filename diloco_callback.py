@@ -1636,8 +1636,7 @@ class Trained:
 
     def check_optimizers(self):
         """Raise ValueError where a trained parameter is in none of the optimizers."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, parameter in self.named.items():
             if hasattr(parameter, "_in_backward_optimizers"):
                 raise ValueError(
@@ -1657,9 +1656,9 @@ class Trained:
 
     def say_foreign(self, known):
         """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         known = {id(parameter) for parameter in known.values()} | self.foreign
-        found = [p for group in groups for p in group["params"] if id(p) not in known]
+        held = (p for optimizer in self.optimizers for p in parameters_of(optimizer))
+        found = [parameter for parameter in held if id(parameter) not in known]
         self.foreign |= {id(parameter) for parameter in found}
         if found:
             log(
@@ -1950,6 +1949,11 @@ def _stepped(optimizer, args, kwargs):  # a compiled step ends where this begins
         watch.heard(optimizer)
 
 
+def parameters_of(optimizer):
+    """The parameters of an optimizer, of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def marks_of(optimizer):
     """By group, how many parameters an optimizer has, the first and the last: what changes where they
     do, with hardly an exception, and takes no time to look at."""
@@ -2013,8 +2017,8 @@ class Watch:
                 if self.worker.local_step == 1:
                     self.behind.append(type(optimizer).__name__)
             return
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        name = next((self.names[id(p)] for p in held if id(p) in self.names), None)
+        held = map(id, parameters_of(optimizer))
+        name = next((self.names[i] for i in held if i in self.names), None)
         if name is None or self.is_part(optimizer):
             self.harmless.add(optimizer)
             return
@@ -2114,8 +2118,7 @@ class Watch:
         """Say which synchronized parameter of an optimizer that is about to step, or of none at all,
         is not trained any more; or "". One that rests while another optimizer steps is trained."""
         trained = self.trained
-        groups = {id(each): each.param_groups for each in trained.optimizers}
-        held = {i: {id(p) for group in g for p in group["params"]} for i, g in groups.items()}
+        held = {id(each): {*map(id, parameters_of(each))} for each in trained.optimizers}
         for name, parameter in trained.named.items():
             is_its = id(parameter) in held[id(optimizer)]
             is_its = is_its or not any(id(parameter) in ids for ids in held.values())
