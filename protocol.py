@@ -519,30 +519,35 @@ def _is_count(value):
     return type(value) is int and 0 <= value < 1 << 53
 
 
-def parse_entry(name, entry):
-    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
-    ProtocolError."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def spec_of(name, dtype, shape):
+    """A TensorSpec from untrusted JSON; `name` is a text. Raises ProtocolError."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ProtocolError(
             f"tensor {quoted(name)}: dtype {quoted(dtype)} is not one of {list(DTYPES)}"
         )
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
         raise ProtocolError(f"tensor {quoted(name)}: the shape is not a list of up to 32 counts")
+    # torch computes the product of the sizes even where one of them is 0, and must not overflow.
+    if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= 1 << 53:
+        raise ProtocolError(
+            f"tensor {quoted(name)}: {dtype} {quoted(shape)} takes more than {1 << 53:,} bytes"
+        )
+    return TensorSpec(name, DTYPES[dtype], tuple(shape))
+
+
+def parse_entry(name, entry):
+    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
+    ProtocolError."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    spec = spec_of(name, dtype, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ProtocolError(f"tensor {quoted(name)}: data_offsets is not a pair of counts")
-    spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
     if spec.nbytes != offsets[1] - offsets[0]:
         raise ProtocolError(
             f"tensor {quoted(name)}: {dtype} {quoted(shape)} takes {spec.nbytes} bytes, but data_offsets "
             f"spans {offsets[1] - offsets[0]}"
-        )
-    # torch computes the product of the sizes even where one of them is 0, and must not overflow.
-    if math.prod(filter(None, shape)) >= 1 << 53:
-        raise ProtocolError(
-            f"tensor {quoted(name)}: the counts of shape {quoted(shape)} are too large"
         )
     return offsets[0], offsets[1], spec
 
@@ -1817,21 +1822,17 @@ def manifest_to_json(specs):
 def manifest_from_json(listed, trained=True):
     """The specs of an untrusted manifest. Raises ProtocolError where a name stands twice. A
     manifest of what is `trained` must have at least one tensor, and only floating-point ones."""
-    specs, total = [], 0
+    specs = []
     try:
         for name, dtype, shape in listed:
-            if len(shape) > 32 or not all(map(_is_count, shape)):
-                raise ValueError("a tensor needs a name and a shape of up to 32 counts")
             if not isinstance(name, str) or name == "__metadata__":
                 raise ValueError(f"{str(name)[:80]!r} is no name of a tensor")
             name.encode()  # half of a surrogate pair raises a ValueError
-            specs.append(TensorSpec(name, DTYPES[dtype], tuple(shape)))
-            total += specs[-1].nbytes
-            # torch computes the product of the sizes even where one of them is 0.
-            if max(total, math.prod(filter(None, shape))) >= 1 << 53:
-                raise ValueError("its sizes are too large")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+            specs.append(spec_of(name, dtype, shape))
+    except (TypeError, ValueError) as error:
         raise ProtocolError(f"the manifest is malformed: {error!r}") from None
+    if payload_bytes(specs) >= 1 << 53:
+        raise ProtocolError("the manifest's sizes are too large")
     if (trained and not specs) or len({spec.name for spec in specs}) != len(specs):
         raise ProtocolError("the manifest is empty or names a tensor twice")
     for spec in specs:
