@@ -1627,7 +1627,7 @@ class Trained:
             name: place
             for name, place in self.places.items()
             if protocol.within(getattr(*place).detach().float().reshape(-1))
-        }  # a mask's numbers may be the least there are
+        }  # a mask may hold its dtype's lowest number, which counts as not finite
 
     def parameters(self):
         """{name: parameter} of the whole model as it is now."""
@@ -3244,10 +3244,8 @@ class SigtermNotice:
     def __init__(self, worker):
         self.worker, self.came = worker, False
         self.before = signal.getsignal(signal.SIGTERM)
-        self.is_watching = threading.current_thread() is threading.main_thread() and (
-            self.before == signal.SIG_DFL or callable(self.before)
-        )
-        if self.is_watching:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and (self.before == signal.SIG_DFL or callable(self.before)):
             signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, number, frame):
@@ -3264,9 +3262,8 @@ class SigtermNotice:
 
     def end(self):
         """Take the signal no more."""
-        if self.is_watching and signal.getsignal(signal.SIGTERM) == self.handle:
+        if signal.getsignal(signal.SIGTERM) == self.handle:
             signal.signal(signal.SIGTERM, self.before)
-        self.is_watching = False
 
 
 class DiLoCoWorker:
@@ -3700,7 +3697,7 @@ class DiLoCoCallback:
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 
-    def changed_metrics(self, whole=False):
+    def changed_metrics(self, whole):
         """Return the metrics that have changed since the last call, or all."""
         before, self.told = self.told, self.worker.metrics()
         return {name: n for name, n in self.told.items() if whole or before.get(name) != n}

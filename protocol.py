@@ -423,7 +423,7 @@ def fates_of(value):
     return fates
 
 
-def recent(fates, version, max_staleness, keep=()):
+def recent(fates, version, max_staleness, keep):
     """The fates that a push which is not too old can still ask for, and those of the ids in
     `keep`."""
     oldest = version.number - max_staleness
@@ -1675,7 +1675,7 @@ class Connection:
 # The first messages of a connection say who is there, and prove it: see "Who may speak".
 
 
-def introduce(conn, who, token=""):
+def introduce(conn, who, token):
     """The client's side of hello. `who`: worker id and session, or {} for a peer that only
     looks. Returns the server's fields. Raises Refused where the server says no, or where only
     one side has a token or knows it."""
@@ -1774,12 +1774,12 @@ def _challenge(conn, token, hello, name, session):
     return {"proof": proof_of(token, "server", nonces, name, session)}
 
 
-def parse_address(text, port=PORT):
+def parse_address(text):
     """("host", port) from "host", "host:port", "[v6]:port" or a bare IPv6 address."""
     bracketed, named = r"\[([\w:.%-]+)\](?::(\d+))?", r"([\w.-]+)(?::(\d+))?"
     match = re.fullmatch(rf"{bracketed}|{named}|((?:[\w.%]*:){{2,}}[\w.%-]*)", text)
     host = match and (match[1] or match[3] or match[5])
-    number = int(match[2] or match[4] or port) if match else 0
+    number = int(match[2] or match[4] or PORT) if match else 0
     if not 0 < number < 65536:
         raise ValueError(f"{text!r} is not an address; write host:port, for example host:{PORT}")
     return host, number
