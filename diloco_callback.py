@@ -2405,8 +2405,10 @@ class Admission:
     def ask(self):
         """Ask to join until there is an answer, at most for so long as the worker waits for a
         server. Returns a Joined."""
+        # Before the lock, without which no heart beats, and before the connection, on which a server
+        # waits a minute: it may take long.
+        introduction = self.introduction()
         with self.link.control_lock:
-            introduction = self.introduction()  # may take long, and a server waits a minute for it
             conn = self.link.open_control()
             self.link.lost.clear()
             self.link.must_join = False
