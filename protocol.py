@@ -886,14 +886,7 @@ def weight_files(path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         file = os.path.join(path, name)
         if os.path.isfile(file + ".index.json"):
-            try:
-                with open(file + ".index.json", encoding="utf-8") as index:
-                    shards = sorted(set(json.load(index)["weight_map"].values()))
-                if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
-                    raise ValueError("it names files outside its folder")
-            except Exception as error:
-                raise ProtocolError(f"cannot use {file}.index.json: {reason_of(error)}") from None
-            return [os.path.join(path, shard) for shard in shards]
+            return [os.path.join(path, shard) for shard in shards_of(file + ".index.json")]
         if os.path.isfile(file):
             return [file]
     found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
@@ -902,6 +895,19 @@ def weight_files(path):
         hint = f"; name one of {others}" if others else ""
         raise ProtocolError(f"{path} has no weights of its own{hint}")
     return found
+
+
+def shards_of(path):
+    """The names of the files that an index of weights lists, all in its own folder. Raises
+    ProtocolError."""
+    try:
+        with open(path, encoding="utf-8") as index:
+            shards = sorted(set(json.load(index)["weight_map"].values()))
+        if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
+            raise ValueError("it names files outside its folder")
+        return shards
+    except Exception as error:  # whatever is wrong with somebody else's file
+        raise ProtocolError(f"cannot use {path}: {reason_of(error)}") from None
 
 
 def header_of(path):
