@@ -1361,9 +1361,9 @@ class Ranks:
 
     named: {name: tensor} of all that may be read or written here, in one order on every rank: plain
     tensors, or DTensors with which `misplaced` finds no fault. Methods take some of these names, in
-    one order too, or None for all tensors that required grad when the Ranks were made. All ranks
-    make each call together, but for `whole` and `release`. Raises RuntimeError, in any of the joint
-    calls, where another rank has died or a joint call before has failed.
+    one order too. All ranks make each call together, but for `whole` and `release`. Raises
+    RuntimeError, in any of the joint calls, where another rank has died or a joint call before has
+    failed.
     """
 
     def __init__(self, named):
@@ -1375,7 +1375,6 @@ class Ranks:
             self.groups.append(dist.new_group(backend="gloo", timeout=RANKS_PATIENCE))
             weakref.finalize(self, end_groups, self.groups)
         self.named = dict(named)
-        self.trainable = [name for name, tensor in self.named.items() if tensor.requires_grad]
         self.is_sharded = any(map(is_sharded, self.named.values()))
         self.mirror = {} if self.is_sharded and self.leads else None  # {name: whole CPU tensor}
         self.told = b""  # last value that was told, as JSON
@@ -1411,11 +1410,10 @@ class Ranks:
                 self.told = bytes(raw)
         return json.loads(self.told)
 
-    def whole(self, names=None):
+    def whole(self, names):
         """Return the list of tensors that rank 0 works on: the parameters themselves, or of a sharded
         model the mirror's tensors, on the CPU, each of its parameter's dtype and full shape. A
         mirror's tensor holds noise until the first `gather`. Only on rank 0."""
-        names = self.trainable if names is None else names
         return [self._mirrored(name) if self.is_sharded else self.named[name] for name in names]
 
     def _mirrored(self, name):
@@ -1433,12 +1431,12 @@ class Ranks:
             self.mirror.pop(name, None)
 
     @torch.no_grad()
-    def gather(self, names=None, seen=(), see=None):
+    def gather(self, names, seen=(), see=None):
         """Fill rank 0's mirror with current values; and have rank 0 call see(name, whole tensor) for
         the names `seen`, of which none is kept. Where nothing is sharded there is no need. An error of
         rank 0's own, such as a lack of memory, is raised when all transfers are through: the other
         ranks make them too."""
-        kept, failure = self.trainable if names is None else list(names), None
+        kept, failure = list(names), None
         with self._joint():
             for i, name in enumerate([*kept, *seen] if self.is_sharded else ()):
                 tensor = self.named[name].detach()
@@ -1455,11 +1453,11 @@ class Ranks:
             raise failure
 
     @torch.no_grad()
-    def spread(self, names=None):
+    def spread(self, names):
         """Make every rank's tensors equal to rank 0's, to the bit; rank 0's own shards too become what
         the mirror says. Memory stays in place: optimizers and fully_shard hold on to it."""
         with self._joint():
-            for name in self.trainable if names is None else names:
+            for name in names:
                 own = self.named[name].detach()
                 self._spread_whole(name, own) if self.is_sharded else self._send(own)
 
@@ -2486,7 +2484,7 @@ class Admission:
         """Return [name, dtype, shape, fingerprint] of each frozen parameter."""
         frozen = self.trained.frozen
         if frozen and not self.fingerprints:
-            whole = self.worker.ranks.whole(list(frozen))
+            whole = self.worker.ranks.whole(frozen)
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 found = threads.map(protocol.fingerprint, whole)
                 self.fingerprints = dict(zip(frozen, found, strict=True))
@@ -2551,7 +2549,7 @@ class Admission:
         names of parameters and buffers in the server's order."""
         worker, count = self.worker, self.worker.num_fragments
         predicts = worker.fragment_update == "predict" and worker.delay > 0
-        whole = worker.ranks.whole(list(names))
+        whole = worker.ranks.whole(names)
         found = [(protocol.FlatModel(whole, k, count), False, predicts) for k in range(count)]
         if buffers:
             places = {name: self.trained.buffers[name] for name in buffers}
