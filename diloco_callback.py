@@ -1604,7 +1604,8 @@ class Trained:
     def read(self):
         """Find what is trained now. What is trained again after it was not stays synchronized from
         then on."""
-        found = {n: p for n, p in self.parameters().items() if not fits(n, self.local)}
+        known = self.parameters()
+        found = {n: p for n, p in known.items() if not fits(n, self.local)}
         again = [name for name in self.dropped & found.keys() if found[name].requires_grad]
         self.patterns += map(glob.escape, again)
         before, frozen = self.named, set(comparable_names(self.model))
@@ -1616,7 +1617,7 @@ class Trained:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
         for name, parameter in self.named.items():
             check_parameter(name, parameter)
-        self.check_optimizers()
+        self.check_optimizers(known)
         self.frozen = {n: p for n, p in frozen.items() if n not in self.later}
         plain = plain_names(self.model)
         self.places = {plain(name): place for name, place in floating_buffers(self.model)}
@@ -1632,8 +1633,9 @@ class Trained:
         plain = plain_names(self.model)
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
-    def check_optimizers(self):
-        """Raise ValueError where a trained parameter is in none of the optimizers."""
+    def check_optimizers(self, known):
+        """Raise ValueError where a trained parameter is in none of the optimizers, and say which of
+        theirs are not among {name: parameter} of the whole model, `known`."""
         held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, parameter in self.named.items():
             if hasattr(parameter, "_in_backward_optimizers"):
@@ -1650,7 +1652,7 @@ class Trained:
                     "in which they step; else freeze the parameter with requires_grad_(False), or "
                     "name it in local=[...] if it is to be this worker's own"
                 )
-        self.say_foreign(self.parameters())
+        self.say_foreign(known)
 
     def say_foreign(self, known):
         """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
@@ -2712,7 +2714,7 @@ class Anew:
                 worker.flushed = True  # it was told to leave, and its steps are sent
             found = worker.trained.parameters()
         elif is_replaced:
-            worker.trained.check_optimizers()
+            worker.trained.check_optimizers(found)
         watch.note(found)
         return found
 
