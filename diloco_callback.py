@@ -651,7 +651,6 @@ class Slice:
 
 MOST = 1 << 20  # processes, members and shares that a server may speak of
 MOST_ENTRIES = 1000  # that a pull may bring; the server keeps fewer
-MOST_BRINGS = 100  # uploads that one join may ask for
 
 
 class Joined(NamedTuple):
@@ -766,20 +765,14 @@ def beat_of(reply):
     return Beat(rank, world, orders, reply.field("stalls", list, []))
 
 
-class Wanted(NamedTuple):
-    """What the server asks a joining worker for."""
-
-    slices: list
-    files: bool
-
-
 def wanted_of(reply, count):
-    """A Wanted, of a run with `count` slices."""
+    """(slices, whether descriptive files too) that the server asks a joining worker for, in a run
+    with `count` slices."""
     reply.typed("bring").expect([])
     slices = reply.numbers("slices", None, high=count - 1)
     if len(set(slices)) < len(slices):
         raise ProtocolError("bring: the server asks for a slice twice")
-    return Wanted(slices, reply.field("files", bool, False))
+    return slices, reply.field("files", bool, False)
 
 
 # --- The link to the server ---------------------------------------------------------------------
@@ -1352,9 +1345,9 @@ class Ranks:
 
     named: {name: tensor} of all that may be read or written here, in one order on every rank: plain
     tensors, or DTensors with which `misplaced` finds no fault. Methods take some of these names, in
-    one order too, or None for all tensors that required grad when the Ranks were made. All ranks
-    make each call together, but for `whole` and `release`. Raises RuntimeError, in any of the joint
-    calls, where another rank has died or a joint call before has failed.
+    one order too. All ranks make each call together, but for `whole` and `release`. Raises
+    RuntimeError, in any of the joint calls, where another rank has died or a joint call before has
+    failed.
     """
 
     def __init__(self, named):
@@ -1366,11 +1359,15 @@ class Ranks:
             self.groups.append(dist.new_group(backend="gloo", timeout=RANKS_PATIENCE))
             weakref.finalize(self, end_groups, self.groups)
         self.named = dict(named)
-        self.trainable = [name for name, tensor in self.named.items() if tensor.requires_grad]
         self.is_sharded = any(map(is_sharded, self.named.values()))
         self.mirror = {} if self.is_sharded and self.leads else None  # {name: whole CPU tensor}
         self.told = b""  # last value that was told, as JSON
         self.is_broken = False  # whether a joint call has failed, or is under way
+
+    @property
+    def is_alone(self):
+        """Whether this process has the whole model, and nobody to tell."""
+        return self.count == 1 and not self.is_sharded
 
     @contextlib.contextmanager
     def _joint(self):
@@ -1397,11 +1394,10 @@ class Ranks:
                 self.told = bytes(raw)
         return json.loads(self.told)
 
-    def whole(self, names=None):
+    def whole(self, names):
         """Return the list of tensors that rank 0 works on: the parameters themselves, or of a sharded
         model the mirror's tensors, on the CPU, each of its parameter's dtype and full shape. A
         mirror's tensor holds noise until the first `gather`. Only on rank 0."""
-        names = self.trainable if names is None else names
         return [self._mirrored(name) if self.is_sharded else self.named[name] for name in names]
 
     def _mirrored(self, name):
@@ -1419,12 +1415,12 @@ class Ranks:
             self.mirror.pop(name, None)
 
     @torch.no_grad()
-    def gather(self, names=None, seen=(), see=None):
+    def gather(self, names, seen=(), see=None):
         """Fill rank 0's mirror with current values; and have rank 0 call see(name, whole tensor) for
         the names `seen`, of which none is kept. Where nothing is sharded there is no need. An error of
         rank 0's own, such as a lack of memory, is raised when all transfers are through: the other
         ranks make them too."""
-        kept, failure = self.trainable if names is None else list(names), None
+        kept, failure = list(names), None
         with self._joint():
             for i, name in enumerate([*kept, *seen] if self.is_sharded else ()):
                 tensor = self.named[name].detach()
@@ -1441,11 +1437,11 @@ class Ranks:
             raise failure
 
     @torch.no_grad()
-    def spread(self, names=None):
+    def spread(self, names):
         """Make every rank's tensors equal to rank 0's, to the bit; rank 0's own shards too become what
         the mirror says. Memory stays in place: optimizers and fully_shard hold on to it."""
         with self._joint():
-            for name in self.trainable if names is None else names:
+            for name in names:
                 own = self.named[name].detach()
                 self._spread_whole(name, own) if self.is_sharded else self._send(own)
 
@@ -1488,9 +1484,8 @@ def end_groups(groups):
     for it; if Python has ended by then, the thread aborts the process."""
     while groups:
         group = groups.pop()
-        if (
-            dist.is_initialized()
-        ):  # else the program has ended all groups, and this one's name is gone
+        # Where the program has ended all groups itself, this one's name is gone.
+        if dist.is_initialized():
             dist.destroy_process_group(group)
 
 
@@ -1593,7 +1588,8 @@ class Trained:
     def read(self):
         """Find what is trained now. What is trained again after it was not stays synchronized from
         then on."""
-        found = {n: p for n, p in self.parameters().items() if not fits(n, self.local)}
+        known = self.parameters()
+        found = {n: p for n, p in known.items() if not fits(n, self.local)}
         again = [name for name in self.dropped & found.keys() if found[name].requires_grad]
         self.patterns += map(glob.escape, again)
         before, frozen = self.named, set(comparable_names(self.model))
@@ -1605,7 +1601,7 @@ class Trained:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
         for name, parameter in self.named.items():
             check_parameter(name, parameter)
-        self.check_optimizers()
+        self.check_optimizers(known)
         self.frozen = {n: p for n, p in frozen.items() if n not in self.later}
         plain = plain_names(self.model)
         self.places = {plain(name): place for name, place in floating_buffers(self.model)}
@@ -1614,17 +1610,17 @@ class Trained:
             name: place
             for name, place in self.places.items()
             if protocol.within(getattr(*place).detach().float().reshape(-1))
-        }  # a mask's numbers may be the least there are
+        }  # a mask may hold its dtype's lowest number, which counts as not finite
 
     def parameters(self):
         """{name: parameter} of the whole model as it is now."""
         plain = plain_names(self.model)
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
-    def check_optimizers(self):
-        """Raise ValueError where a trained parameter is in none of the optimizers."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+    def check_optimizers(self, known):
+        """Raise ValueError where a trained parameter is in none of the optimizers, and say which of
+        theirs are not among {name: parameter} of the whole model, `known`."""
+        held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, parameter in self.named.items():
             if hasattr(parameter, "_in_backward_optimizers"):
                 raise ValueError(
@@ -1640,13 +1636,13 @@ class Trained:
                     "in which they step; else freeze the parameter with requires_grad_(False), or "
                     "name it in local=[...] if it is to be this worker's own"
                 )
-        self.say_foreign(self.parameters())
+        self.say_foreign(known)
 
     def say_foreign(self, known):
         """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         known = {id(parameter) for parameter in known.values()} | self.foreign
-        found = [p for group in groups for p in group["params"] if id(p) not in known]
+        held = (p for optimizer in self.optimizers for p in parameters_of(optimizer))
+        found = [parameter for parameter in held if id(parameter) not in known]
         self.foreign |= {id(parameter) for parameter in found}
         if found:
             log(
@@ -1680,16 +1676,21 @@ WRAPPERS = {
 }
 
 
-def wrapped_in(module):
-    """The attribute that a wrapper for data parallelism or compilation has its module in, else ""."""
-    return next((WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in WRAPPERS), "")
+def wrapped_in(kind):
+    """The attribute that a class of wrappers for data parallelism or compilation has its module in,
+    else ""."""
+    return next((WRAPPERS[c.__name__] for c in kind.__mro__ if c.__name__ in WRAPPERS), "")
 
 
 def plain_names(model):
     """A function from a name within `model` to the one that it has before the model, or a module of
     it, is compiled or wrapped for data parallelism."""
-    wrappers = [(path, wrapped_in(module)) for path, module in model.named_modules()]
+    modules = [*model.named_modules()]
+    inners = {kind: wrapped_in(kind) for kind in {type(module) for _, module in modules}}
+    wrappers = [(path, inners[type(module)]) for path, module in modules]
     wrappers = [(f"{path}." if path else "", f"{inner}.") for path, inner in wrappers if inner]
+    if not wrappers:
+        return str
 
     def plain(name):
         for path, inner in reversed(wrappers):  # the innermost first: outer paths stay as they are
@@ -1720,11 +1721,7 @@ def thawed_later(model):
 
 def refuse_deepspeed(model, optimizers):
     """Raise ValueError where DeepSpeed trains: what an optimizer of its holds is not the model's."""
-    things = [model, *model.modules()]
-    for optimizer in optimizers:
-        while optimizer is not None and not any(optimizer is thing for thing in things):
-            things.append(optimizer)
-            optimizer = getattr(optimizer, "optimizer", None)
+    things = [model, *model.modules(), *(layer for each in optimizers for layer in layers_of(each))]
     made_by = {cls.__module__: cls.__name__ for thing in things for cls in type(thing).__mro__}
     found = [name for module, name in made_by.items() if module.startswith("deepspeed.runtime")]
     if found or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -1795,35 +1792,43 @@ def check_parameter(name, parameter):
         raise ValueError(f"parameter {name!r} {fault}")
 
 
+def layers_of(optimizer):
+    """An optimizer, and what it wraps in an attribute called `optimizer`, from the outside in."""
+    layers = []
+    while optimizer is not None and not any(optimizer is known for known in layers):
+        layers.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return layers
+
+
 def unwrapped(optimizer):
     """The innermost optimizer of wrappers such as accelerate's. Other things in an attribute called
     `optimizer` are their owner's business."""
-    inner, found, seen = optimizer, None, []
-    while inner is not None and not any(inner is known for known in seen):
-        if hasattr(inner, "register_step_post_hook"):
-            found = inner
-        seen.append(inner)
-        inner = getattr(inner, "optimizer", None)
-    if found is None:
+    found = [each for each in layers_of(optimizer) if hasattr(each, "register_step_post_hook")]
+    if not found:
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
-    return found
+    return found[-1]
 
 
 def is_nested_step(optimizer):
     """Whether a step of `optimizer` is under way within another one of its own. The stack tells, as
     no count of hooks survives a step that raises."""
     code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
-    frame, depth = sys._getframe(1), 0
+    steps = [frame.f_locals.values() for frame in callers() if frame.f_code is code]
+    return sum(any(value is optimizer for value in values) for values in steps) > 1
+
+
+def callers():
+    """The frames of all calls that are under way in this thread, from the innermost on."""
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
-            depth += any(value is optimizer for value in frame.f_locals.values())
+        yield frame
         frame = frame.f_back
-    return depth > 1
 
 
 def innermost(model):
     """The model within torch.compile's, DistributedDataParallel's and other wrappers."""
-    while inner := wrapped_in(model):
+    while inner := wrapped_in(type(model)):
         model = getattr(model, inner)
     return model
 
@@ -1839,9 +1844,8 @@ def load_weights(model, path):
     lacking = {name: tensor for name, tensor in own.items() if id(tensor) not in filled}
     own |= {plain(name): buffer for name, buffer in model.named_buffers()}
     for name, tensor in own.items():
-        if (name in lacking and tensor.requires_grad) or (
-            name in weights and weights[name].shape != tensor.shape
-        ):
+        is_other = name in weights and weights[name].shape != tensor.shape
+        if is_other or (name in lacking and tensor.requires_grad):
             raise ValueError(f"{path} does not fit the model: it lacks {name!r} of this shape")
     for name in weights.keys() - own.keys():
         raise ValueError(f"{path} does not fit the model, which lacks {name!r}")
@@ -1929,6 +1933,11 @@ def _stepped(optimizer, args, kwargs):  # a compiled step ends where this begins
         watch.heard(optimizer)
 
 
+def parameters_of(optimizer):
+    """The parameters of an optimizer, of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def marks_of(optimizer):
     """By group, how many parameters an optimizer has, the first and the last: what changes where they
     do, with hardly an exception, and takes no time to look at."""
@@ -1943,7 +1952,8 @@ class Watch:
     optimizer: its marks then}; resting: parameters that were not trained then; strangers: {type of
     an optimizer that was not given: (name of a parameter, its steps)}; behind: types of optimizers
     that stepped behind the one whose steps count; doubtful: found_inf of each step since the last
-    boundary of which a GradScaler on a GPU says there whether it was one.
+    boundary of which a GradScaler on a GPU says there whether it was one; looked: {name: parameter}
+    of the model, if it was looked at before the step that is under way, else None.
     """
 
     def __init__(self, worker):
@@ -1952,6 +1962,7 @@ class Watch:
         self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
         self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
         self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
+        self.looked = None
         self.copies, self.jumps = Copies(self.trained), Jumps(worker)
         self.has_told_frozen = self.has_told_over = False
 
@@ -1967,12 +1978,12 @@ class Watch:
     def about(self, optimizer):
         """An optimizer of this process is about to step. Looks closely only where a step ends a round,
         or where the optimizer has other parameters or a frozen one is trained."""
-        held, ranks = self.held.get(id(optimizer)), self.worker.ranks
-        if held is None or ranks.count > 1 or ranks.is_sharded:
+        self.looked, held = None, self.held.get(id(optimizer))
+        if held is None or not self.worker.ranks.is_alone:
             return
         is_end = self.worker.schedule.left <= 1
         if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
-            self.worker.leader.anew.heed(optimizer)
+            self.looked = self.worker.leader.anew.heed(optimizer)
 
     def heard(self, optimizer):
         """An optimizer of this process has stepped."""
@@ -1984,14 +1995,14 @@ class Watch:
 
     def other(self, optimizer):
         """Another optimizer than the one whose steps count has stepped."""
-        if any(optimizer is given for given in self.trained.optimizers):
-            if any(optimizer is given for given in self.unseen):
-                self.unseen = [given for given in self.unseen if given is not optimizer]
+        if optimizer in self.trained.optimizers:
+            if optimizer in self.unseen:
+                self.unseen.remove(optimizer)
                 if self.worker.local_step == 1:
                     self.behind.append(type(optimizer).__name__)
             return
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        name = next((self.names[id(p)] for p in held if id(p) in self.names), None)
+        held = map(id, parameters_of(optimizer))
+        name = next((self.names[i] for i in held if i in self.names), None)
         if name is None or self.is_part(optimizer):
             self.harmless.add(optimizer)
             return
@@ -2004,14 +2015,8 @@ class Watch:
         given = self.trained.optimizers
         inner = [*vars(optimizer).values()]
         inner += [each for value in inner if isinstance(value, list | tuple) for each in value]
-        if any(value is own for value in inner for own in given):
-            return True
-        frame = sys._getframe(1)
-        while frame is not None:
-            if any(frame.f_locals.get("self") is own for own in given):
-                return True
-            frame = frame.f_back
-        return False
+        inner += [frame.f_locals.get("self") for frame in callers()]
+        return any(value is own for value in inner for own in given)
 
     # --- Steps that are none ---
 
@@ -2036,10 +2041,10 @@ class Watch:
 
     # --- At boundaries ---
 
-    def check(self):
+    def check(self, looked=None):
         """Raise RuntimeError where what is trained has changed since the join, or another optimizer
-        trains it."""
-        if fault := self.change(self.trained.parameters()):
+        trains it. looked: {name: parameter} of the model, where that is known."""
+        if fault := self.change(looked or self.trained.parameters()):
             fault += (
                 ", since this worker joined, and it cannot join anew now: that takes a step after the "
                 "change, and a worker of one process. Make a DiLoCoWorker when the model is as it will "
@@ -2071,39 +2076,33 @@ class Watch:
         trained at the join, or ""."""
         trained = self.trained
         trained.say_foreign(now)
-        how = ""
         for name, parameter in now.items():
             before, shape = self.seen.get(name, (None, None))
             is_ours = name in trained.named
-            if fits(name, trained.local) or not (is_ours or parameter.requires_grad):
+            if not is_ours and (not parameter.requires_grad or fits(name, trained.local)):
                 continue
             if before is None:
-                how = f"parameter {name!r} is new"
-            elif parameter.shape != shape:
-                how = f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
-            elif parameter is not before:
-                how = f"parameter {name!r} has been replaced by another tensor"
-            elif not is_ours:
-                how = f"parameter {name!r} was frozen and is trained now"
-            elif not (parameter.requires_grad or name in trained.later or self.has_told_frozen):
+                return f"parameter {name!r} is new"
+            if parameter.shape != shape:
+                return f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
+            if parameter is not before:
+                return f"parameter {name!r} has been replaced by another tensor"
+            if not is_ours:
+                return f"parameter {name!r} was frozen and is trained now"
+            if not (parameter.requires_grad or name in trained.later or self.has_told_frozen):
                 self.has_told_frozen = True
                 log(
                     f"parameter {name!r} has requires_grad=False now: it stays synchronized, with "
                     "what the other workers make of it"
                 )
-            if how:
-                break
-        gone = next((name for name in trained.named if name not in now), None)
-        if not how and gone is not None:
-            how = f"parameter {gone!r} is not in the model any more"
-        return how
+        gone = [name for name in trained.named if name not in now]
+        return f"parameter {gone[0]!r} is not in the model any more" if gone else ""
 
     def frozen_in(self, optimizer):
         """Say which synchronized parameter of an optimizer that is about to step, or of none at all,
         is not trained any more; or "". One that rests while another optimizer steps is trained."""
         trained = self.trained
-        groups = {id(each): each.param_groups for each in trained.optimizers}
-        held = {i: {id(p) for group in g for p in group["params"]} for i, g in groups.items()}
+        held = {id(each): {*map(id, parameters_of(each))} for each in trained.optimizers}
         for name, parameter in trained.named.items():
             is_its = id(parameter) in held[id(optimizer)]
             is_its = is_its or not any(id(parameter) in ids for ids in held.values())
@@ -2148,7 +2147,7 @@ class Watch:
     def last_words(self):
         """Say what is amiss where the process ends without a flush, or ""."""
         worker = self.worker
-        can_tell = worker.ranks.count == 1 and not (worker.ranks.is_sharded or worker.flushed)
+        can_tell = worker.ranks.is_alone and not worker.flushed
         if can_tell and worker.local_step == 0 and self.moved():
             return self.unseen_steps()
         return self.strange()
@@ -2352,15 +2351,19 @@ def say_unstarted(worker_id, pid, parameters, versions):
 def check_process(worker):
     """Raise Refused where this process has a worker already that holds the same id at the same
     server, as where a cell of a notebook is run again."""
-    for other in STARTED:
-        same = other is not worker and other.worker_id == worker.worker_id
-        if same and other.server == worker.server and not other.closed.is_set():
+    for other in namesakes(worker):
+        if other.server == worker.server and not other.closed.is_set():
             raise Refused(
                 "id",
                 f"worker id {worker.worker_id!r} is held at {worker.server} by this process itself (pid "
                 f"{os.getpid()}): call close() of the DiLoCoWorker that it made before, such as in a "
                 "cell that was run already",
             )
+
+
+def namesakes(worker):
+    """The other workers of this process with a worker's id."""
+    return [w for w in STARTED if w is not worker and w.worker_id == worker.worker_id]
 
 
 # --- Joining ------------------------------------------------------------------------------------
@@ -2386,8 +2389,10 @@ class Admission:
     def ask(self):
         """Ask to join until there is an answer, at most for so long as the worker waits for a
         server. Returns a Joined."""
+        # Before the lock, without which no heart beats, and before the connection, on which a server
+        # waits a minute: it may take long.
+        introduction = self.introduction()
         with self.link.control_lock:
-            introduction = self.introduction()  # may take long, and a server waits a minute for it
             conn = self.link.open_control()
             self.link.lost.clear()
             self.link.must_join = False
@@ -2465,7 +2470,7 @@ class Admission:
         """Return [name, dtype, shape, fingerprint] of each frozen parameter."""
         frozen = self.trained.frozen
         if frozen and not self.fingerprints:
-            whole = self.worker.ranks.whole(list(frozen))
+            whole = self.worker.ranks.whole(frozen)
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 found = threads.map(protocol.fingerprint, whole)
                 self.fingerprints = dict(zip(frozen, found, strict=True))
@@ -2498,9 +2503,7 @@ class Admission:
             return False
         if holder[0] != os.getpid():
             return protocol.has_ended(*holder)
-        mine = self.worker
-        others = [w for w in STARTED if w.worker_id == mine.worker_id and w is not mine]
-        return all(other.link.closed.is_set() for other in others)
+        return all(other.link.closed.is_set() for other in namesakes(self.worker))
 
     def bring(self, conn, reply):
         """Upload the slices that the server asks for: of the anchor, or of the model that this
@@ -2532,7 +2535,7 @@ class Admission:
         names of parameters and buffers in the server's order."""
         worker, count = self.worker, self.worker.num_fragments
         predicts = worker.fragment_update == "predict" and worker.delay > 0
-        whole = worker.ranks.whole(list(names))
+        whole = worker.ranks.whole(names)
         found = [(protocol.FlatModel(whole, k, count), False, predicts) for k in range(count)]
         if buffers:
             places = {name: self.trained.buffers[name] for name in buffers}
@@ -2676,10 +2679,11 @@ class Anew:
         self.leader, self.worker, self.count = leader, leader.worker, 0
 
     def heed(self, optimizer):
-        """Join anew where what is trained has changed, before a step of `optimizer`."""
+        """Join anew where what is trained has changed, before a step of `optimizer`. Returns {name:
+        parameter} of the model, or None where this worker leaves."""
         worker, watch = self.worker, self.worker.watch
         if worker.leave_by is not None or worker.flushed:
-            return
+            return None
         found = worker.trained.parameters()
         is_replaced = self.replace(found)
         how = watch.change(found) or watch.frozen_in(optimizer)
@@ -2694,8 +2698,9 @@ class Anew:
                 worker.flushed = True  # it was told to leave, and its steps are sent
             found = worker.trained.parameters()
         elif is_replaced:
-            worker.trained.check_optimizers()
+            worker.trained.check_optimizers(found)
         watch.note(found)
+        return found
 
     def replace(self, found):
         """Synchronize the parameters among {name: parameter} that have taken the place of others of their
@@ -2825,7 +2830,7 @@ class Leader:
         worker, watch = self.worker, self.worker.watch
         watch.settle()
         if self.schedule.left <= 1:
-            watch.check()
+            watch.check(watch.looked)
         if watch.jumps.fault:
             raise RuntimeError(watch.jumps.fault)
         watch.jumps.begin()
@@ -3010,24 +3015,21 @@ class Leader:
         worker = self.worker
         with self.replica.changed:
             blocked = list(self.replica.outbox.blocked(worker.local_step))
-        rate = {"steps_per_second": worker.steps_per_second}
-        told = {**self.facts(), **rate, "blocked": blocked}
-        beat = beat_of(control.request("heartbeat", told))
+        facts = {**self.facts(), "steps_per_second": worker.steps_per_second, "blocked": blocked}
+        beat = beat_of(control.request("heartbeat", facts))
         if "away" in beat.orders and not worker.is_server_away:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
-        heard = {
-            "stop_ordered": worker.stop_ordered
-            or "stop" in beat.orders
-            or self.heard.get("stop_ordered", False),
-            "rank": beat.rank,
-            "world": beat.world,
-        }
-        if worker.ranks.count == 1:
-            vars(worker).update(heard)
-        else:
-            self.heard = heard
+        self.hear(rank=beat.rank, world=beat.world)
+        if "stop" in beat.orders:
+            self.hear(stop_ordered=True)
+
+    def hear(self, **facts):
+        """Set attributes of the worker: at once, or where it has several ranks in their next turn, in
+        which all take them over. Takes no lock: a heartbeat or a signal may come at any time."""
+        alone = self.worker.ranks.count == 1
+        (vars(self.worker) if alone else self.heard).update(facts)
 
     def say_stalled(self, stalls):
         """Log for whom a round waits too long, as a heartbeat's reply tells it; the one that it waits
@@ -3049,7 +3051,7 @@ class Leader:
 
 def count_step(worker):
     """Count a step of the optimizer, and do what is due after it."""
-    watch, is_alone = worker.watch, worker.ranks.count == 1 and not worker.ranks.is_sharded
+    watch = worker.watch
     worker.local_step += 1
     worker.step += 1
     worker.replica.step = worker.local_step
@@ -3057,7 +3059,7 @@ def count_step(worker):
     if watch.jumps.records:
         watch.jumps.follow()
     is_busy = worker.leader.is_busy()
-    if is_alone and not is_busy:
+    if worker.ranks.is_alone and not is_busy:
         worker.schedule.tick()
         return
     with own_modes():
@@ -3228,10 +3230,8 @@ class SigtermNotice:
     def __init__(self, worker):
         self.worker, self.came = worker, False
         self.before = signal.getsignal(signal.SIGTERM)
-        self.is_watching = threading.current_thread() is threading.main_thread() and (
-            self.before == signal.SIG_DFL or callable(self.before)
-        )
-        if self.is_watching:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and (self.before == signal.SIG_DFL or callable(self.before)):
             signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, number, frame):
@@ -3241,16 +3241,15 @@ class SigtermNotice:
         if callable(self.before):
             return self.before(number, frame)
         self.came, leader = True, getattr(self.worker, "leader", None)
-        if leader and self.worker.ranks.count > 1:  # rank 0 tells the others in its next turn
-            leader.heard = {**leader.heard, "stop_ordered": True}
+        if leader:
+            leader.hear(stop_ordered=True)
         else:
             self.worker.stop_ordered = True
 
     def end(self):
         """Take the signal no more."""
-        if self.is_watching and signal.getsignal(signal.SIGTERM) == self.handle:
+        if signal.getsignal(signal.SIGTERM) == self.handle:
             signal.signal(signal.SIGTERM, self.before)
-        self.is_watching = False
 
 
 class DiLoCoWorker:
@@ -3424,7 +3423,7 @@ class DiLoCoWorker:
         unlisten(self.watch)
         self.link.close(reason, was_member=self.joins > 0)
         # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
-        if self.ranks and self.ranks.count == 1 and not self.ranks.is_sharded:
+        if self.ranks and self.ranks.is_alone:
             with torch.no_grad(), uninterrupted():
                 for k in self.replica.listed:
                     self.replica.slices[k].adopt()
@@ -3445,7 +3444,7 @@ class DiLoCoWorker:
         where they have changed; if rank 0 failed there, they fail too. frozen: names of parameters
         that are to be compared with the server's."""
         ranks = self.ranks
-        if ranks.count == 1 and not ranks.is_sharded:
+        if ranks.is_alone:
             yield is_busy
             return
         before, known = self._writes(), len(self.fetched)
@@ -3685,7 +3684,7 @@ class DiLoCoCallback:
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 
-    def changed_metrics(self, whole=False):
+    def changed_metrics(self, whole):
         """Return the metrics that have changed since the last call, or all."""
         before, self.told = self.told, self.worker.metrics()
         return {name: n for name, n in self.told.items() if whole or before.get(name) != n}

@@ -78,6 +78,7 @@ MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
 MAX_HELLO_BYTES = 1 << 10  # longest header that is read from a peer that is no worker
 MAX_FILES_BYTES = 64 << 20  # all descriptive files together; the largest tokenizers are near 35 MB
 MAX_DISCARD_BYTES = 64 << 20  # most that is read after an error, so that the sender sees the reason
+CONNECT_SECONDS = 10.0  # time that a server has to take a connection
 HELLO_SECONDS = 10.0  # time that a peer has for TLS and hello in all
 REFUSED_SECONDS = 2.0  # time in all that a refused peer gets to read the reason
 WRONG_TOKEN_SECONDS = 1.0  # pause before a wrong token is refused, so that guessing takes long
@@ -201,9 +202,9 @@ def shown(text):
     return quoted(text)
 
 
-def printable(text, most=1000):
-    """A peer's sentence as people may see it: of printable characters, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+def printable(text):
+    """A peer's sentence as people may see it: of printable characters, and at most 1000 of them."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:1000])
 
 
 def quoted(value):
@@ -224,7 +225,7 @@ class Log:
     def __init__(self, stream, prefix="", clock=False):
         self.stream, self.prefix, self.clock = stream, prefix, clock
         self.lost, self.why = 0, ""  # lines that could not be written, and why
-        self.seldom_lines = {}  # kind -> [second, lines written in it, lines that were not]
+        self.seldom_lines = {}  # kind -> [second, lines of the kind in it]
         self.lock = threading.RLock()  # a signal's handler may log, too
 
     def __call__(self, text):
@@ -264,25 +265,22 @@ class Log:
         """Log a line of a kind that peers can cause: at most LINES_PER_SECOND of it, the rest are
         counted."""
         with self.lock:
-            second = int(time.monotonic())
-            if self.seldom_lines.setdefault(kind, [second, 0, 0])[0] != second:
-                self.settle()
-            entry = self.seldom_lines.setdefault(kind, [second, 0, 0])
-            is_few = entry[1] < LINES_PER_SECOND
-            entry[1 if is_few else 2] += 1
+            self.settle()
+            entry = self.seldom_lines.setdefault(kind, [int(time.monotonic()), 0])
+            entry[1] += 1
+            is_few = entry[1] <= LINES_PER_SECOND
         if is_few:
             self(text[:400])
 
     def settle(self):
         """Say how many lines of each kind were not logged in the seconds before this one."""
         with self.lock:
-            over = [
-                k for k, entry in self.seldom_lines.items() if entry[0] != int(time.monotonic())
-            ]
-            left = {kind: self.seldom_lines.pop(kind)[2] for kind in over}
-        for kind, count in left.items():
-            if count:
-                self(f"and {count} more {kind}")
+            now = int(time.monotonic())
+            over = [kind for kind, (second, _) in self.seldom_lines.items() if second != now]
+            counts = {kind: self.seldom_lines.pop(kind)[1] for kind in over}
+        for kind, count in counts.items():
+            if count > LINES_PER_SECOND:
+                self(f"and {count - LINES_PER_SECOND} more {kind}")
 
 
 def is_writable(stream, seconds):
@@ -434,7 +432,7 @@ def newest_fates(folded):
     return found
 
 
-def recent(fates, version, max_staleness, keep=()):
+def recent(fates, version, max_staleness, keep):
     """The fates that a push which is not too old can still ask for, and those of the ids in
     `keep`."""
     oldest = version.number - max_staleness
@@ -530,30 +528,35 @@ def _is_count(value):
     return type(value) is int and 0 <= value < 1 << 53
 
 
-def parse_entry(name, entry):
-    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
-    ProtocolError."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def spec_of(name, dtype, shape):
+    """A TensorSpec from untrusted JSON; `name` is a text. Raises ProtocolError."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ProtocolError(
             f"tensor {quoted(name)}: dtype {quoted(dtype)} is not one of {list(DTYPES)}"
         )
     if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_count, shape)):
         raise ProtocolError(f"tensor {quoted(name)}: the shape is not a list of up to 32 counts")
+    # torch computes the product of the sizes even where one of them is 0, and must not overflow.
+    if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= 1 << 53:
+        raise ProtocolError(
+            f"tensor {quoted(name)}: {dtype} {quoted(shape)} takes more than {1 << 53:,} bytes"
+        )
+    return TensorSpec(name, DTYPES[dtype], tuple(shape))
+
+
+def parse_entry(name, entry):
+    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
+    ProtocolError."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    spec = spec_of(name, dtype, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ProtocolError(f"tensor {quoted(name)}: data_offsets is not a pair of counts")
-    spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
     if spec.nbytes != offsets[1] - offsets[0]:
         raise ProtocolError(
             f"tensor {quoted(name)}: {dtype} {quoted(shape)} takes {spec.nbytes} bytes, but data_offsets "
             f"spans {offsets[1] - offsets[0]}"
-        )
-    # torch computes the product of the sizes even where one of them is 0, and must not overflow.
-    if math.prod(filter(None, shape)) >= 1 << 53:
-        raise ProtocolError(
-            f"tensor {quoted(name)}: the counts of shape {quoted(shape)} are too large"
         )
     return offsets[0], offsets[1], spec
 
@@ -664,7 +667,7 @@ def write_frame(file, fields, specs, tensors, **metadata):
         raise ValueError(f"the tensors differ from their specs by {left} bytes")
 
 
-def read_file_header(file, in_order=False, whole=True):
+def read_file_header(file, whole=True):
     """(fields, specs) of the frame in an open binary file, which then stands at its payload.
 
     Raises ProtocolError also where the file is shorter or longer than its header says, unless
@@ -677,7 +680,7 @@ def read_file_header(file, in_order=False, whole=True):
     length = header_length(start)
     if 8 + length > size:
         raise ProtocolError(f"{file.name}: ends within its header")
-    fields, specs = parse_header(file.read(length), in_order)
+    fields, specs = parse_header(file.read(length), in_order=False)
     if whole and 8 + length + payload_bytes(specs) != size:
         raise ProtocolError(
             f"{file.name}: {size:,} bytes, but its header announces "
@@ -892,14 +895,7 @@ def weight_files(path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         file = os.path.join(path, name)
         if os.path.isfile(file + ".index.json"):
-            try:
-                with open(file + ".index.json", encoding="utf-8") as index:
-                    shards = sorted(set(json.load(index)["weight_map"].values()))
-                if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
-                    raise ValueError("it names files outside its folder")
-            except Exception as error:
-                raise ProtocolError(f"cannot use {file}.index.json: {reason_of(error)}") from None
-            return [os.path.join(path, shard) for shard in shards]
+            return [os.path.join(path, shard) for shard in shards_of(file + ".index.json")]
         if os.path.isfile(file):
             return [file]
     found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
@@ -908,6 +904,19 @@ def weight_files(path):
         hint = f"; name one of {others}" if others else ""
         raise ProtocolError(f"{path} has no weights of its own{hint}")
     return found
+
+
+def shards_of(path):
+    """The names of the files that an index of weights lists, all in its own folder. Raises
+    ProtocolError."""
+    try:
+        with open(path, encoding="utf-8") as index:
+            shards = sorted(set(json.load(index)["weight_map"].values()))
+        if any(os.path.basename(shard) != shard or shard in ("", "..") for shard in shards):
+            raise ValueError("it names files outside its folder")
+        return shards
+    except Exception as error:  # whatever is wrong with somebody else's file
+        raise ProtocolError(f"cannot use {path}: {reason_of(error)}") from None
 
 
 def header_of(path):
@@ -936,9 +945,13 @@ def checkpoints(folder):
         if not number or (number[2] and os.path.lexists(os.path.join(folder, name[1:-4]))):
             continue
         outer, model = (os.path.join(path, f"{n}.safetensors") for n in ("outer", "model"))
-        is_damaged = header_of(outer) is None and (os.path.exists(outer) or is_ours(model))
-        if is_ours(outer) or is_damaged or os.path.exists(os.path.join(path, SUMS)):
-            found.append((*age_of(header_of(outer) or {}), int(number[1] or number[2]), path))
+        fields = header_of(outer)
+        if fields is None:  # damaged, where it is this program's
+            is_own = os.path.exists(outer) or is_ours(model)
+        else:
+            is_own = fields.get("program") == "diloco"
+        if is_own or os.path.exists(os.path.join(path, SUMS)):
+            found.append((*age_of(fields or {}), int(number[1] or number[2]), path))
     return [(number, path) for *_, number, path in sorted(found, reverse=True)]
 
 
@@ -1282,7 +1295,7 @@ class Message:
         if good and kind in (int, float):
             good = low <= value <= high
         if good and kind is str:
-            good = len(value) <= 256 and (value.isprintable())
+            good = len(value) <= 256 and value.isprintable()
         if not good:
             raise ProtocolError(
                 f"{shown(self.type)}: field {name!r} is {quoted(value)}, not a valid {kind.__name__}"
@@ -1516,7 +1529,7 @@ class Connection:
 
     def _receive_large(self, length):
         self.large.append(Large())
-        before, self.deadline = self.deadline, self._deadline_of(LARGE_SECONDS)
+        before, self.deadline = self.deadline, time.monotonic() + self._within(LARGE_SECONDS)
         raw = self._header(length, self.large[0].count)
         self.deadline = before
         return self.large[0].parse(raw)
@@ -1525,10 +1538,6 @@ class Connection:
         """What the last header says has been taken in: another large one may be read."""
         with contextlib.suppress(IndexError):
             self.large.pop().release()
-
-    def _deadline_of(self, seconds):
-        end = time.monotonic() + seconds
-        return end if self.deadline is None else min(end, self.deadline)
 
     def _header(self, length, check=None):
         """Receive a header, and call `check` with each chunk. A large one has memory straight from
@@ -1678,12 +1687,10 @@ class Connection:
 
 # --- Hello ----------------------------------------------------------------------------------
 #
-# The first messages of a connection say who is there. With a token each side proves that it knows it,
-# by a MAC over both sides' random numbers, the worker's names and its own role: the token itself is
-# never sent, and what somebody has recorded proves nothing later.
+# The first messages of a connection say who is there, and prove it: see "Who may speak".
 
 
-def introduce(conn, who, token=""):
+def introduce(conn, who, token):
     """The client's side of hello. `who`: worker id and session, or {} for a peer that only
     looks. Returns the server's fields. Raises Refused where the server says no, or where only
     one side has a token or knows it."""
@@ -1710,9 +1717,7 @@ def introduce(conn, who, token=""):
             f"server {conn.peer} asks for no token, so it may be a false one: start the server "
             "with the token too, or leave the token out here",
         )
-    if reply.type != "hello":
-        raise ProtocolError(f"the server answers hello with {reply.type[:32]!r}")
-    reply.expect([])
+    reply.typed("hello").expect([])
     return reply.fields
 
 
@@ -1784,25 +1789,25 @@ def _challenge(conn, token, hello, name, session):
     return {"proof": proof_of(token, "server", nonces, name, session)}
 
 
-def parse_address(text, port=PORT):
+def parse_address(text):
     """("host", port) from "host", "host:port", "[v6]:port" or a bare IPv6 address."""
     bracketed, named = r"\[([\w:.%-]+)\](?::(\d+))?", r"([\w.-]+)(?::(\d+))?"
     match = re.fullmatch(rf"{bracketed}|{named}|((?:[\w.%]*:){{2,}}[\w.%-]*)", text)
     host = match and (match[1] or match[3] or match[5])
-    number = int(match[2] or match[4] or port) if match else 0
+    number = int(match[2] or match[4] or PORT) if match else 0
     if not 0 < number < 65536:
         raise ValueError(f"{text!r} is not an address; write host:port, for example host:{PORT}")
     return host, number
 
 
-def connect(server, session_fields, timeout=10.0, access=PLAIN):
+def connect(server, session_fields, access=PLAIN):
     """Connect to "host:port", say hello and return (Connection, the server's hello fields).
 
     `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
     when there is nobody, Refused when the server says no or is not the one that `access` names.
     """
     host, port = parse_address(server)
-    sock = socket.create_connection((host, port), timeout)
+    sock = socket.create_connection((host, port), CONNECT_SECONDS)
     try:
         sock = access.secured(sock, host, server)
         conn = Connection(sock, server)
@@ -1832,21 +1837,17 @@ def manifest_to_json(specs):
 def manifest_from_json(listed, trained=True):
     """The specs of an untrusted manifest. Raises ProtocolError where a name stands twice. A
     manifest of what is `trained` must have at least one tensor, and only floating-point ones."""
-    specs, total = [], 0
+    specs = []
     try:
         for name, dtype, shape in listed:
-            if len(shape) > 32 or not all(map(_is_count, shape)):
-                raise ValueError("a tensor needs a name and a shape of up to 32 counts")
             if not isinstance(name, str) or name == "__metadata__":
                 raise ValueError(f"{str(name)[:80]!r} is no name of a tensor")
             name.encode()  # half of a surrogate pair raises a ValueError
-            specs.append(TensorSpec(name, DTYPES[dtype], tuple(shape)))
-            total += specs[-1].nbytes
-            # torch computes the product of the sizes even where one of them is 0.
-            if max(total, math.prod(filter(None, shape))) >= 1 << 53:
-                raise ValueError("its sizes are too large")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+            specs.append(spec_of(name, dtype, shape))
+    except (TypeError, ValueError) as error:
         raise ProtocolError(f"the manifest is malformed: {error!r}") from None
+    if payload_bytes(specs) >= 1 << 53:
+        raise ProtocolError("the manifest's sizes are too large")
     if (trained and not specs) or len({spec.name for spec in specs}) != len(specs):
         raise ProtocolError("the manifest is empty or names a tensor twice")
     for spec in specs:
@@ -2248,14 +2249,3 @@ def square_of(numbers, total=math.inf):
     sum as float32 has it, if that is known."""
     total = numbers.dot(numbers).item() if total == math.inf else total
     return total if math.isfinite(total) else numbers.double().square().sum().item()
-
-
-def same_bits(one, other):
-    """Whether two CPU tensors of one dtype and shape are equal to the bit, NaN included."""
-    return memory(one) == memory(other)
-
-
-def all_finite(codec, tensors, count):
-    """Whether all numbers of an encoded slice of `count` elements are finite and at most
-    MAX_ABS."""
-    return all(codec.finite(tensors, start, stop) for start, stop in chunks(count))

@@ -126,7 +126,7 @@ def test_where_the_server_refuses_no_rank_is_left_waiting(serve, torchrun, toy):
 class Rank:
     """Stands for the `Ranks` of one of two processes, and notes what is told."""
 
-    count, is_sharded, is_broken = 2, False, False
+    count, is_alone, is_sharded, is_broken = 2, False, False, False
 
     def __init__(self, leads, *words):
         self.leads, self.words, self.told = leads, iter(words), []

@@ -83,6 +83,10 @@ def noise(like, seed):
 # --- What the ranks of a worker check, each in its process ---------------------------------------
 
 
+def trained(ranks):
+    return [name for name, tensor in ranks.named.items() if tensor.requires_grad]
+
+
 def check_shards(mesh):
     """One turn of gather, work and spread, and another after a step of training."""
     torch.manual_seed(1)
@@ -95,11 +99,11 @@ def check_shards(mesh):
     assert ranks.is_sharded and not any(map(misplaced, filter(is_sharded, named.values())))
     places = {name: local(tensor).data_ptr() for name, tensor in named.items()}
 
-    ranks.gather()
+    ranks.gather(trained(ranks))
     if ranks.leads:
         assert ranks.mirror.keys() == {name for name in named if not name.startswith("frozen")}
         assert ranks.mirror["again.weight"] is ranks.mirror["first.weight"]
-        for name, whole in zip(ranks.trainable, ranks.whole(), strict=True):
+        for name, whole in zip(trained(ranks), ranks.whole(trained(ranks)), strict=True):
             assert whole is ranks.mirror[name] and whole.is_cpu
             assert same(whole, wanted[name.replace("again.weight", "first.weight")]), name
     else:
@@ -110,7 +114,7 @@ def check_shards(mesh):
         wanted[name] = noise(wanted[name], seed)
         if ranks.leads:
             ranks.mirror[name].copy_(wanted[name])
-    ranks.spread()
+    ranks.spread(trained(ranks))
     check_all(named, wanted, places)
 
     ranks.gather(["frozen.weight"])
@@ -134,12 +138,12 @@ def check_all(named, wanted, places):
 def check_training(model, ranks, names):
     """The mirror follows the optimizer, and modules use the values that were spread."""
     if ranks.leads:
-        rooms = ranks.whole()
+        rooms = ranks.whole(trained(ranks))
         for seed, name in enumerate(names):
             ranks.mirror[name].copy_(
                 noise(ranks.mirror[name], seed).nan_to_num(0.5, 1, -1).clamp(-1, 1)
             )
-    ranks.spread()
+    ranks.spread(trained(ranks))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(ranks.rank))
     model(x).square().mean().backward()
@@ -150,15 +154,17 @@ def check_training(model, ranks, names):
     modules = fsdp_modules(model)
     assert len(modules) == 3
     ranks.reshard(modules)
-    ranks.gather()
-    now = [full(ranks.named[name]) for name in ranks.trainable]
+    ranks.gather(trained(ranks))
+    now = [full(ranks.named[name]) for name in trained(ranks)]
     if ranks.leads:
-        assert all(room is again for room, again in zip(rooms, ranks.whole(), strict=True))
+        assert all(
+            room is again for room, again in zip(rooms, ranks.whole(trained(ranks)), strict=True)
+        )
         # The plain scalar is each rank's own, without an average of gradients: rank 0's counts.
-        assert all(map(same, ranks.whole(), now))
+        assert all(map(same, ranks.whole(trained(ranks)), now))
         flat = protocol.FlatModel(ranks.whole(names), 1, 3)
         flat.write(0, torch.full((flat.numel,), 0.25))
-    ranks.spread()
+    ranks.spread(trained(ranks))
     with torch.no_grad():
         after = model(torch.ones(1, 5))
     for module in modules:
@@ -201,9 +207,9 @@ def check_plain():
     ranks = Ranks(named)
     assert (ranks.leads, ranks.is_sharded, ranks.mirror) == (rank == 0, False, None)
     assert all(whole is named[name] for name, whole in zip(named, ranks.whole(named), strict=True))
-    ranks.gather()
+    ranks.gather(trained(ranks))
     ranks.release(named)
-    ranks.spread()
+    ranks.spread(trained(ranks))
     frozen = {name for name in named if name.startswith("frozen")}
     for name, tensor in named.items():
         mine = own if name in frozen and rank else wanted
@@ -252,7 +258,7 @@ def check_death(call):
     """The last rank dies before the second transfer of a call; the other ranks notice."""
     count = dist.get_world_size()
     ranks = Ranks(dict(shard(Model(), init_device_mesh("cpu", (count,))).named_parameters()))
-    ranks.gather()
+    ranks.gather(trained(ranks))
     ranks.tell(0)
     dist.barrier()
     if ranks.rank == count - 1:
@@ -268,9 +274,9 @@ def check_death(call):
 
         DTensor.full_tensor = dying(DTensor.full_tensor)
         dist.broadcast = dying(dist.broadcast)
-    actions = {"gather": ranks.gather, "spread": ranks.spread, "tell": lambda: ranks.tell("news")}
+    given = "news" if call == "tell" else trained(ranks)
     with contextlib.suppress(RuntimeError):
-        actions[call]()
+        getattr(ranks, call)(given)
         ranks.tell("a rank that needed nothing more from the dead one notices here")
         ranks.tell("or here")
         raise SystemExit("nobody noticed")
@@ -352,8 +358,8 @@ def test_one_process_needs_no_torch_distributed():
     assert (ranks.rank, ranks.count, ranks.leads, ranks.groups) == (0, 1, True, [])
     assert ranks.tell(value) is value
     before = [tensor.detach().clone() for tensor in named.values()]
-    ranks.gather()
-    ranks.spread()
+    ranks.gather(trained(ranks))
+    ranks.spread(trained(ranks))
     ranks.reshard(fsdp_modules(model))
     assert all(map(same, before, (tensor.detach() for tensor in named.values())))
     assert all(whole is named[name] for name, whole in zip(named, ranks.whole(named), strict=True))
