@@ -1952,8 +1952,7 @@ class Watch:
     optimizer: its marks then}; resting: parameters that were not trained then; strangers: {type of
     an optimizer that was not given: (name of a parameter, its steps)}; behind: types of optimizers
     that stepped behind the one whose steps count; doubtful: found_inf of each step since the last
-    boundary of which a GradScaler on a GPU says there whether it was one; looked: {name: parameter}
-    of the model, if it was looked at before the step that is under way, else None.
+    boundary of which a GradScaler on a GPU says there whether it was one.
     """
 
     def __init__(self, worker):
@@ -1962,7 +1961,6 @@ class Watch:
         self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
         self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
         self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
-        self.looked = None
         self.copies, self.jumps = Copies(self.trained), Jumps(worker)
         self.has_told_frozen = self.has_told_over = False
 
@@ -1978,12 +1976,12 @@ class Watch:
     def about(self, optimizer):
         """An optimizer of this process is about to step. Looks closely only where a step ends a round,
         or where the optimizer has other parameters or a frozen one is trained."""
-        self.looked, held = None, self.held.get(id(optimizer))
+        held = self.held.get(id(optimizer))
         if held is None or not self.worker.ranks.is_alone:
             return
         is_end = self.worker.schedule.left <= 1
         if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
-            self.looked = self.worker.leader.anew.heed(optimizer)
+            self.worker.leader.anew.heed(optimizer)
 
     def heard(self, optimizer):
         """An optimizer of this process has stepped."""
@@ -2041,10 +2039,10 @@ class Watch:
 
     # --- At boundaries ---
 
-    def check(self, looked=None):
+    def check(self):
         """Raise RuntimeError where what is trained has changed since the join, or another optimizer
-        trains it. looked: {name: parameter} of the model, where that is known."""
-        if fault := self.change(looked or self.trained.parameters()):
+        trains it."""
+        if fault := self.change(self.trained.parameters()):
             fault += (
                 ", since this worker joined, and it cannot join anew now: that takes a step after the "
                 "change, and a worker of one process. Make a DiLoCoWorker when the model is as it will "
@@ -2679,11 +2677,10 @@ class Anew:
         self.leader, self.worker, self.count = leader, leader.worker, 0
 
     def heed(self, optimizer):
-        """Join anew where what is trained has changed, before a step of `optimizer`. Returns {name:
-        parameter} of the model, or None where this worker leaves."""
+        """Join anew where what is trained has changed, before a step of `optimizer`."""
         worker, watch = self.worker, self.worker.watch
         if worker.leave_by is not None or worker.flushed:
-            return None
+            return
         found = worker.trained.parameters()
         is_replaced = self.replace(found)
         how = watch.change(found) or watch.frozen_in(optimizer)
@@ -2700,7 +2697,6 @@ class Anew:
         elif is_replaced:
             worker.trained.check_optimizers(found)
         watch.note(found)
-        return found
 
     def replace(self, found):
         """Synchronize the parameters among {name: parameter} that have taken the place of others of their
@@ -2830,7 +2826,7 @@ class Leader:
         worker, watch = self.worker, self.worker.watch
         watch.settle()
         if self.schedule.left <= 1:
-            watch.check(watch.looked)
+            watch.check()
         if watch.jumps.fault:
             raise RuntimeError(watch.jumps.fault)
         watch.jumps.begin()
