@@ -168,6 +168,18 @@ class Process:
 
 
 @pytest.fixture
+def clean(monkeypatch):
+    """No settings of the surroundings; workers of this process that a test leaves are closed."""
+    from diloco_callback import STARTED
+
+    for name in [name for name in os.environ if name.startswith("DILOCO_")]:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for worker in list(STARTED):
+        worker.close()
+
+
+@pytest.fixture
 def start():
     """start(script, *args): a Process that is ended with the test."""
     with contextlib.ExitStack() as stack:

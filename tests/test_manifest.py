@@ -14,12 +14,12 @@ import time
 import pytest
 import torch
 import toy_worker
-from conftest import DEADLINE, ENV, ROOT, Outer, flat, put, status, until
+from conftest import DEADLINE, ROOT, Outer, flat, put, status, until
 from peers import Peer, background, encode, numbers, rounds, together
 from safetensors.torch import load_file, save_file
 from test_rules import fold, join, life, member, push, refusal
 
-from diloco_callback import STARTED, DiLoCoWorker, Refused
+from diloco_callback import DiLoCoWorker, Refused
 from protocol import FRESH, Message, Version, encode_header, manifest_from_json, memory
 from server import GlobalModel, Rules, Run, Store
 
@@ -28,13 +28,7 @@ MEAN = [*FP32, "--outer-momentum", 0, "--no-nesterov", "--outer-lr", 1]
 MOMENTUM = [*FP32, "--outer-momentum", 0.9, "--no-momentum-warmup", "--outer-lr", 0.7]
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    for name in [name for name in ENV if name.startswith("DILOCO_")]:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    for worker in list(STARTED):
-        worker.close()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 # --- The rules ---------------------------------------------------------------------------------

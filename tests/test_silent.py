@@ -13,12 +13,11 @@ import pytest
 import schedulefree
 import torch
 import toy_worker
-from conftest import ENV, flat
+from conftest import flat
 from peers import together
 
 import protocol
 from diloco_callback import (
-    STARTED,
     DiLoCoCallback,
     DiLoCoWorker,
     Refused,
@@ -28,14 +27,7 @@ from diloco_callback import (
     plain_names,
 )
 
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    for name in [name for name in ENV if name.startswith("DILOCO_")]:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    for worker in list(STARTED):
-        worker.close()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 @pytest.fixture
