@@ -376,7 +376,7 @@ class Outbox:
         """An Outbox for `count` other slices, which take the place of these, all of them closed. What
         is known of pushes stays known."""
         version = min(place.version for place in self.places)
-        found = protocol.newest_fates(place.folded for place in self.places)
+        found = protocol.last_fates(place.folded for place in self.places)
         fates = {id: f._replace(round=min(f.round, version.number)) for id, f in found.items()}
         renewed = Outbox(self.worker_id, count)
         for place in renewed.places:
@@ -3038,7 +3038,7 @@ class Leader:
             case _:
                 raise ProtocolError("heartbeat: a stall is not slice, seconds and missing")
         self.said_at = time.monotonic()
-        me, whom = self.worker.worker_id, ", ".join(name[:80] for name in missing[:20])
+        me, whom = self.worker.worker_id, ", ".join(map(protocol.shown, missing[:20]))
         text = f"the round of slice {k} has waited {seconds:.0f} s for {whom or 'more workers'}"
         if me in missing:
             text += f": all wait for this worker, whose training is at step {self.worker.step}"

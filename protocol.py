@@ -423,8 +423,8 @@ def fates_of(value):
     return fates
 
 
-def newest_fates(folded):
-    """{worker id: its newest Fate} of several slices' fates, where new slices take their place."""
+def last_fates(folded):
+    """{worker id: its last Fate} of several slices' fates, where new slices take their place."""
     found = {}
     for fates in folded:
         for worker, fate in fates.items():
@@ -697,6 +697,15 @@ def sync(file):
     except OSError as error:
         if error.errno not in UNSYNCED:
             raise
+
+
+def append_whole(path, raw):
+    """Append bytes to a file: all of them, or with an OSError none."""
+    with open(path, "ab", buffering=0) as file:
+        start = file.tell()
+        if (taken := file.write(raw)) < len(raw):
+            file.truncate(start)
+            raise OSError(f"{path} has room for {taken} bytes of {len(raw)}")
 
 
 def sync_folder(folder):

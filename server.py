@@ -52,18 +52,7 @@ from dataclasses import dataclass, field
 import torch
 
 import protocol
-from protocol import (
-    FRESH,
-    NONE,
-    WEIGHTS,
-    Fate,
-    ProtocolError,
-    Refused,
-    TensorSpec,
-    Version,
-    newest_fates,
-    recent,
-)
+from protocol import FRESH, NONE, WEIGHTS, Fate, ProtocolError, Refused, Version, last_fates, recent
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 TICK_SECONDS = 0.25  # how often the server looks for rounds and workers whose time has come
@@ -92,6 +81,7 @@ MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
 LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
 HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
+MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
 NAMES = "members.json"  # file in the output folder with the names of who takes part
 KEPT = "frozen.safetensors"  # file in a checkpoint with frozen tensors that were trained before
@@ -831,7 +821,7 @@ class Anew:
         if self.before is None:
             self.held = min(slice.version for slice in run.slices)
             self.before = max(slice.version for slice in run.slices)
-        fates = newest_fates(slice.folded for slice in run.slices)
+        fates = last_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
         run.slices = [Slice(version, dict(fates)) for _ in range(count)]
 
@@ -1537,7 +1527,10 @@ def read_checkpoint(path, up, down, error_feedback):
     heads, dtypes = state["heads"], fields["dtypes"]
     if dtypes.keys() != tensors.keys():
         raise ProtocolError("the two files are of different models")
-    specs = [TensorSpec(n, protocol.DTYPES[dtypes[n]], tuple(t.shape)) for n, t in tensors.items()]
+    specs = [
+        protocol.TensorSpec(n, protocol.DTYPES[dtypes[n]], tuple(t.shape))
+        for n, t in tensors.items()
+    ]
     count = len(specs) - fields.get("buffers", 0)  # the buffers come last
     buffers = [spec for spec in specs[count:] if spec.dtype.is_floating_point]
     num_fragments = fields.get("num_fragments", len(heads))
@@ -1569,7 +1562,7 @@ def write_vectors(folder, state, model, snapshots):
     residual and state in the other, all of them side by side. Raises FloatingPointError."""
     total = model.params.numel()
     vectors = ("momentum", "residual") if model.residual is not None else ("momentum",)
-    specs = [TensorSpec(name, torch.float32, (total,)) for name in vectors]
+    specs = [protocol.TensorSpec(name, torch.float32, (total,)) for name in vectors]
     with (
         open(os.path.join(folder, "model.safetensors"), "wb") as params,
         open(os.path.join(folder, "outer.safetensors"), "wb") as outer,
@@ -1634,6 +1627,7 @@ class Store:
         self.is_partial = False, False
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
+        self.unwritten = []  # lines of rounds.jsonl that the disk has not taken yet
         self.faults = {}  # what could not be saved -> why
         self.latest_life = ""  # latest life of a checkpoint in the folder, also of a damaged one
         self.guard = None  # open file that keeps a second server off the folder
@@ -1764,11 +1758,14 @@ class Store:
                 protocol.sync_folder(self.output)
 
     def append_rounds(self, lines):
-        """Append lines about rounds, dicts, to rounds.jsonl. Calls come one at a time."""
+        """Append lines about rounds, dicts, to rounds.jsonl: all of them or none. What the disk does not
+        take is written with the next ones. Calls come one at a time."""
+        self.unwritten = [*self.unwritten, *lines][-MAX_UNWRITTEN:]
+        raw = "".join(json.dumps(line) + "\n" for line in self.unwritten).encode()
         with self._surviving("rounds.jsonl"):
             os.makedirs(self.output, exist_ok=True)
-            with open(os.path.join(self.output, "rounds.jsonl"), "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            protocol.append_whole(os.path.join(self.output, "rounds.jsonl"), raw)
+            self.unwritten = []
 
     def save(self, state, model, snapshots):
         """Write a checkpoint, unless the newest one has the same versions. `state`: `heads`, which
@@ -2106,25 +2103,21 @@ class Clerk:
         self.server, self.store, self.lock = server, server.store, server.lock
         self.asked = self.done = 0  # requests to write the names: made, and answered
         self.named = None  # names of the members as they are on disk
-        self.lines = collections.deque(maxlen=1000)  # of rounds.jsonl that are to be written
+        self.lines = collections.deque(maxlen=MAX_UNWRITTEN)  # of rounds.jsonl, to be written
 
     def keep_names(self):
-        """Have the names written; returns the number of the request."""
+        """Have the names written. Returns a function, which needs the lock: whether they are on disk, or
+        are known not to be."""
         with self.lock:
-            self.asked += 1
+            request = self.asked = self.asked + 1
             self.lock.notify_all()
-            return self.asked
-
-    def is_done(self, request):
-        """Whether the names that a request was about are on disk, or are known not to be. Needs the
-        lock."""
-        return self.done >= request
+        return lambda: self.done >= request
 
     def settle(self, seconds):
         """Have all written, and wait for that for at most so many seconds."""
-        request = self.keep_names()
+        is_done = self.keep_names()
         with self.lock:
-            self.lock.wait_for(lambda: self.is_done(request), seconds)
+            self.lock.wait_for(is_done, seconds)
 
     def append(self, line):
         """Have a line about a round, a dict, written."""
@@ -2344,7 +2337,9 @@ class Watch:
             k = stall["slice"]
             if now() - self.said[k] >= SAY_SECONDS:
                 self.said[k] = now()
-                whom = ", ".join(stall["missing"][:20]) or "more workers (--min-workers)"
+                whom = (
+                    ", ".join(map(shown, stall["missing"][:20])) or "more workers (--min-workers)"
+                )
                 log(
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
@@ -2606,9 +2601,8 @@ class Gate:
             conn.stall = min(conn.stall, self.args.worker_timeout)
             return conn.send("bring", fields)
         conn.stall = protocol.STALL_SECONDS
-        request = self.server.clerk.keep_names()
-        kept = functools.partial(self.server.clerk.is_done, request)
-        self.server.wait(conn, kept, lambda: "the server's disk")  # a crash forgets nobody
+        is_kept = self.server.clerk.keep_names()
+        self.server.wait(conn, is_kept, lambda: "the server's disk")  # a crash forgets nobody
         conn.send("join", fields)
         for k in range(self.server.model.count):
             self.server.model.warm(k, len(self.run.members))
@@ -2730,8 +2724,13 @@ class Gate:
                 raise ProtocolError("bring: this worker was not asked for these slices")
             model = self.server.model
         sizes = protocol.file_sizes_of(message.field("files", dict, {}))
-        specs = [TensorSpec(f"slice:{k}", torch.float32, (model.sizes[k],)) for k in slices]
-        files = [TensorSpec(f"file:{name}", torch.uint8, (size,)) for name, size in sizes.items()]
+        specs = [
+            protocol.TensorSpec(f"slice:{k}", torch.float32, (model.sizes[k],)) for k in slices
+        ]
+        files = [
+            protocol.TensorSpec(f"file:{name}", torch.uint8, (size,))
+            for name, size in sizes.items()
+        ]
         message.expect(specs + files)
         conn.taken_in()
         values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
@@ -3140,7 +3139,7 @@ class Rounds:
                 pieces = stack.enter_context(self.model.shared(k, slice.version).reading())
                 fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
                 fields |= {"step": self.run.step, "more": False}
-            values = TensorSpec("slice", torch.float32, (self.model.sizes[k],))
+            values = protocol.TensorSpec("slice", torch.float32, (self.model.sizes[k],))
             parts = self.releasing(conn, k, pieces)
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
 
@@ -3234,9 +3233,8 @@ class Door:
         self.server, self.guard, self.ended = server, guard, server.ended
         self.lock = threading.Lock()
         strangers = max(MAX_STRANGERS, 4 * server.args.n)
-        self.silent, self.ready, self.reading, self.idle, self.asking = (
-            Crowd(strangers) for _ in range(5)
-        )
+        self.silent, self.ready, self.idle, self.asking = (Crowd(strangers) for _ in range(4))
+        self.reading = Crowd(MAX_STRANGERS)
         self.members = Crowd(max(MAX_CONNECTIONS, 16 * server.args.n))
         self.hellos, self.questions = Pace(*HELLOS), Pace(*QUESTIONS)
         self.selector = selectors.DefaultSelector()
@@ -3723,8 +3721,7 @@ class Server:
     def state(self):
         """What the run is doing, in words."""
         if not self.run.is_open:
-            is_back = bool(self.run.expected)
-            return "waiting for workers to come back" if is_back else "waiting for workers"
+            return "waiting for workers" + " to come back" * bool(self.run.expected)
         return "running" if len(self.run.members) >= self.args.min_workers else "too few workers"
 
     def on_save(self, conn, message):

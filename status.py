@@ -17,6 +17,7 @@ import sys
 import time
 
 import protocol
+from protocol import shown
 
 
 def ask(server, request="status", access=protocol.PLAIN):
@@ -35,6 +36,11 @@ def duration(seconds):
     if seconds < 3600:
         return f"{seconds // 60}m {seconds % 60:02d}s"
     return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+
+
+def listed(names):
+    """Names of workers in one line."""
+    return ", ".join(map(shown, names))
 
 
 def table(rows):
@@ -57,8 +63,8 @@ def workers_in(status):
         rows.append(
             (
                 str(worker["index"]),
-                worker["id"],
-                worker["host"] + ranks,
+                shown(worker["id"]),
+                shown(worker["host"]) + ranks,
                 str(worker["step"]),
                 f"{worker['steps_per_second']:.2f}",
                 "-" if worker["loss"] is None else f"{worker['loss']:.4f}",
@@ -72,9 +78,9 @@ def workers_in(status):
 def waits_in(status):
     """The lines about what a run waits for, if it waits."""
     lines = []
-    there = ", ".join(status["joining"]) or "none"
+    there = listed(status["joining"]) or "none"
     if status["expected"]:
-        expected = ", ".join(status["expected"])
+        expected = listed(status["expected"])
         lines.append(
             f"the run goes on with {expected}, as soon as they are back or given up; there: {there}"
         )
@@ -83,11 +89,9 @@ def waits_in(status):
     elif status["state"] == "too few workers":
         lines.append(f"rounds wait until there are {status['min_workers']} workers (--min-workers)")
     if status["awaited"]:
-        lines.append(f"the round waits for: {', '.join(status['awaited'])}")
+        lines.append(f"the round waits for: {listed(status['awaited'])}")
     for stall in status["stalls"]:
-        whom = (
-            ", ".join(stall["missing"]) or f"more workers (--min-workers {status['min_workers']})"
-        )
+        whom = listed(stall["missing"]) or f"more workers (--min-workers {status['min_workers']})"
         lines.append(
             f"WARNING: the round of slice {stall['slice']} has waited "
             f"{duration(stall['seconds'])} for {whom}"
@@ -109,13 +113,18 @@ def rounds_in(status):
         ]
         lines.append(f"fragments: versions {versions}; in flight: {', '.join(flying) or 'none'}")
     if last := status["last_round"]:
-        late = ", ".join(f"{worker} by {rounds}" for worker, rounds in last["staleness"].items())
+        late = ", ".join(
+            f"{shown(worker)} by {rounds}" for worker, rounds in last["staleness"].items()
+        )
         lines.append(
             f"last round: waited {last['seconds_waiting']:.2f} s, folded "
             f"{last['seconds_folding']:.2f} s; up {last['bytes_up'] / 1e6:.2f} MB, down {last['bytes_down'] / 1e6:.2f} MB; "
             f"{last['steps']} steps, {last['tokens']:,} tokens"
             f"{'; late: ' + late if late else ''}"
         )
+        norms = ", ".join(f"{shown(worker)} {norm:.3g}" for worker, norm in last["norms"].items())
+        lines += [f"norms of its pushes: {norms}"] if norms else []
+        lines += [f"WARNING: {shown(id)}: {shown(why)}" for id, why in last["reasons"].items()]
     return lines
 
 

@@ -483,6 +483,12 @@ def test_a_connection_over_tls_is_like_any_other(monkeypatch, certificates):
 # --- The door ------------------------------------------------------------------------------------
 
 
+def test_a_run_of_many_workers_reads_no_more_hellos_at_once():
+    shell = SimpleNamespace(ended=None, args=SimpleNamespace(n=100))
+    made = server.Door(shell, OPEN)
+    assert made.reading.limit == 256 and made.ready.limit == 400  # the others wait unread
+
+
 def test_the_largest_group_of_a_crowd_loses_its_oldest():
     crowd = server.Crowd(3)
     assert [crowd.add(one, one[0]) for one in ("a1", "b1", "b2")] == [None] * 3

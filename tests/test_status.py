@@ -10,6 +10,8 @@ import socket
 from conftest import ROOT, until
 from conftest import status as ask
 
+import status as status_program
+
 
 def run(start, *args, **options):
     process = start(os.path.join(ROOT, "status.py"), *args, **options)
@@ -62,6 +64,13 @@ def test_waiting_running_and_stopped(start, serve, toy):
     assert [w["id"] for w in said["workers"]] == ["ada", "bob"]
     assert all(w["sync_every"] == 7 and w["loss"] > 0 for w in said["workers"])
     assert said["last_round"]["bytes_up"] == 2 * 58 * 2
+
+    said["workers"][0] |= {"id": "n" * 120 + " é", "host": "h" * 200 + " x"}
+    said["last_round"] |= {"norms": {"bob": 0.125}, "reasons": {"a b": "too \x1blarge"}}
+    screen = status_program.render(said)
+    assert not any("n" * 81 in line or "h" * 81 in line for line in screen)
+    assert "norms of its pushes: bob 0.125" in screen
+    assert "WARNING: 'a b': 'too \\x1blarge'" in screen
 
     assert run(start, "--server", server.address, "--save")[0] == 0
     server.wait_for(r"saved .*checkpoint-\d+")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -324,14 +325,32 @@ def test_a_disk_that_hangs_stops_no_tick_and_a_join_waits_for_the_names(tmp_path
     threading.Thread(target=running.clerk.work, daemon=True).start()
     with running.lock:
         running.run.stopping = {"ada"}
-    request = running.clerk.keep_names()
-    assert hangs.wait(DEADLINE) and not running.clerk.is_done(request)
+    is_done = running.clerk.keep_names()
+    assert hangs.wait(DEADLINE) and not is_done()
     for _ in range(3):
         running.look_after()
     running.clerk.settle(0.01)
     free.set()
     with running.lock:
-        assert running.lock.wait_for(lambda: running.clerk.is_done(request), DEADLINE)
+        assert running.lock.wait_for(is_done, DEADLINE)
+
+
+def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tmp_path):
+    store, path = Store(str(tmp_path)), tmp_path / "rounds.jsonl"
+    store.append_rounds([{"round": 1}])
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        store.append_rounds([{"round": 2}])
+        store.append_rounds([{"round": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and "room for 5 bytes" in store.save_error
+    store.append_rounds([{"round": 4}])
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    assert not store.save_error and not store.unwritten
 
 
 def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkeypatch):
