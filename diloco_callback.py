@@ -157,12 +157,12 @@ class Schedule:
     (k + 1) * every // fragments of the cycle. Slices beyond these, up to `count` (a model's
     buffers), are pushed with the last fragment.
 
-    next: slice that is pushed next; left: steps until that push.
+    next: slice that is pushed next; left: steps until that push; pace: steps of the next cycle.
     """
 
     def __init__(self, every, fragments, count=None):
         self.every, self.fragments, self.count = every, fragments, count or fragments
-        self.next, self.left = 0, self.due(0)
+        self.next, self.left, self.pace = 0, self.due(0), every
 
     def due(self, k):
         """The step of the cycle after which slice k is pushed."""
@@ -184,6 +184,8 @@ class Schedule:
         while self.left <= 0:
             due.append(self.next)
             self.next = (self.next + 1) % self.count
+            if self.next == 0:
+                self.every = max(self.pace, self.fragments)
             self.left = self.interval(self.next)
         return due
 
@@ -201,8 +203,9 @@ class Schedule:
             whole = max(1, self.interval(k))
             self.next, self.left = k, min(steps or whole, whole)
 
-    def resume(self, position):
-        """Go on at a saved position within the cycle."""
+    def resume(self, position, every):
+        """Go on at a saved position within a cycle of `every` steps."""
+        self.every = every
         left = [self.due(k) - position for k in range(self.fragments)]
         self.next = next(k for k in range(self.fragments) if left[k] > 0)
         self.left = left[self.next]
@@ -425,7 +428,7 @@ class Slice:
         self.is_empty = True  # whether the push has no numbers
         self.is_blank = True  # whether the anchor has no numbers yet
         self.is_broken = False  # whether its numbers are not finite, and its steps not dropped yet
-        self.outer = (0.0, 0.0, True)  # lr, momentum, nesterov of the step that follows the anchor
+        self.outer = (0.0, 0.0, True, 1.0)  # lr, momentum, nesterov, part of the step that follows
         self.stages = {}  # (codec, elements) -> Payload on the device for one chunk
         self.lock = threading.RLock()
 
@@ -538,15 +541,17 @@ class Slice:
 
     def _predicted(self, start, stop):
         """Return a chunk as if all workers had pushed the same as this one, rounded to the
-        parameters' dtypes: SGD with Nesterov momentum as torch.optim.SGD defines it, with the own
-        difference in the gradient's place. All that goes in is still what it was at the push."""
-        lr, momentum, nesterov = self.outer
+        parameters' dtypes: SGD with Nesterov momentum as torch.optim.SGD defines it, or a part of
+        such a step as the server's Outer does, with the own difference in the gradient's place. All
+        that goes in is still what it was at the push."""
+        lr, momentum, nesterov, part = self.outer
         anchor, velocity = self.anchor[start:stop], self.velocity[start:stop]
         own = protocol.scratch("own", anchor, stop - start)
         torch.sub(self.flat.rounded(start, anchor), self.mark[start:stop], out=own)
         ahead = torch.mul(velocity, momentum, out=protocol.scratch("ahead", anchor, stop - start))
-        step = own.add_(ahead.add_(own), alpha=momentum) if nesterov else ahead.add_(own)
-        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr, out=own))
+        ahead.add_(own, alpha=part)
+        step = own.add_(ahead, alpha=momentum) if nesterov else ahead
+        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr * part, out=own))
 
     def copied_residual(self):
         """Return the residual as it is now, on the CPU."""
@@ -579,15 +584,16 @@ class Slice:
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
     def _learn_velocity(self, start, stop, update):
-        """Work out the outer optimizer's velocity v from an update. With the mean g of the pushes,
-        v' = mu * v + g and update = -lr * (g + mu * v'), or -lr * v' without Nesterov. A velocity
-        that starts from zero, as a late joiner's, is right after a few rounds."""
+        """Work out the outer optimizer's velocity v from an update, a part f of a step. With the mean
+        g of the pushes and m = mu^f, v' = m * v + f * g and update = -lr * f * (g + m * v'), or
+        -lr * f * v' without Nesterov. A velocity that starts from zero, as a late joiner's, is right
+        after a few rounds."""
         velocity = self.velocity[start:stop]
-        lr, momentum, nesterov = self.outer
-        if lr and nesterov:
-            velocity.mul_(momentum).add_(update, alpha=-1 / lr).div_(1 + momentum)
-        elif lr:
-            torch.mul(update, -1 / lr, out=velocity)
+        lr, momentum, nesterov, part = self.outer
+        if lr and part and nesterov:
+            velocity.mul_(momentum).add_(update, alpha=-1 / lr).div_(1 + part * momentum)
+        elif lr and part:
+            torch.mul(update, -1 / (lr * part), out=velocity)
 
     # --- Adopting ---
 
@@ -668,6 +674,7 @@ class Joined(NamedTuple):
     max_staleness: int
     settings: dict  # of the outer optimizer, by name
     step: int
+    pace: int | None  # steps of a cycle; None: the worker's own sync_every
     turns: list  # by slice, the turn that its next push is for
     steps: int | None  # until the first of these pushes; None: a whole interval
     known: list  # by slice, sequence number that the server knows
@@ -696,6 +703,7 @@ def joined_of(reply, count):
         max_staleness=field("max_staleness", int),
         settings=settings_of(field("settings", dict)),
         step=field("step", int),
+        pace=field("pace", int, None, low=1),
         turns=reply.numbers("turns", count),
         steps=field("steps", int, None, low=1),
         known=reply.numbers("known", count),
@@ -718,6 +726,7 @@ def settings_of(settings):
         "outer_momentum": found.field("outer_momentum", float, high=1.0),
         "nesterov": found.field("nesterov", bool),
         "momentum_warmup": found.field("momentum_warmup", bool),
+        "outer": found.field("outer", str, "whole"),
     }
 
 
@@ -728,6 +737,8 @@ class News(NamedTuple):
     base: Version | None  # version that an entry leads on from; None: the slice in full
     fates: dict  # worker -> Fate
     plain: bool
+    part: float  # of an outer step that an entry makes
+    made: float  # outer steps that have been made by then
     step: int
     more: bool  # whether another one follows
 
@@ -742,8 +753,16 @@ def news_of(reply, k):
     more = reply.field("more", bool, False)
     if more and not is_entry:
         raise ProtocolError("a slice in full is not the last message of a reply")
-    fates, step = protocol.fates_of(reply.field("folded", dict)), reply.field("step", int)
-    return News(version, base, fates, not is_entry or reply.field("plain", bool), step, more)
+    return News(
+        version=version,
+        base=base,
+        fates=protocol.fates_of(reply.field("folded", dict)),
+        plain=not is_entry or reply.field("plain", bool),
+        part=reply.field("part", float, 1.0, high=1.0),
+        made=reply.field("made", float),
+        step=reply.field("step", int),
+        more=more,
+    )
 
 
 class Beat(NamedTuple):
@@ -753,6 +772,7 @@ class Beat(NamedTuple):
     world: int
     orders: list
     stalls: list  # of dicts: rounds that wait too long
+    pace: int | None  # as in Joined
 
 
 def beat_of(reply):
@@ -762,7 +782,8 @@ def beat_of(reply):
     orders = reply.field("orders", list)
     if rank >= world or not all(type(order) is str for order in orders):
         raise ProtocolError("heartbeat: a rank beyond the members, or an order that is no word")
-    return Beat(rank, world, orders, reply.field("stalls", list, []))
+    pace = reply.field("pace", int, None, low=1)
+    return Beat(rank, world, orders, reply.field("stalls", list, []), pace)
 
 
 def wanted_of(reply, count):
@@ -1107,11 +1128,12 @@ class Replica:
         known of pushes stays known."""
         self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
 
-    def outer_at(self, version):
-        """Return (lr, momentum, nesterov) of the outer step that follows a version."""
+    def outer_at(self, made, part):
+        """Return (lr, momentum, nesterov, part) of an outer step behind so many, or of a part of one.
+        Delayed momentum comes with few of the parts: a prediction leaves it out."""
         lr, top, nesterov = (self.settings[n] for n in ("outer_lr", "outer_momentum", "nesterov"))
-        warmup = self.settings["momentum_warmup"]
-        return lr, protocol.momentum_at(max(0, version.number), top, warmup), nesterov
+        momentum = protocol.momentum_at(made, top, self.settings["momentum_warmup"]) ** part
+        return lr, 0.0 if self.settings["outer"] == "delayed" else momentum, nesterov, part
 
     # --- Pushes ---
 
@@ -1254,13 +1276,14 @@ class Replica:
             is_listed = pending is not None and fate is not None and fate.seq >= pending.seq
             moves = is_listed and slice.mark is None
             learns = whole is None and not news.plain
+            slice.outer = self.outer_at(max(0.0, news.made - news.part), news.part)
             is_equal = slice.take(moves, whole, has_update, learns)
             with self.changed:
                 if not is_equal:
                     self.mismatches += 1
                     place.version = NONE
                     raise ProtocolError(f"slice {k} at {version} has another checksum than there")
-                slice.outer = self.outer_at(version)
+                slice.outer = self.outer_at(news.made, news.part or 1.0)  # as large as the last one
                 made, refused = self.outbox.take(k, version, fates, whole is not None, self.step)
                 if made:
                     self.listed[k] = made, refused, news.step
@@ -2575,7 +2598,8 @@ class Admission:
         self.fetch_frozen(joined.frozen)
         self.leader.heard = {}
         worker.index, worker.rank, worker.world = joined.index, joined.rank, joined.world
-        worker.num_shares = joined.num_shares
+        worker.num_shares, worker.pace = joined.num_shares, joined.pace
+        worker.schedule.pace = joined.pace or worker.sync_every
         if is_first:
             self.resume(joined)
 
@@ -2603,8 +2627,11 @@ class Admission:
         elif worker.saved:
             log("the server has moved on since the checkpoint: took the global model")
         if len(self.kept) == worker.num_fragments:  # the others wait for it just there
-            worker.schedule.resume(worker.saved["position"])
+            worker.schedule.resume(
+                worker.saved["position"], worker.saved.get("cycle", worker.sync_every)
+            )
         else:
+            worker.schedule.every = max(worker.schedule.pace, worker.num_fragments)
             worker.schedule.align(joined.turns, joined.steps)
 
     def load_residual(self):
@@ -2836,13 +2863,14 @@ class Leader:
         for k in range(self.schedule.count):
             if self.is_due(k):
                 self.adopt(k)
-        due = self.schedule.tick()
+        due, delay = self.schedule.tick(), worker.own_delay
         for k in due:
             with self.replica.changed:
-                push = self.replica.outbox.make(k, worker.local_step, worker.tokens, worker.delay)
+                push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
             if push:  # else the one before is still out, and these steps go with the next
-                self.replica.push(push, goes_on=worker.delay > 0, facts=self.facts())
-        for k in due if worker.delay == 0 else ():
+                facts = {**self.facts(), "adopts_in": delay / max(worker.steps_per_second, 1e-6)}
+                self.replica.push(push, goes_on=delay > 0, facts=facts)
+        for k in due if delay == 0 else ():
             if self.is_due(k):
                 self.adopt(k)
         watch.jumps.end()
@@ -2852,24 +2880,35 @@ class Leader:
         worker, loss = self.worker, self.worker.loss
         if loss is not None and not abs(loss) < protocol.MAX_ABS:
             loss = None
-        return {"step": worker.step, "position": self.schedule.position, "loss": loss}
+        waited = worker.waited
+        return {
+            "step": worker.step,
+            "position": self.schedule.position,
+            "cycle": self.schedule.every,
+            "loss": loss,
+            "made": worker.local_step,
+            "trained": max(0.0, time.monotonic() - worker.started - waited),
+            "waited": waited,
+        }
 
     def adopt(self, k):
         """Wait until an entry lists the pending push of slice k, then move the local values with the
         anchor; or let training go on without the server."""
-        worker = self.worker
-        replica, began = self.replica, time.monotonic()
+        worker, replica = self.worker, self.replica
+        worker.stalled_since = time.monotonic()
         try:
             if not self.wait(lambda: self.is_decided(k)):
                 self.go_on(k)
         finally:
-            worker.stall_time += time.monotonic() - began
+            worker.stall_time, worker.stalled_since = worker.waited, None
         self.heed_replica()
         if k not in replica.listed:
             return  # training goes on without, or the server has the model of another run
         with replica.changed:
             push, refused, step = replica.listed.pop(k)
         worker.run_step = max(worker.run_step, step)
+        if worker.pace:  # a slower worker goes on from the step of the furthest one
+            worker.step = max(worker.step, worker.run_step)
         alpha = worker.alpha if worker.fragment_update == "mix" and not push.late else None
         with uninterrupted():
             is_finite = replica.slices[k].adopt(alpha)
@@ -3017,7 +3056,8 @@ class Leader:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
-        self.hear(rank=beat.rank, world=beat.world)
+        self.hear(rank=beat.rank, world=beat.world, pace=beat.pace)
+        self.schedule.pace = beat.pace or worker.sync_every
         if "stop" in beat.orders:
             self.hear(stop_ordered=True)
 
@@ -3114,7 +3154,7 @@ def metrics_of(worker):
         "diloco/last_send_mb": worker.replica.last_send / 1e6,
         "diloco/last_recv_mb": worker.replica.last_recv / 1e6,
         "diloco/steps_per_second": worker.steps_per_second,
-        "diloco/sync_every": worker.sync_every,
+        "diloco/sync_every": worker.schedule.every,
         "diloco/num_fragments": worker.num_fragments,
         "diloco/fragment_syncs": worker.fragment_syncs,
         "diloco/overlap": worker.overlap,
@@ -3298,7 +3338,9 @@ class DiLoCoWorker:
     step = run_step = 0  # this worker's step of the run, and the furthest worker's
     local_step = 0  # optimizer steps of this process
     skipped = 0  # steps of which a GradScaler said later that they were none
+    pace = None  # steps of its next cycle, where the server tells them (--own-pace)
     tokens, loss, stall_time = 0, None, 0.0
+    stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
     kept_local = flushed = stop_ordered = is_server_away = False
     leave_by = None  # seconds when a worker that was told to leave waits no longer
@@ -3537,6 +3579,17 @@ class DiLoCoWorker:
         return self.local_step / max(time.monotonic() - self.started, 1e-9)
 
     @property
+    def waited(self):
+        """Seconds in which training has waited for entries."""
+        since = self.stalled_since
+        return self.stall_time + (0.0 if since is None else time.monotonic() - since)
+
+    @property
+    def own_delay(self):
+        """The steps from a push to its adoption, in a cycle of a length of its own."""
+        return -(-self.delay * self.schedule.every // self.sync_every)
+
+    @property
     def overlap(self):
         """Share of the time of transfers, waits included, in which this worker went on training."""
         total = self.replica.total_sync_time
@@ -3579,6 +3632,7 @@ class DiLoCoWorker:
             "run": self.run,
             "step": self.step,
             "position": self.schedule.position,
+            "cycle": self.schedule.every,
             "fragments": self.replica.progress(),
             "local": self.watch.own_names(),
         }

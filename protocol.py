@@ -72,7 +72,7 @@ from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 PORT = 8512
 MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
 MAX_HELLO_BYTES = 1 << 10  # longest header that is read from a peer that is no worker
@@ -439,10 +439,10 @@ def recent(fates, version, max_staleness, keep):
     return {w: fate for w, fate in fates.items() if fate.round >= oldest or w in keep}
 
 
-def momentum_at(number, momentum, warmup):
-    """The outer momentum of the step that follows version `number`: min(momentum, r / (r + 3)) in
-    round r = 0, 1, ... while it warms up."""
-    return min(momentum, number / (number + 3)) if warmup else momentum
+def momentum_at(made, momentum, warmup):
+    """The outer momentum of the step that follows r = `made` outer steps: min(momentum, r / (r + 3))
+    while it warms up."""
+    return min(momentum, made / (made + 3)) if warmup else momentum
 
 
 # --- Frames ---------------------------------------------------------------------------------
@@ -2130,9 +2130,9 @@ class Codec:
         self.decode(tensors, start, numbers)
         return numbers
 
-    def add(self, tensors, start, out):
-        """Decode elements from `start` on and add them to the float32 chunk `out`."""
-        out.add_(self.decoded(tensors, start, out))
+    def add(self, tensors, start, out, weight=1):
+        """Decode elements from `start` on and add them, times `weight`, to the float32 chunk `out`."""
+        out.add_(self.decoded(tensors, start, out), alpha=weight)
 
     def subtract(self, numbers, tensors, start, out):
         """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""

@@ -48,6 +48,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -81,8 +82,11 @@ MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
 LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
 HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
+MANY_ROUNDS = 5  # after which it can be told who holds up the others
+MUCH_WAITING = 0.1  # share of its time from which on it is said that a worker waits
 MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
+STALE_WEIGHT = 0.0  # of --stale-weight
 NAMES = "members.json"  # file in the output folder with the names of who takes part
 KEPT = "frozen.safetensors"  # file in a checkpoint with frozen tensors that were trained before
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
@@ -122,7 +126,15 @@ class Rules:
 
     workers: int = 1  # workers that a new run starts with
     quorum: int = 0  # contributions that close a round after `grace`; 0: those of all awaited
-    grace: float = 0.0  # seconds that a quorum waits for the others
+    grace: float | None = (
+        0.0  # seconds that a quorum waits; None: while it keeps nobody from training
+    )
+    outer: str = "whole"  # outer step of a part of the members: whole, fractional or delayed
+    weights: str = "equal"  # by which pushes count: equal, steps or tokens
+    stale_weight: float = 0.0  # a push s rounds late weighs (1 + s) ** -stale_weight
+    own_pace: bool = (
+        False  # whether each worker takes the steps that it makes while others make theirs
+    )
     min_workers: int = 1  # workers below which no round closes
     max_staleness: int = 10  # versions that a counted push may be behind
     max_push_ratio: float = 100.0  # most that a push's norm may be, over the median; 0: anything
@@ -153,6 +165,8 @@ class Push:
     counted: int = 0  # of its steps, as many as its worker can have made
     norm: float | None = None  # of its numbers; None where there are none to be judged
     tokens: int = 0
+    adopts: float = 0.0  # seconds when its training is about to wait for it; 0: at once
+    weight: float = 1.0  # of its numbers in the mean of its round
     loss: float | None = None
     payload: object = None  # its numbers, which the rules do not look at
     nbytes: int = 0  # size of the payload
@@ -169,7 +183,11 @@ class Round:
     lateness: dict  # worker -> versions that its push is behind; late ones only
     members: list  # ids of those that push the slice
     plain: bool  # whether it has closing contributions only: a plain mean, no momentum
-    share: float  # contributors over the members that push the slice
+    share: float = 1.0  # weight of what it folds, over that with those who are not in it
+    mode: str = "whole"  # as Rules.outer
+    before: float = 0.0  # outer steps that the slice has made before
+    quorum: int = 0  # contributions that counted for the quorum
+    grace: float = 0.0  # seconds that it stayed open after the quorum was there
     outsized: list = field(default_factory=list)  # pushes that were refused when it closed
     opened: float  # seconds, when its first contribution came
     closed: float  # seconds
@@ -179,6 +197,47 @@ class Round:
         """worker -> Fate, as the entry lists the pushes."""
         ordered = sorted(self.pushes, key=lambda push: push.seq)
         return {p.worker: Fate(p.seq, p.refused, self.version.number) for p in ordered}
+
+    @property
+    def part(self):
+        """The part of an outer step that it makes."""
+        return 1.0 if self.mode == "whole" else self.share
+
+    @property
+    def completes(self):
+        """Whether the outer steps that the slice has made come to a whole number with it, or pass one:
+        the parts are sums of rounded numbers."""
+        return int(self.before + self.part + 1e-6) > int(self.before + 1e-6)
+
+    def weigh(self, members, rules):
+        """Give the pushes their weights, and the round its share: of a member that is missing the
+        weight is what it had last, or the mean of those that are there."""
+        counted = [p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]
+        full = weights(counted, rules.weights)
+        for push in counted:
+            push.weight = (
+                full[push] * (1 + self.lateness.get(push.worker, 0)) ** -rules.stale_weight
+            )
+            if push.worker in members:
+                members[push.worker].weight = full[push]
+        there, whole = {push.worker for push in self.pushes}, sum(full.values())
+        absent = [members[id].weight for id in self.members if id in members and id not in there]
+        whole += sum(weight or whole / len(counted) for weight in absent) if counted else 0
+        self.share = sum(push.weight for push in counted) / whole if counted else 0.0
+
+
+def weights(pushes, by):
+    """{push: weight} of the pushes of a round: 1, or the optimizer steps that it carries, or their
+    tokens where every worker says how many. The tokens of a step are what a worker says, up to PACES
+    times those of the others."""
+    steps = {push: max(1, push.counted) for push in pushes}
+    if by == "equal":
+        return dict.fromkeys(pushes, 1.0)
+    if by == "steps" or not all(push.tokens for push in pushes):
+        return steps
+    rates = {push: push.tokens / max(1, push.steps) for push in pushes}
+    most = PACES * statistics.median_low(rates.values()) if rates else 0
+    return {push: steps[push] * min(rate, most) for push, rate in rates.items()}
 
 
 def outsized(pushes, norms, ratio):
@@ -244,6 +303,12 @@ class Slice:
     folding: Round | None = None  # closed round whose entry is being made
     closed_at: float = 0.0  # seconds, when the last round was closed
     took: float = 0.0  # seconds that the last round was open
+    missed: float = 0.0  # outer steps that rounds with a part of the members have left out
+
+    @property
+    def made(self):
+        """The outer steps that have been made: one a round, or less."""
+        return max(0.0, self.version.number - self.missed)
 
     @property
     def pushers(self):
@@ -275,14 +340,30 @@ class Slice:
         """Versions that a push is behind the head."""
         return max(0, self.version.number - push.base.number)
 
-    def close(self, version, indices, pushing, now, ratio):
+    def counting(self, rules):
+        """When the contributions came that count for a quorum: late ones do where the outer step knows
+        how much of a round it folds."""
+        pushes, takes_late = self.pushes.values(), rules.outer != "whole"
+        return sorted(p.arrived for p in pushes if takes_late or not self.lateness(p))
+
+    def grace_ends(self, since, rules):
+        """When a quorum that is there since then has waited long enough: with a grace of None when the
+        first contributor is about to adopt, or after a tenth of a round where they wait at once."""
+        if rules.grace is not None:
+            return since + rules.grace
+        adopts = min(push.adopts for push in self.pushes.values())
+        return max(since, adopts) if adopts else since + self.took / 10
+
+    def close(self, version, indices, pushing, now, rules):
         """Make a Round that leads to `version` of what has been contributed; pushes that are too
         large for it are refused. `pushing`: the ids of the workers that push the slice."""
         pushes = sorted(self.pushes.values(), key=lambda p: (indices.get(p.worker, 0), p.seq))
-        judged = outsized(pushes, self.norms, ratio)
+        judged = outsized(pushes, self.norms, rules.max_push_ratio)
         for push, why in judged.items():
             push.refused = why
         self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
+        counting = self.counting(rules)
+        is_quorum = 0 < rules.quorum <= len(counting)
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
@@ -291,7 +372,10 @@ class Slice:
             lateness={p.worker: late for p in pushes if (late := self.lateness(p))},
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
-            share=len(self.pushers) / len(pushing),
+            mode=rules.outer,
+            before=self.made,
+            quorum=len(counting),
+            grace=now - counting[rules.quorum - 1] if is_quorum else 0.0,
             outsized=list(judged),
             opened=min(push.arrived for push in pushes),
             closed=now,
@@ -321,6 +405,11 @@ class Member:
     since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
     passed: int = -1  # highest turn that it has contributed to
     pace: int = 1  # steps of its cycle that count at most
+    cycle: int = 0  # steps of its cycle as it is now
+    readings: object = None  # deque of its newest Readings at pushes
+    reading: object = None  # its newest Reading
+    weight: float = 0.0  # of its last push
+    lag: int = 0  # versions that its last push was behind
     begun: tuple = (0, 0)  # (step of the run, number of the newest version) when it became a member
     blocked: tuple = ()  # (slice, sequence number) of its own push that its training waits for
     step: int = 0  # step of the run that it has reached
@@ -361,9 +450,9 @@ class Member:
 
     def to_go(self, k, now):
         """Steps until the worker pushes slice k, as a part of its cycle."""
-        due = min(k + 1, self.fragments) * self.sync_every // self.fragments
-        steps = (due - self.position - 1) % self.sync_every + 1
-        return max(0.0, steps - self.speed * (now - self.heard)) / self.sync_every
+        due = min(k + 1, self.fragments) * self.cycle // self.fragments
+        steps = (due - self.position - 1) % self.cycle + 1
+        return max(0.0, steps - self.speed * (now - self.heard)) / self.cycle
 
 
 def of_process(workers, id, session):
@@ -403,7 +492,8 @@ class Run:
     that have asked to; expected: {id: seconds when heard of} of members from before a crash, or a
     change of tensors, that the run waits for; indices: {id: index} that ids have had, in the order of
     last use; sessions: {id: session} of the process that had the id last; away: ids that were given up
-    and may come back; stopping: ids that are to finish and have not left yet; anew: Anew.
+    and may come back; stopping: ids that are to finish and have not left yet; anew: Anew;
+    paces: Paces.
     """
 
     def __init__(self, rules, now, count=0):
@@ -413,7 +503,7 @@ class Run:
         self.members, self.waiting, self.expected = {}, {}, {}
         self.indices, self.sessions = {}, {}
         self.away, self.stopping = set(), set()
-        self.is_open, self.anew = False, Anew(self)
+        self.is_open, self.anew, self.paces = False, Anew(self), Paces(self)
         self.step = 0  # step of the worker that is furthest
         self.pace = 0  # steps of a cycle, of the workers that opened the run
         self.kept = -1  # number of the newest version that was on disk
@@ -547,6 +637,7 @@ class Run:
             member.since.append(old.since[k] if stays else first)
         furthest = max([self.step, *(other.step for other in self.members.values())])
         member.begin(old, furthest, newest(self.slices), PACES * self.pace)
+        self.paces.begin(member)
         member.index = free_index(member.id, self.indices, self.members)
         member.heard = now
         self.expected.pop(member.id, None)
@@ -558,6 +649,7 @@ class Run:
         for worker in gone[: max(0, len(self.indices) - KNOWN_WORKERS)]:
             del self.indices[worker]
             self.sessions.pop(worker, None)
+            self.paces.told.pop(worker, None)
 
     def known(self, id):
         """By slice, the highest sequence number of a worker's pushes that are listed, in the open
@@ -574,7 +666,7 @@ class Run:
                 turns[k] += len(self.slices)
         me, k = self.members[id], turns.index(min(turns))
         left = [m.to_go(k, now) for m in self.members.values() if m is not me and m.speed]
-        return turns, max(1, round(min(left) * me.sync_every)) if left else None
+        return turns, max(1, round(min(left) * me.cycle)) if left else None
 
     def hear(self, id, session, now):
         """A member speaks; returns the Member. Raises Refused where its worker must join (again)."""
@@ -634,7 +726,7 @@ class Run:
             raise RuntimeError("a push came into a slice that is being folded")
         if push.seq > (most := slice.most_seq(push.worker)):
             raise Refused("protocol", f"push: the sequence number {push.seq} is over {most}")
-        push.step = member.reach(push.step, newest(self.slices))
+        push.step, member.lag = member.reach(push.step, newest(self.slices)), slice.lateness(push)
         push.counted = min(push.steps, member.pace * slice.cycles(member))
         if push.closing:
             member.closed.add(push.k)
@@ -675,16 +767,17 @@ class Run:
     def is_over(self, k, now):
         """Whether the open round of slice k is over. Full sync, stragglers, quorum and asynchronous
         training differ in `quorum` and `grace` and in nothing else."""
-        slice, quorum, grace = self.slices[k], self.rules.quorum, self.rules.grace
+        slice, rules = self.slices[k], self.rules
         if not slice.pushes or slice.folding or not self.has_enough(k):
             return False
-        if not self.missing(k):
-            return True
-        on_time = sorted(p.arrived for p in slice.pushes.values() if not slice.lateness(p))
-        if 0 < quorum <= len(on_time):
-            return now - on_time[quorum - 1] >= grace
+        if not rules.quorum or not self.missing(k):
+            return not self.missing(k)
+        counting = slice.counting(rules)
+        if rules.quorum <= len(counting):
+            return now >= slice.grace_ends(counting[rules.quorum - 1], rules)
         # A round that has late contributions only waits for the others' next round, but not for ever.
-        return quorum > 0 and not on_time and now - slice.closed_at >= grace + slice.took
+        ends = slice.grace_ends(slice.closed_at + slice.took, rules)
+        return not counting and now >= ends
 
     def has_enough(self, k):
         """Whether --min-workers is met, which does not bind workers that end their part."""
@@ -710,8 +803,11 @@ class Run:
         """Close the open round of slice k; returns the Round, which `publish` ends."""
         slice = self.slices[k]
         version = Version(self.life, slice.version.number + 1)
+        self.paces.note_last(slice.pushes.values())
         pushing = self.pushing(k) | slice.pushers
-        return slice.close(version, self.indices, pushing, now, self.rules.max_push_ratio)
+        closed = slice.close(version, self.indices, pushing, now, self.rules)
+        closed.weigh(self.members, self.rules)
+        return closed
 
     def publish(self, k):
         """The log of slice k has its new entry. Ids that are gone and whose last push is too far
@@ -719,6 +815,7 @@ class Run:
         slice = self.slices[k]
         closed, slice.folding = slice.folding, None
         slice.version = closed.version
+        slice.missed += 1 - closed.part
         self.step = max([self.step, *(push.step for push in closed.pushes)])
         here = self.members.keys() | self.waiting.keys() | self.expected.keys()
         fates = {**slice.folded, **closed.fates}
@@ -847,7 +944,7 @@ class Anew:
         if self.fits(mine) or not (run.is_open or self.before):
             return False
         old = self.gone.get(id, mine)  # whose step and pace are not what it says now
-        limit = old.step + min(old.sync_every, PACES * run.pace)
+        limit = old.step + old.pace
         return id not in run.expected or any(m.step >= limit for m in run.members.values())
 
     def turn_away(self, id):
@@ -863,6 +960,91 @@ class Anew:
                 del run.expected[id]
                 run.away.add(id)
         self.gone = {id: member for id, member in self.gone.items() if id in run.expected}
+
+
+class Reading(NamedTuple):
+    """What a worker's process says that it has done since it joined."""
+
+    steps: int
+    trained: float  # seconds in which it has trained
+    waited: float  # seconds in which its training has waited for rounds
+
+
+class Paces:
+    """How many steps each member takes in a cycle where machines are not alike (--own-pace), so that
+    all come to its end at the same time; and without that, what waiting for the slowest costs.
+
+    told: {id: steps of a cycle}; last: ids of those whose contribution came last, in the last rounds.
+    """
+
+    def __init__(self, run):
+        self.run, self.told = run, {}
+        self.last = collections.deque(maxlen=20)
+
+    def begin(self, member):
+        """A worker has become a member, in a cycle of its own sync_every, or of what it was told."""
+        member.readings, member.cycle = collections.deque(maxlen=5), member.sync_every
+        if self.run.rules.own_pace:
+            member.cycle = self.told.setdefault(member.id, member.cycle)
+            member.pace = max(member.pace, self.run.pace)  # goes on from the furthest one's step
+
+    def note(self, member, reading, is_push):
+        """A worker has said how far it is, in a push or between two."""
+        if member.reading and reading.steps < member.reading.steps:
+            return  # a push that was sent again
+        member.reading = reading
+        if not member.readings:
+            member.readings.append(reading if member.was_in else Reading(0, 0.0, 0.0))
+        if is_push and member.readings[-1].steps < reading.steps:
+            member.readings.append(reading)
+
+    def note_last(self, pushes):
+        """A round closes with these pushes."""
+        if len(pushes) > 1:
+            self.last.append(max(pushes, key=lambda push: push.arrived).worker)
+
+    @staticmethod
+    def since(member):
+        """The Reading of what a member has done over its last cycles."""
+        if not member.readings:
+            return Reading(0, 0.0, 0.0)
+        return Reading(*(b - a for a, b in zip(member.readings[0], member.reading, strict=True)))
+
+    def speeds(self):
+        """{id: steps per second of training, without waiting} of the members of which it is known: at
+        most PACES times the median, so that nobody's word makes all others idle."""
+        done = {id: self.since(member) for id, member in self.run.members.items()}
+        known = {id: d.steps / d.trained for id, d in done.items() if d.steps > 0 and d.trained > 0}
+        most = PACES * statistics.median_low(known.values()) if known else 0
+        return {id: min(speed, most) for id, speed in known.items()}
+
+    def of(self, member):
+        """The steps that a member's next cycle has; None where each keeps its own sync_every. The
+        fastest one's are those of the run. Small changes of speed change nothing."""
+        if not self.run.rules.own_pace:
+            return None
+        speeds, before = self.speeds(), self.told.setdefault(member.id, member.sync_every)
+        if member.id in speeds:
+            steps = self.run.pace * speeds[member.id] / max(speeds.values())
+            if abs(steps - before) > before / 10:
+                self.told[member.id] = max(1, member.fragments, round(steps))
+        return self.told[member.id]
+
+    def waiting(self, member):
+        """The share of its time in which a member's training has waited, over its last cycles."""
+        done = self.since(member)
+        return done.waited / (done.trained + done.waited) if done.waited > 0 else 0.0
+
+    def costs(self):
+        """[(id, share of its time that it waits, id of whom it mostly waits for)] of the members that
+        wait much for one that is slow, where all are awaited."""
+        if self.run.rules.own_pace or self.run.rules.quorum or len(self.last) < MANY_ROUNDS:
+            return []
+        [(slowest, times)] = collections.Counter(self.last).most_common(1)
+        if times < 0.8 * len(self.last) or slowest not in self.run.members:
+            return []
+        found = [(m.id, self.waiting(m), slowest) for m in self.run.members.values()]
+        return sorted(each for each in found if each[0] != slowest and each[1] >= MUCH_WAITING)
 
 
 class Stalls:
@@ -882,7 +1064,7 @@ class Stalls:
     def limit(self):
         """Seconds after which a wait is too long."""
         rules = self.run.rules
-        if rules.quorum:
+        if rules.quorum and rules.grace is not None:
             return max(LEAST_STALL_SECONDS, rules.grace)
         if not self.lengths:
             return STALLED_SECONDS
@@ -946,16 +1128,38 @@ class Outer:
     nesterov: bool = True
     warmup: bool = True  # whether the momentum rises over the first rounds
 
-    def step(self, mean, velocity, number):
-        """Turn the mean of the pseudo-gradients, a chunk, into the update after version `number`,
-        in place, with the pseudo-gradient g in the gradient's place:
+    def step(self, mean, velocity, made, part=1.0):
+        """Turn the mean of the pseudo-gradients, a chunk, into an update in place, with the
+        pseudo-gradient g in the gradient's place, after `made` outer steps:
 
         v = mu * v + g;  d = g + mu * v if nesterov else v;  update = -lr * d
+
+        A `part` f of a step has mu^f in mu's place, f * g in g's in the first line, and f * lr in lr's:
+        so the parts of a step come to about the same as the whole.
         """
-        mu = protocol.momentum_at(number, self.momentum, self.warmup)
-        velocity.mul_(mu).add_(mean)
+        mu = protocol.momentum_at(made, self.momentum, self.warmup) ** part
+        velocity.mul_(mu).add_(mean, alpha=part)
         delta = mean.add_(velocity, alpha=mu) if self.nesterov else mean.copy_(velocity)
-        delta.mul_(-self.lr)
+        delta.mul_(-self.lr * part)
+
+    def delayed(self, mean, velocity, gathered, made, part, completes):
+        """As `step`, with momentum only where the parts since the last time come to a whole step
+        (`completes`); `gathered` is their sum. Delayed Nesterov of arXiv 2401.09135, with c = 0 and the
+        number of workers 1 / part:
+
+        d = d + f * g;  update = -lr * f * g;  then, with a whole step,
+        u = mu * v + d;  update = update - lr * mu * (u if nesterov else v);  v = u;  d = 0
+        """
+        gathered.add_(mean, alpha=part)
+        mean.mul_(-self.lr * part)
+        if completes:
+            mu = protocol.momentum_at(made, self.momentum, self.warmup)
+            if not self.nesterov:
+                mean.add_(velocity, alpha=-self.lr * mu)
+            velocity.mul_(mu).add_(gathered)
+            if self.nesterov:
+                mean.add_(velocity, alpha=-self.lr * mu)
+            gathered.zero_()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -968,6 +1172,8 @@ class Entry:
     version: Version  # version that it leads to
     fates: dict  # worker -> Fate of the push that the entry lists
     plain: bool  # whether the outer step was a plain mean
+    part: float  # of an outer step that it makes
+    made: float  # outer steps that the slice has made with it
     step: int  # step of the run
     codec: protocol.Codec  # codec of the update
     count: int  # elements of the update; 0 where no numbers changed
@@ -1114,7 +1320,9 @@ class GlobalModel:
 
     manifest: specs of the parameters; buffers: specs of the floating-point buffers, which are the
     last slice where there are any; count: number of slices; sizes: elements by slice; logs: by
-    slice, the kept entries, oldest first. `params` becomes the flat vector where it is given.
+    slice, the kept entries, oldest first. `params` becomes the flat vector where it is given. outer:
+    {name: vector} of what the outer step keeps: the momentum, what a lossy download has lost (residual),
+    and the parts of the step under way where momentum waits for its end (gathered).
     """
 
     def __init__(self, manifest, buffers, num_fragments, up, down, error_feedback, params=None):
@@ -1123,9 +1331,9 @@ class GlobalModel:
         self.up, self.down = protocol.CODECS[up], protocol.CODECS[down]
         if params is None:
             params = torch.zeros(sum(spec.numel for spec in self.manifest))
-        self.params, self.momentum = params, torch.zeros_like(params)
-        keeps = self.down.lossy and error_feedback
-        self.residual = torch.zeros_like(params) if keeps else None
+        self.params, self.outer = params, {"momentum": torch.zeros_like(params)}
+        if self.down.lossy and error_feedback:
+            self.outer["residual"] = torch.zeros_like(params)
         self.values = torch.zeros(sum(spec.numel for spec in self.buffers))  # of the buffers
         self.count = num_fragments + bool(self.buffers)
         self.sizes = [self.vectors(k)[0].numel() for k in range(self.count)]
@@ -1151,15 +1359,12 @@ class GlobalModel:
         return (protocol.CODECS["fp32"],) * 2 if is_buffers else (self.up, self.down)
 
     def vectors(self, k):
-        """[parameters, momentum, residual] of slice k, as views, without the residual where there
-        is none. The slice of the buffers has its values only."""
+        """[parameters, and those of `outer`] of slice k, as views. The slice of the buffers has its
+        values only."""
         if k == self.num_fragments:
             return [self.values]
-        return [
-            protocol.fragment_of(vector, k, self.num_fragments)
-            for vector in (self.params, self.momentum, self.residual)
-            if vector is not None
-        ]
+        vectors = self.params, *self.outer.values()
+        return [protocol.fragment_of(vector, k, self.num_fragments) for vector in vectors]
 
     def check(self, manifest, buffers):
         """Raise Refused where a worker's parameters and buffers are not those of the model."""
@@ -1212,12 +1417,16 @@ class GlobalModel:
         old entries: together the kept ones are smaller than the slice, unless only one is left.
         Called with the lock."""
         k = round.k
+        if round.mode == "delayed" and "gathered" not in self.outer:
+            self.outer["gathered"] = torch.zeros_like(self.params)
         entry = Entry(
             k=k,
             base=round.base,
             version=round.version,
             fates=round.fates,
             plain=round.plain,
+            part=round.part,
+            made=round.before + round.part,
             step=step,
             codec=self.codec(k)[1],
             count=self.sizes[k] if self.counted(round) else 0,
@@ -1259,7 +1468,9 @@ class GlobalModel:
             entry.payload, self.spares[k] = self.spares[k], None
         entry.payload = entry.payload or protocol.Payload(entry.codec.layout(entry.count))
         work = self._fold_values if k == self.num_fragments else self._fold_chunk
-        work = functools.partial(work, round, entry, outer, [p.payload.tensors for p in counted])
+        largest = max(push.weight for push in counted)
+        pushes = [(push.payload.tensors, push.weight / largest) for push in counted]
+        work = functools.partial(work, round, entry, outer, pushes)
 
         def fold(chunk):
             self._keep(round.k, *chunk)
@@ -1277,27 +1488,35 @@ class GlobalModel:
     def _fold_chunk(self, round, entry, outer, pushes, start, stop):
         """Fold a chunk of the parameters; returns (the new chunk, the square of the mean's
         norm)."""
-        part, velocity, *residual = (v[start:stop] for v in self.vectors(round.k))
+        part, *others = (v[start:stop] for v in self.vectors(round.k))
+        kept = dict(zip(self.outer, others, strict=True))
+        velocity, residual = kept["momentum"], kept.get("residual")
         delta = protocol.scratch("mean", part, stop - start)
-        self.up.decode(pushes[0], start, delta)
-        for push in pushes[1:]:
-            self.up.add(push, start, delta)
-        delta.div_(len(pushes))
+        (first, weight), *more = pushes
+        self.up.decode(first, start, delta)
+        if weight != 1:
+            delta.mul_(weight)
+        for push, weight in more:
+            self.up.add(push, start, delta, weight)
+        delta.div_(sum(weight for _, weight in pushes))
         square = protocol.square_of(delta)
         if round.plain:
             delta.mul_(-round.share)
+        elif round.mode == "delayed":
+            how = round.before, round.part, round.completes
+            outer.delayed(delta, velocity, kept["gathered"], *how)
         else:
-            outer.step(delta, velocity, round.base.number)
-        if residual:
-            delta.add_(residual[0])
+            outer.step(delta, velocity, round.before, round.part)
+        if residual is not None:
+            delta.add_(residual)
         update = entry.payload.tensors
         self.down.encode(delta, update, start)
         if not self.down.finite(update, start, stop):  # a huge --outer-lr, for one
-            for numbers in (delta, velocity, *residual):
+            for numbers in (delta, *others):
                 numbers.zero_()
             self.down.encode(delta, update, start)
-        if residual:
-            self.down.subtract(delta, update, start, residual[0])
+        if residual is not None:
+            self.down.subtract(delta, update, start, residual)
         self.down.add(update, start, part)
         return part, square
 
@@ -1307,7 +1526,7 @@ class GlobalModel:
         part = self.values[start:stop]
         delta = protocol.scratch("mean", part, stop - start)
         total = torch.zeros(stop - start, dtype=torch.float64)
-        for push in pushes:
+        for push, _ in pushes:
             total += entry.codec.decoded(push, start, delta)
         delta.copy_(total.div_(len(pushes))).sub_(part)
         entry.codec.encode(delta, entry.payload.tensors, start)
@@ -1357,8 +1576,8 @@ class GlobalModel:
         self.logs[k].clear()
         part, *others = self.vectors(k)
         part.copy_(values)
-        for residual in others[1:]:
-            residual.zero_()
+        for vector in others[1:]:  # those behind the momentum
+            vector.zero_()
 
     def put(self, found):
         """Set the parameters and buffers among {name: tensor}, as the weights of -m have them.
@@ -1380,14 +1599,15 @@ class GlobalModel:
         that a model with other tensors has too, whose names and shapes are the same."""
         old, found = self.past
         self.put(found)
-        mine = self.manifest, self.params, self.momentum, self.residual
-        its = old.manifest, old.params, old.momentum, old.residual
+        for name in old.outer:
+            self.outer.setdefault(name, torch.zeros_like(self.params))
+        mine = self.manifest, self.params, *(self.outer[name] for name in old.outer)
+        its = old.manifest, old.params, *old.outer.values()
         for own, other in ((mine, its), ((self.buffers, self.values), (old.buffers, old.values))):
             places = {(s.name, s.shape): slice(*place) for s, *place in protocol.ranges(other[0])}
             for spec, start, stop in protocol.ranges(own[0]):
-                place = places.get((spec.name, spec.shape))
-                for vector, before in zip(own[1:], other[1:], strict=True) if place else ():
-                    if vector is not None and before is not None:
+                if place := places.get((spec.name, spec.shape)):
+                    for vector, before in zip(own[1:], other[1:], strict=True):
                         vector[start:stop].copy_(before[place])
 
     def tensors(self, snapshots):
@@ -1482,6 +1702,12 @@ def norms_of(value, count):
     return kept
 
 
+def missed_of(value, heads):
+    """By slice, the outer steps that were left out as a checkpoint has them; 0 where it has none."""
+    check = protocol.Message("checkpoint", dict(enumerate(value or [])), []).field
+    return [check(k, float, 0.0, high=max(0, v.number)) for k, (v, _) in enumerate(heads)]
+
+
 def state_of(fields):
     """The state of a run, checked, from the header of a checkpoint. Raises ProtocolError."""
     check = protocol.Message("checkpoint", fields, []).field
@@ -1537,21 +1763,24 @@ def read_checkpoint(path, up, down, error_feedback):
     if len(heads) < num_fragments + bool(buffers):
         heads.append((heads[-1][0], {}))
     state["norms"] = norms_of(fields.get("norms"), len(heads))
+    state["missed"] = missed_of(fields.get("missed"), heads)
     if not 0 < count <= len(specs) or not 1 <= num_fragments <= 1000:
         raise ProtocolError(f"{count} parameters in {num_fragments} slices")
     params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
     if params.dtype != torch.float32 or len(heads) != num_fragments + bool(buffers):
         raise ProtocolError(f"{params.dtype} parameters, and {len(heads)} versions of slices")
     model = GlobalModel(specs[:count], buffers, num_fragments, up, down, error_feedback, params)
-    for name, vector in (("momentum", model.momentum), ("residual", model.residual)):
-        if vector is not None and (name == "momentum" or name in outer):
+    if "gathered" in outer:
+        model.outer["gathered"] = torch.zeros_like(params)
+    for name, vector in model.outer.items():
+        if name == "momentum" or name in outer:
             if outer[name].dtype != torch.float32 or outer[name].shape != vector.shape:
                 raise ProtocolError(f"the {name} is not of the size of the parameters")
             vector.copy_(outer[name])
     for spec, start, stop in protocol.ranges(buffers):
         model.values[start:stop].copy_(tensors[spec.name].reshape(-1))
-    for vector in (model.params, model.momentum, model.residual, model.values):
-        for part in () if vector is None else vector.split(protocol.CHUNK):
+    for vector in (model.params, *model.outer.values(), model.values):
+        for part in vector.split(protocol.CHUNK):
             if not protocol.within(part):
                 raise ProtocolError("its numbers are not all finite")
     return state, model
@@ -1561,7 +1790,7 @@ def write_vectors(folder, state, model, snapshots):
     """Write both safetensors files of a checkpoint: parameters and buffers in one, momentum,
     residual and state in the other, all of them side by side. Raises FloatingPointError."""
     total = model.params.numel()
-    vectors = ("momentum", "residual") if model.residual is not None else ("momentum",)
+    vectors = list(model.outer)[: len(snapshots[0].vectors) - 1]  # of when they were taken
     specs = [protocol.TensorSpec(name, torch.float32, (total,)) for name in vectors]
     with (
         open(os.path.join(folder, "model.safetensors"), "wb") as params,
@@ -2069,7 +2298,7 @@ def outer_settings(args, saved):
     return {**DEFAULTS, **saved, **given}
 
 
-def status_of(member):
+def status_of(member, paces):
     """The fields about one member that status.py shows."""
     return {
         "id": member.id,
@@ -2079,6 +2308,10 @@ def status_of(member):
         "step": member.step,
         "position": member.position,
         "sync_every": member.sync_every,
+        "pace": member.cycle,
+        "waiting": round(paces.waiting(member), 4),
+        "lag": member.lag,
+        "weight": round(member.weight, 4),
         "loss": member.loss,
         "address": member.facts.conn.peer,
         "steps_per_second": round(member.speed, 3),
@@ -2325,6 +2558,7 @@ class Watch:
         self.server, self.stalls = server, Stalls(server.run)
         self.found = []  # as Stalls.found, of a moment ago
         self.said = {}  # slice -> seconds when its wait was last said
+        self.has_costs = False  # whether the log has said what waiting costs
 
     def look(self):
         """Called several times a second. Needs the lock."""
@@ -2344,6 +2578,13 @@ class Watch:
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
                 )
+        for id, share, slowest in () if self.has_costs else self.server.run.paces.costs():
+            self.has_costs = True  # said once, of one worker: the status has all
+            log(
+                f"{shown(id)} waits {100 * share:.0f}% of its time for {shown(slowest)}; --own-pace would "
+                "end that"
+            )
+            break
         for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
@@ -2676,8 +2917,9 @@ class Gate:
             "download_codec": self.args.download_codec,
             "error_feedback": self.args.error_feedback,
             "max_staleness": self.args.max_staleness,
-            "settings": self.server.settings,
+            "settings": {**self.server.settings, "outer": run.rules.outer},
             "step": member.step,
+            "pace": run.paces.of(member),
             "turns": turns,
             "steps": steps,
             "known": run.known(member.id),
@@ -2769,7 +3011,7 @@ class Gate:
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             member.facts.conn = conn
-            self.note_progress(member, message)
+            self.note_progress(member, message, is_push=False)
             member.blocked = blocked_of(message, len(self.run.slices))
             member.speed = message.field("steps_per_second", float, 0.0)
             is_to_stop = self.run.is_stopping or member.id in self.run.stopping
@@ -2779,6 +3021,7 @@ class Gate:
                 "members": sorted(self.run.members),
                 "orders": ["stop"] * is_to_stop + ["away"] * self.server.closed,
                 "stalls": self.server.watch.found[:1],
+                "pace": self.run.paces.of(member),
             }
         conn.send("heartbeat", fields)
         if self.server.closed:
@@ -2787,11 +3030,14 @@ class Gate:
                 self.lock.notify_all()
         self.server.rounds.turn()
 
-    def note_progress(self, member, message):
+    def note_progress(self, member, message, is_push):
         """Note what a message says of a member's progress. Needs the lock."""
-        limit = protocol.MAX_ABS
+        limit, seconds = protocol.MAX_ABS, functools.partial(message.field, kind=float, default=0.0)
         member.reach(message.field("step", int), newest(self.run.slices))
         member.position = message.field("position", int, 0)
+        member.cycle = message.field("cycle", int, member.cycle, low=1, high=MOST_STEPS)
+        reading = Reading(message.field("made", int, 0), seconds("trained"), seconds("waited"))
+        self.run.paces.note(member, reading, is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
 
     def on_leave(self, conn, message):
@@ -2873,7 +3119,7 @@ class Rounds:
                 before = slice.pushes.get((push.worker, push.seq))
                 if is_taken := self.run.push(push, now()):
                     unused = before.payload if before else None
-                    self.server.gate.note_progress(member, message)
+                    self.server.gate.note_progress(member, message, is_push=True)
                     if push.refused:
                         who = shown(push.worker)
                         log(f"WARNING: {who}: {push.refused}; the round goes on without it")
@@ -2908,6 +3154,7 @@ class Rounds:
             step=message.field("step", int),
             tokens=message.field("tokens", int, 0),
             loss=message.field("loss", float, None, low=-limit, high=limit),
+            adopts=message.field("adopts_in", float, 0.0),
             nbytes=protocol.payload_bytes(message.specs),
         )
 
@@ -2917,6 +3164,7 @@ class Rounds:
         if push.payload is None:
             return
         codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
+        began = now()
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
             if squares < math.inf:
@@ -2925,6 +3173,8 @@ class Rounds:
             push.refused = "the pseudo-gradient is not finite"
         elif push.k < self.model.num_fragments:
             push.norm = squares**0.5
+        if push.adopts:  # the reply will take about as long
+            push.adopts += began - (now() - began)
 
     def turn(self):
         """Close every round that is over. Called after each event, and several times a second."""
@@ -3008,7 +3258,7 @@ class Rounds:
             pushes=[named(push) for push in counted],
             others=[named(push) for push in closed.pushes if push not in counted],
             plain=closed.plain,
-            share=closed.share,
+            share=closed.share if closed.plain else closed.part,
             checksum=bytes(entry.checksum.tolist()).hex(),
         )
 
@@ -3027,6 +3277,10 @@ class Rounds:
             "losses": {push.worker: push.loss for push in closed.pushes},
             "refused": [push.worker for push in closed.pushes if push.refused],
             "closing": closed.plain,
+            "share": round(closed.share, 4),
+            "quorum": closed.quorum if self.run.rules.quorum else None,
+            "grace": round(closed.grace, 4),
+            "weights": {push.worker: round(push.weight, 4) for push in counted},
             "norm": norm,
             "norms": {p.worker: p.norm for p in closed.pushes if p.norm is not None},
             "reasons": {p.worker: p.refused for p in closed.pushes if p.refused},
@@ -3106,6 +3360,8 @@ class Rounds:
                     "version": entry.version,
                     "folded": entry.fates,
                     "plain": entry.plain,
+                    "part": entry.part,
+                    "made": entry.made,
                     "step": entry.step,
                     "more": entry is not entries[-1],
                 }
@@ -3138,7 +3394,7 @@ class Rounds:
                 self.lock.wait_for(is_still)
                 pieces = stack.enter_context(self.model.shared(k, slice.version).reading())
                 fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
-                fields |= {"step": self.run.step, "more": False}
+                fields |= {"step": self.run.step, "made": slice.made, "more": False}
             values = protocol.TensorSpec("slice", torch.float32, (self.model.sizes[k],))
             parts = self.releasing(conn, k, pieces)
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
@@ -3535,8 +3791,10 @@ class Server:
             return None
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
-        for slice, norms in zip(self.run.slices, state["norms"], strict=True):
-            slice.norms = norms
+        for slice, norms, missed in zip(
+            self.run.slices, state["norms"], state["missed"], strict=True
+        ):
+            slice.norms, slice.missed = norms, missed
         self.run.anew.layout = layout_of(model.manifest + model.buffers)
         labels = [version for version, _ in state["heads"]]
         protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
@@ -3696,10 +3954,13 @@ class Server:
             "parameters": model.params.numel() if model else 0,
             "workers_wanted": args.n,
             "expected": sorted(run.expected.keys() - run.waiting.keys()),
-            "workers": [status_of(m) for m in sorted(run.members.values(), key=lambda m: m.index)],
+            "workers": [
+                status_of(m, run.paces) for m in sorted(run.members.values(), key=lambda m: m.index)
+            ],
             "joining": sorted(run.waiting),
             "awaited": sorted(awaited),
             "stalls": self.watch.found,
+            "waiting_costs": run.paces.costs(),
             "source": min((member.facts.source for member in everyone), default=None),
             "shares": self.shares,
             "settings": self.settings,
@@ -3787,6 +4048,7 @@ class Server:
             "settings": self.settings,
             "heads": [(slice.version, dict(slice.folded)) for slice in run.slices],
             "norms": [list(slice.norms) for slice in run.slices],
+            "missed": [slice.missed for slice in run.slices],
             **run.names(),
         }
 
@@ -3911,18 +4173,32 @@ def raise_file_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
+def quorum(text):
+    """An argparse type: a number of contributions, 0 for `all`."""
+    return 0 if text == "all" else number(int, 1)(text)
+
+
+def grace(text):
+    """An argparse type: seconds, None for `auto`."""
+    return None if text == "auto" else number(float, 0)(text)
+
+
 def network(text):
     """An argparse type: a network as address/bits."""
     return ipaddress.ip_network(text, strict=False)
 
 
 def rules_of(args):
-    """The Rules that a command line gives. --round-timeout is a quorum of one contribution with that
-    grace."""
+    """The Rules that a command line gives."""
+    weights = args.weights or ("tokens" if args.own_pace else "equal")
     return Rules(
         workers=args.n,
-        quorum=1 if args.round_timeout else 0,
-        grace=args.round_timeout,
+        quorum=args.quorum,
+        grace=args.grace,
+        outer=args.outer or ("fractional" if args.quorum else "whole"),
+        weights=weights,
+        stale_weight=args.stale_weight,
+        own_pace=args.own_pace,
         min_workers=args.min_workers,
         max_staleness=args.max_staleness,
         max_push_ratio=args.max_push_ratio,
@@ -3972,8 +4248,21 @@ def parse_args(argv=None):
     add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",
         help="a worker not heard of for so long is no longer waited for (%(default)s)")
+    add("--quorum", type=quorum, default=0, metavar="K|all",
+        help="close a round when so many have pushed and the grace is over, without the others (all)")
+    add("--grace", type=grace, metavar="SECONDS|auto",
+        help="time that a quorum waits for the others (auto: as long as it keeps none from training)")
     add("--round-timeout", type=real, default=0.0, metavar="SECONDS",
-        help="close a round so long after its first push without those that are late (0: never)")
+        help="the same as --quorum 1 --grace SECONDS (0: as without)")
+    add("--own-pace", "--dylu", action="store_true",
+        help="let each worker make as many steps a round as it can, so that nobody waits")
+    add("--weights", choices=["equal", "steps", "tokens"],
+        help="by which a worker's push counts (equal; with --own-pace tokens, or steps without any)")
+    add("--outer", choices=["whole", "fractional", "delayed"],
+        help="outer step of a round that only a part of the workers is in (whole; with a quorum "
+        "fractional)")
+    add("--stale-weight", type=real, default=STALE_WEIGHT, metavar="A",
+        help="a push S rounds late weighs (1 + S) to the power of -A as much (%(default)s)")
     add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
         help="give up a worker that lives but for which a round has waited so long (0: never)")
     add("--min-rate", type=real, default=protocol.LEAST_RATE / 1024, metavar="KIB",
@@ -3988,6 +4277,10 @@ def parse_args(argv=None):
         "(%(default)s; 0: whatever its norm)")
     add("--until-done", action="store_true", help="end when the last worker has left")
     args = parser.parse_args(argv)
+    if args.round_timeout and (args.quorum or args.grace is not None):
+        parser.error("--round-timeout is --quorum 1 with that --grace: give these or that")
+    if args.round_timeout:
+        args.quorum, args.grace = 1, args.round_timeout
     if args.spawn and not os.path.isfile(args.spawn):
         parser.error(f"--spawn: there is no file {args.spawn}")
     return args

@@ -937,7 +937,7 @@ class Run:
         self.device = choose_device(train.device)
         sequences = train.batch_size * self.ranks.count * train.grad_accumulation
         self.step_tokens = sequences * train.context  # tokens that this worker trains on in a step
-        self.step = 0  # step of the run, which is ahead of the number of steps made here
+        self.step = self.before = 0  # step of the run now, and before the last one made here
         self.stop = False  # set by a signal: this step is the last one
         self.interrupted = False  # the loop has ended because of a signal
         self.evaluated = 0  # step of the last evaluation
@@ -1086,8 +1086,14 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(total)
-        self.step += 1
+        self.before, self.step = self.step, self.step + 1
+        if self.callback.worker:  # ahead of that where this one is slower than the furthest
+            self.step = max(self.step, self.callback.worker.step)
         self.state.global_step = self.step
+
+    def has_passed(self, every):
+        """Whether the last step was, or passed, a multiple of `every`."""
+        return bool(every) and self.step // every > self.before // every
 
     def loop(self):
         """Train to the end of the run, or until a signal or the server stops the training."""
@@ -1100,12 +1106,12 @@ class Run:
                 self.save()  # before the closing push, so that --resume can go on from here
             control.should_training_stop = self.interrupted or self.step >= last
             self.callback.on_step_end(self.args, self.state, control)
-            if self.losses and (self.step % output.log_every == 0 or control.should_training_stop):
+            if self.losses and (self.has_passed(output.log_every) or control.should_training_stop):
                 self.log()
             if not control.should_training_stop:
                 if self.evaluation_due():
                     self.report_evaluation("validation loss")
-                if output.save_every and self.step % output.save_every == 0:
+                if self.has_passed(output.save_every):
                     self.save()
             self.output.progress(f"step {self.step}/{last}")
 
@@ -1150,7 +1156,7 @@ class Run:
         if not self.ranks.leads:
             return False
         if worker is None:
-            return self.step % every == 0
+            return self.has_passed(every)
         fresh = worker.sync_count != self.syncs
         self.syncs = worker.sync_count
         return fresh and worker.rank == 0 and self.step >= self.evaluated + every

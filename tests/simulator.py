@@ -389,7 +389,7 @@ class Process:
         self.reached = world.now
         if saved:
             self.saved, position, self.layout = saved[:-2], *saved[-2:]
-            self.schedule.resume(position)
+            self.schedule.resume(position, self.every)
             for k, (version, seq, _) in enumerate(self.saved):
                 self.resumes[k], self.outbox.places[k].seq = version, seq
 

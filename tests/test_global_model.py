@@ -57,12 +57,17 @@ def push(model, k, worker, values, **facts):
     return Push(worker=worker, session="s", k=k, seq=1, base=base, payload=payload, **facts)
 
 
+def vectors_of(model):
+    """All flat vectors of a model, the buffers' values last."""
+    return [model.params, *model.outer.values(), model.values]
+
+
 def closed(k, number, pushes, plain=False, share=1.0, lateness=None):
     """The Round that leads to version `number`."""
     base, version = Version(LIFE, number - 1), Version(LIFE, number)
     return Round(
         k=k, base=base, version=version, pushes=pushes, lateness=lateness or {}, members=[],
-        plain=plain, share=share, opened=0.0, closed=0.0,
+        plain=plain, share=share, before=max(0, number - 1), opened=0.0, closed=0.0,
     )  # fmt: skip
 
 
@@ -108,7 +113,7 @@ def test_the_outer_step_is_sgd_of_torch_to_the_last_bit(count, mu, nesterov):
         entry, norm = fold(model, 0, number + 1, pushes, outer)
         optimizer.step()
         if mu:
-            assert same_bits(model.momentum, optimizer.state[theirs]["momentum_buffer"])
+            assert same_bits(model.outer["momentum"], optimizer.state[theirs]["momentum_buffer"])
         update = entry.payload.tensors["values"]
         size = torch.stack([before, model.params, update]).abs().amax(0)
         last_bit = torch.nextafter(size, torch.tensor(torch.inf)) - size
@@ -125,13 +130,21 @@ def test_values_worked_out_by_hand():
     entry, norm = fold(model, 0, 1, [torch.tensor([1.0, 0, 2]), torch.tensor([3.0, 0, 4])], outer)
     assert norm == pytest.approx(13**0.5)  # the mean is 2, 0, 3; v = g; d = g + v / 2
     assert entry.payload.tensors["values"].tolist() == [-1.5, 0, -2.25]
-    assert model.params.tolist() == [-0.5, 2, 0.75] and model.momentum.tolist() == [2, 0, 3]
+    assert model.params.tolist() == [-0.5, 2, 0.75] and model.outer["momentum"].tolist() == [
+        2,
+        0,
+        3,
+    ]
     fold(model, 0, 2, [torch.tensor([1.0, 1, 0])], outer)  # v = v / 2 + g = 2, 1, 1.5
-    assert model.momentum.tolist() == [2, 1, 1.5]
+    assert model.outer["momentum"].tolist() == [2, 1, 1.5]
     assert model.params.tolist() == [-1.5, 1.25, 0.375]
     entry, _ = fold(model, 0, 3, [torch.tensor([2.0, 0, 1])], outer, plain=True, share=0.5)
     assert entry.payload.tensors["values"].tolist() == [-1, 0, -0.5] and entry.plain
-    assert model.params.tolist() == [-2.5, 1.25, -0.125] and model.momentum.tolist() == [2, 1, 1.5]
+    assert model.params.tolist() == [-2.5, 1.25, -0.125] and model.outer["momentum"].tolist() == [
+        2,
+        1,
+        1.5,
+    ]
 
 
 @pytest.mark.parametrize("count", [1, CHUNK, CHUNK + 1])
@@ -144,15 +157,15 @@ def test_a_fold_with_codecs_is_the_whole_tensor_computation(count, codec):
         entry, _ = fold(model, 0, number + 1, pushes, plain=number in (3, 5))
         outer.step([rounded(values, codec) for values in pushes], closing=number in (3, 5))
         assert same_bits(model.params, outer.params)
-        assert same_bits(model.momentum, outer.velocity)
-        assert model.residual is None or same_bits(model.residual, outer.residual)
+        assert same_bits(model.outer["momentum"], outer.velocity)
+        assert "residual" not in model.outer or same_bits(model.outer["residual"], outer.residual)
         assert same_bits(replay(entry, replica), model.params)
-    assert (model.residual is None) == (codec == "fp32")
+    assert ("residual" not in model.outer) == (codec == "fp32")
 
 
 def test_without_error_feedback_there_is_no_residual():
     model = made(up="bf16", down="bf16", feedback=False)
-    assert model.residual is None and len(model.vectors(0)) == 2
+    assert "residual" not in model.outer and len(model.vectors(0)) == 2
     before = model.params.clone()
     fold(model, 0, 1, [numbers(1)], plain=True)
     assert same_bits(model.params, before - numbers(1).bfloat16().float())
@@ -178,7 +191,7 @@ def test_empty_and_refused_pushes_do_not_count():
     before = model.params.clone()
     entry, norm = fold(model, 0, 1, [None, None])
     assert (entry.payload, entry.count, norm) == (None, 0, 0.0)
-    assert same_bits(model.params, before) and not model.momentum.any()
+    assert same_bits(model.params, before) and not model.outer["momentum"].any()
     assert same_bits(replay(entry, before), model.params)
     refused = push(model, 0, "b", torch.full((17,), torch.inf), refused="not finite")
     pushes = [push(model, 0, "a", numbers(1)), refused, push(model, 0, "c", None)]
@@ -315,7 +328,7 @@ def overtake(model, number):
 def test_a_checkpoint_is_of_one_moment_while_all_changes_around_it(count, fragments):
     model = made(count, fragments, up="bf16", down="bf16", buffers=[MEAN])
     overtake(model, 1)
-    before = [v.clone() for v in (model.params, model.momentum, model.residual)]
+    before = [v.clone() for v in (model.params, model.outer["momentum"], model.outer["residual"])]
     values, frozen = model.values.clone(), model.freeze()
     written = [[], [], []]
     for n, runs in enumerate(server.interleaved(frozen[:fragments])):
@@ -397,9 +410,9 @@ def test_slices_that_a_worker_brings_replace_the_old_ones_and_their_residual():
     for k in (0, 1):
         fold(model, k, 1, [numbers(1, model.sizes[k])])
     snapshot, before = model.snapshot(1), model.vectors(1)[0].clone()
-    values, momentum = numbers(5, model.sizes[1]), model.momentum.clone()
+    values, momentum = numbers(5, model.sizes[1]), model.outer["momentum"].clone()
     model.take(1, values)
-    assert same_bits(model.vectors(1)[0], values) and same_bits(model.momentum, momentum)
+    assert same_bits(model.vectors(1)[0], values) and same_bits(model.outer["momentum"], momentum)
     assert not model.vectors(1)[2].any() and model.vectors(0)[2].any()
     assert not model.logs[1] and model.logs[0]
     assert same_bits(torch.cat(list(snapshot.pieces())), before)
@@ -475,8 +488,8 @@ def test_a_checkpoint_is_what_the_library_reads_and_is_opened_again(tmp_path, fr
     flat = torch.cat([saved["w"].view(-1), saved["b"]])
     assert same_bits(flat, model.params) and same_bits(saved["mean"], model.values)
     vectors = safetensors.torch.load_file(folder / "outer.safetensors")
-    assert same_bits(vectors["momentum"], model.momentum)
-    assert same_bits(vectors["residual"], model.residual)
+    assert same_bits(vectors["momentum"], model.outer["momentum"])
+    assert same_bits(vectors["residual"], model.outer["residual"])
     with safetensors.safe_open(folder / "outer.safetensors", "pt") as file:
         state = json.loads(file.metadata()["diloco"])
     assert (state["program"], state["step"], state["buffers"]) == ("diloco", 30, 1)
@@ -502,8 +515,9 @@ def test_a_checkpoint_is_what_the_library_reads_and_is_opened_again(tmp_path, fr
         "pace": 0,
     }
     assert (opened.manifest, opened.buffers, opened.count) == ([W, B], [MEAN], fragments + 1)
-    for name in ("params", "momentum", "residual", "values"):
-        assert same_bits(getattr(opened, name), getattr(model, name)), name
+    assert list(opened.outer) == list(model.outer) == ["momentum", "residual"]
+    for before, after in zip(vectors_of(model), vectors_of(opened), strict=True):
+        assert same_bits(after, before)
     assert again.files == {"config.json": b"{}"}
     opened.params.fill_(7)  # the file is not written through
     fold(opened, 0, 3, [numbers(0, opened.sizes[0])])
@@ -519,8 +533,8 @@ def test_a_checkpoint_of_many_chunks_has_each_number_in_its_place(tmp_path, frag
     store = Store(str(tmp_path / "model"))
     store.save(state_of([2] * fragments), model, model.freeze())
     _, opened = Store(str(tmp_path / "model")).open("bf16", "bf16", True)
-    for name in ("params", "momentum", "residual"):
-        assert getattr(model, name).any() and same_bits(getattr(opened, name), getattr(model, name))
+    for before, after in zip(vectors_of(model)[:-1], vectors_of(opened)[:-1], strict=True):
+        assert before.any() and same_bits(after, before)
 
 
 def test_checkpoints_are_replaced_pruned_and_skipped_where_nothing_is_new(tmp_path, capsys):
@@ -568,8 +582,10 @@ def test_a_checkpoint_of_before_is_opened(tmp_path):
         (Version(LIFE, 4), {}),
     ]
     assert (model.buffers, model.count) == ([MEAN], 3)
-    assert same_bits(model.values, tensors["mean"]) and same_bits(model.momentum, numbers(4))
-    assert same_bits(model.residual, numbers(5))
+    assert same_bits(model.values, tensors["mean"]) and same_bits(
+        model.outer["momentum"], numbers(4)
+    )
+    assert same_bits(model.outer["residual"], numbers(5))
     assert same_bits(model.params, torch.cat([tensors["w"].view(-1), tensors["b"]]))
 
 

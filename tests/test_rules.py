@@ -469,9 +469,9 @@ def test_a_joiner_begins_with_the_first_slice_that_nobody_has_pushed():
     push(run, "ada", k=0)
     join(run, "cai")
     assert run.place("cai", 0) == ([3, 1, 2], None)
-    run.members["ada"].sync_every, run.members["ada"].fragments = 9, 3
+    run.members["ada"].cycle, run.members["ada"].fragments = 9, 3
     run.members["ada"].position, run.members["ada"].speed = 4, 1.0
-    run.members["cai"].sync_every = 18
+    run.members["cai"].cycle = 18
     assert run.place("cai", 0) == ([3, 1, 2], 4)  # after 2 of 9 steps, and so after 4 of 18
     assert run.place("bob", 0)[0] == [0, 1, 2]  # waited for, it begins where the run waits
     push(run, "bob", k=0)
@@ -683,7 +683,7 @@ def test_a_worker_goes_on_with_the_next_turn_after_a_crash_that_left_uneven_vers
 def test_a_schedule_goes_on_from_a_saved_position():
     for position in range(6):
         schedule = Schedule(6, 3)
-        schedule.resume(position)
+        schedule.resume(position, 6)
         assert schedule.position == position and 0 < schedule.left <= 2
 
 

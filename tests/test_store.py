@@ -30,7 +30,7 @@ BF16 = "bf16", "bf16", True
 
 def trained(seed=0, fragments=1):
     model = GlobalModel([W], [], fragments, *BF16)
-    for k, vector in enumerate((model.params, model.momentum, model.residual)):
+    for k, vector in enumerate((model.params, model.outer["momentum"], model.outer["residual"])):
         vector.copy_(torch.randn(12, generator=torch.Generator().manual_seed(10 * seed + k)))
     return model
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_checked_against_its_sums(tmp_path):
     assert state["heads"] == [(OLD, {"ada": Fate(4, "", 7)})] and state["sessions"] == {
         "ada": "one"
     }
-    assert torch.equal(model.residual, trained().residual)
+    assert torch.equal(model.outer["residual"], trained().outer["residual"])
     raw = (path / "model.safetensors").read_bytes()
     for place in (len(raw) - 1, len(raw) // 2, 9):
         flipped = bytearray(raw)
@@ -163,7 +163,7 @@ def test_after_a_crash_between_two_renames_the_old_one_is_found(tmp_path):
 def test_numbers_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     store, _ = save(tmp_path / "m", OLD, limit=1)
     model = trained()
-    model.momentum[3] = float("nan")
+    model.outer["momentum"][3] = float("nan")
     store.save(state_of(Version(OLD.life, 8)), model, model.freeze())
     assert "not all finite" in store.save_error and names(tmp_path / "m") == ["checkpoint-7"]
 

@@ -292,8 +292,7 @@ class Trail:
             moved = 0.0
             for key in chain:
                 steps = [span[1] - span[0] for _, span in self.counted(key)]
-                share = self.folds[key]["share"] if self.folds[key]["plain"] else 1.0
-                moved += share * STEP * sum(steps) / len(steps) if steps else 0.0
+                moved += self.folds[key]["share"] * STEP * sum(steps) / len(steps) if steps else 0.0
             protocol.fragment_of(expected, k, self.count).sub_(moved)
         return expected
 
