@@ -983,10 +983,11 @@ class Paces:
 
     def begin(self, member):
         """A worker has become a member, in a cycle of its own sync_every, or of what it was told."""
-        member.readings, member.cycle = collections.deque(maxlen=5), member.sync_every
-        if self.run.rules.own_pace:
-            member.cycle = self.told.setdefault(member.id, member.cycle)
-            member.pace = max(member.pace, self.run.pace)  # goes on from the furthest one's step
+        run, member.readings = self.run, collections.deque(maxlen=5)
+        member.cycle = member.sync_every
+        if run.rules.own_pace:
+            member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
+            member.pace = run.pace  # a slower one goes on from the step of the furthest
 
     def note(self, member, reading, is_push):
         """A worker has said how far it is, in a push or between two."""
@@ -1023,7 +1024,7 @@ class Paces:
         fastest one's are those of the run. Small changes of speed change nothing."""
         if not self.run.rules.own_pace:
             return None
-        speeds, before = self.speeds(), self.told.setdefault(member.id, member.sync_every)
+        speeds, before = self.speeds(), self.told[member.id]
         if member.id in speeds:
             steps = self.run.pace * speeds[member.id] / max(speeds.values())
             if abs(steps - before) > before / 10:

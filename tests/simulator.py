@@ -12,7 +12,9 @@ What must hold: no name is in a slice twice; replicas at one version are equal; 
 not in; everything ends; a step, a sequence number and a norm that are true are never doubted, and
 one that is not never counts; each step of a process that lived to its end is in every slice or counted
 as dropped, unless it was in a version that only this process held when the run reopened without it;
-nothing was forced where all are awaited. `needless` counts the seconds in which a round is open
+nothing was forced where all are awaited; a round closes neither before its quorum and grace nor long
+after them; a round's share of an outer step is what its pushes weigh, and all of it where all are in.
+`needless` counts the seconds in which a round is open
 though none of those that it waits for will come to it before they go past it.
 """
 
@@ -26,7 +28,7 @@ from collections import Counter
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from diloco_callback import Outbox, Schedule
 from protocol import FRESH, NONE, Refused
-from server import LEAST_HISTORY, Member, Push, Rules, Run, newest
+from server import LEAST_HISTORY, Member, Push, Reading, Rules, Run, newest
 
 STEPS = 40
 TIMEOUT = 40.0  # seconds, as Rules.worker_timeout; a tick of the world is a second
@@ -62,6 +64,11 @@ FAULTS = {
     "unequal": 0.5,
     "change": 0.3,
     "folds": 0.6,
+    "auto": 0.3,
+    "part": 0.5,
+    "weights": 0.3,
+    "staleness": 0.3,
+    "pace": 0.3,
 }
 # Faults after which workers may be out of step for a cycle, as they are where one has trained on in
 # an outage. Worlds without these never wait needlessly.
@@ -96,10 +103,11 @@ class Server:
             self.run.reopen(names, [head[:2] for head in heads], world.now)
             self.run.step = world.step
         self.numbers = [Counter(head[2]) for head in heads] or [Counter() for _ in world.slices]
-        self.log = [[] for _ in world.slices]  # by slice: (base, version, names, fates)
+        self.log = [[] for _ in world.slices]  # by slice: (base, version, names, fates, step)
         self.taken = [set() for _ in world.slices]  # by slice: (session, seq) in the open round
         self.known = [set() for _ in world.slices]  # by slice: (session, seq) ever taken
         self.turns = {}  # session -> latest turn that it has contributed to
+        self.forced = 0  # rounds that were forced, as Run counts them
 
     def point(self):
         """A place at which the server may crash."""
@@ -127,7 +135,9 @@ class Server:
         for k in run.over(now):
             norms = run.slices[k].norms
             is_known = len(norms) >= LEAST_HISTORY and max(each for each, _ in norms) < 10
+            self.check_closing(k)
             round = run.take(k, now)
+            self.check_share(round)
             for push in round.pushes:
                 is_outsized = bool(push.norm) and push.norm > 1e5
                 is_refused = "max-push-ratio" in push.refused
@@ -145,6 +155,45 @@ class Server:
             self.point()
         self.checkpoint()
 
+    def counting(self, k):
+        """When the contributions came that count for the quorum of slice k."""
+        slice, is_whole = self.run.slices[k], self.world.rules.outer == "whole"
+        head = slice.version.number
+        pushes = [p for p in slice.pushes.values() if not is_whole or p.base.number >= head]
+        return sorted(push.arrived for push in pushes)
+
+    def check_closing(self, k):
+        """The open round of slice k is about to close."""
+        slice, rules, now = self.run.slices[k], self.world.rules, self.world.now
+        if not self.run.missing(k) or self.run.forced > self.forced:
+            self.forced = self.run.forced
+            return
+        counting = self.counting(k)
+        assert rules.quorum, f"slice {k}: closed without {self.run.missing(k)}"
+        if len(counting) >= rules.quorum:
+            since = now - counting[rules.quorum - 1]
+            assert since >= (rules.grace or 0), f"slice {k}: closed {since} s after the quorum"
+        else:
+            assert not counting, f"slice {k}: closed with {len(counting)} of {rules.quorum}"
+            least = slice.closed_at + slice.took + (rules.grace or 0)
+            assert now >= least, f"slice {k}: late ones alone closed it too early"
+
+    def check_share(self, round):
+        """A round's share of an outer step."""
+        counted = [push for push in round.pushes if push.steps and not push.refused]
+        is_late = self.world.rules.stale_weight and round.lateness
+        absent = set(round.members) - {push.worker for push in round.pushes}
+        assert all(push.weight > 0 for push in counted), "a push that counts has no weight"
+        if counted and not absent and not is_late:
+            assert abs(round.share - 1) < 1e-9, f"a share of {round.share}, and all are in"
+        elif counted:
+            assert 0 < round.share < 1 or not absent & self.run.members.keys(), round.share
+        if counted and self.world.rules.weights == "equal" and not is_late:
+            there = len(counted) + len(absent & self.run.members.keys())
+            assert abs(round.share - len(counted) / there) < 1e-9, f"a share of {round.share}"
+        made = self.run.slices[round.k].made
+        assert 0 <= made <= round.base.number or round.base.number < 0, f"{made} outer steps"
+
     def publish(self, k):
         round, numbers = self.run.slices[k].folding, self.numbers[k]
         names = [name for push in round.pushes if not push.refused for name in push.payload]
@@ -158,7 +207,7 @@ class Server:
         twice = [name for name in names if numbers[name] > 1]
         assert not twice, f"slice {k}: {twice} counted twice"
         self.run.publish(k)
-        self.log[k].append((round.base, round.version, names, round.fates))
+        self.log[k].append((round.base, round.version, names, round.fates, self.run.step))
         del self.log[k][: -self.world.kept]
         self.world.agree(k, round.version, numbers)
         self.world.fates[k, round.version] = dict(self.run.slices[k].folded)
@@ -269,8 +318,9 @@ class Server:
     def joined(self, id):
         run = self.run
         versions = [slice.version for slice in run.slices]
-        step = run.members[id].step
-        return "join", run.place(id, self.world.now), run.known(id), versions, step
+        member = run.members[id]
+        place = run.place(id, self.world.now), run.known(id), versions
+        return "join", *place, member.step, run.paces.of(member)
 
     def on_bring(self, call, process):
         run, now, id = self.run, self.world.now, process.id
@@ -287,7 +337,7 @@ class Server:
         return self.on_join(call, process)
 
     def on_push(self, call, process):
-        push, payload, is_sound = call.what
+        push, payload, is_sound, facts = call.what
         self.run.hear(process.id, process.session, self.world.now)
         if self.run.slices[push["k"]].folding:
             return None
@@ -299,6 +349,7 @@ class Server:
         process.is_ahead |= member.since[push.k] > self.run.slices[push.k].version.number
         is_taken = self.run.push(push, self.world.now)
         self.check_step(member, claimed)
+        self.note(member, facts, is_push=True)
         if is_taken:
             self.turns[push.session] = max(turn, self.turns.get(push.session, 0))
             self.taken[push.k].add((push.session, push.seq))
@@ -319,9 +370,9 @@ class Server:
             assert (process.session, seq) not in self.known[k], "asked for a push that is here"
             return ("again",)
         found = []
-        for base, version, names, fates in self.log[k]:
+        for base, version, names, fates, step in self.log[k]:
             if base == held:
-                found.append((base, version, names, fates))
+                found.append((base, version, names, fates, step))
                 held = version
                 if seq and process.id in fates and fates[process.id].seq >= seq:
                     break
@@ -331,11 +382,17 @@ class Server:
 
     def on_heartbeat(self, call, process):
         member = self.run.hear(process.id, process.session, self.world.now)
-        for name, value in call.what.items():
-            setattr(member, name, value)
+        for name in ("blocked", "step", "position", "speed"):
+            setattr(member, name, call.what[name])
+        self.note(member, call.what["facts"], is_push=False)
         member.reach(call.what["step"], newest(self.run.slices))
         self.check_step(member, call.what["step"])
-        return "heartbeat", process.id in self.run.stopping
+        return "heartbeat", process.id in self.run.stopping, self.run.paces.of(member)
+
+    def note(self, member, facts, is_push):
+        """What a message says of a process's speed."""
+        member.cycle, *reading = facts
+        self.run.paces.note(member, Reading(*reading), is_push)
 
     def check_step(self, member, claimed):
         """Steps of honest workers are believed, unless they have trained on without the server."""
@@ -344,6 +401,8 @@ class Server:
         most = max(honest, default=0) + 100 * openings  # who comes in has a lead
         assert self.run.step <= most, f"the run is at {self.run.step}, over {most}"
         may_skip = member.sync_every < self.world.delay  # which no DiLoCoWorker allows
+        # Who goes on from the furthest one's step goes on from a liar's, which is as high as can be.
+        may_skip |= self.world.rules.own_pace and self.world.has_liar
         if self.world.is_even and claimed < 1 << 50 and not may_skip:
             assert member.step == claimed, f"{member.id} is at {claimed}, not {member.step}"
 
@@ -384,12 +443,13 @@ class Process:
         self.ticked, self.ending, self.parting, self.fate = True, False, None, ""
         self.is_ahead = False
         self.layout, self.again, self.is_changing = 0, False, False
-        self.ahead = None  # steps of the run that were made before it came
+        self.ahead = None  # steps of the run that others have made before or beside it
+        self.trained = self.waited = 0.0  # seconds
         self.lies = world.has_liar and id == "z"
         self.reached = world.now
         if saved:
             self.saved, position, self.layout = saved[:-2], *saved[-2:]
-            self.schedule.resume(position, self.every)
+            self.schedule.resume(*position)
             for k, (version, seq, _) in enumerate(self.saved):
                 self.resumes[k], self.outbox.places[k].seq = version, seq
 
@@ -486,8 +546,13 @@ class Process:
             "step": self.claims,
             "position": self.schedule.position,
             "speed": 1 - self.slowness,
+            "facts": self.facts(),
         }
         return world.send(self, "heartbeat", what)
+
+    def facts(self):
+        """What it says of its speed."""
+        return self.schedule.every, self.step, self.trained, self.waited
 
     def interrupt(self):
         """Before a join: adopt what has come, and give up what is under way."""
@@ -509,6 +574,7 @@ class Process:
             self.joined(*rest)
         elif kind == "heartbeat":
             self.ending |= rest[0]
+            self.schedule.pace = rest[1] or self.every
         elif kind == "leave":
             self.fate = "parted" if self.parting else "ended"
 
@@ -532,8 +598,12 @@ class Process:
             if any(place.version > FRESH for place in self.outbox.places):
                 self.fate = "replaced"
 
-    def joined(self, place, known, versions, step):
-        self.ahead = step if self.ahead is None else self.ahead
+    def joined(self, place, known, versions, step, pace):
+        self.schedule.pace = pace or self.every
+        if self.ahead is None:
+            self.ahead = step
+            if not self.step and not any(version > FRESH for version in self.resumes):
+                self.schedule.every = max(self.schedule.pace, self.schedule.fragments)
         self.world.note(self.session, "joined", place, known)
         self.schedule.align(*place, self.outbox.know(known))
         self.outbox.max_staleness = self.world.rules.max_staleness
@@ -578,12 +648,17 @@ class Process:
         elif self.is_in and 0 < self.world.change_at <= self.furthest and not self.layout:
             self.is_changing = True
             self.change()
-        elif self.world.random() >= self.slowness:
+        elif self.makes_step():
             self.step += 1
             self.ticked = False
             for names, must in zip(self.names, self.must, strict=True):
                 names[self.step] = f"{self.session}.{self.step}"
                 must.add(names[self.step])
+
+    def makes_step(self):
+        """Whether a second of training ends a step."""
+        self.trained += 1
+        return self.world.random() >= self.slowness
 
     def change(self):
         """Close all slices, then join anew with other tensors, as the product's Anew does."""
@@ -611,11 +686,13 @@ class Process:
                     place.pending.late = True
                     self.world.is_even = False
                 else:
+                    self.waited += 1
                     return False
         return True
 
     def make(self, k, closing=False):
-        push = self.outbox.make(k, self.step, self.step, self.world.delay, closing)
+        delay = -(-self.world.delay * self.schedule.every // self.every)
+        push = self.outbox.make(k, self.step, self.step, delay, closing)
         if push:
             self.enclose(push)
             self.skipped.discard(k)
@@ -640,7 +717,9 @@ class Process:
         if world.hits("empty"):  # not finite, and so not encoded
             self.dropped[k].update(names)
             names, fields["steps"], fields["norm"] = [], 0, None
-        self.payloads[push] = fields, names, not world.hits("unsound")
+        fields["adopts"] = world.now + 2.0 * push.adopt_at - 2.0 * push.last if world.delay else 0.0
+        fields["tokens"] = push.steps * 100
+        self.payloads[push] = fields, names, not world.hits("unsound"), self.facts()
         world.note(self.session, "made", k, push.seq, tuple(push.base), names, push.closing)
 
     def adopt(self, k):
@@ -655,7 +734,9 @@ class Process:
             if self.resumes[k] != NONE:
                 self.resume(k, version)
         else:
-            for base, version, names, fates in found:
+            for base, version, names, fates, step in found:
+                if self.world.rules.own_pace and self.ahead is not None:
+                    self.ahead = max(self.ahead, step - self.step)
                 if base != self.outbox.places[k].version:
                     return  # moved on by a join in between
                 self.numbers[k].update(names)
@@ -676,7 +757,7 @@ class Process:
     def listed(self, k, version, fates, whole):
         push, why = self.outbox.take(k, version, fates, whole, self.step)
         if push:
-            _, names, _ = self.payloads.pop(push)
+            _, names, *_ = self.payloads.pop(push)
             self.world.note(self.session, "adopts", k, push.seq, tuple(version), why)
             if "max-staleness" in why:
                 self.excused[k].update(names)  # may have counted before it was forgotten
@@ -703,7 +784,8 @@ class Process:
             else:
                 steps = range(place.mark[0] + 1, self.step + 1)
                 saved.append((place.version, place.seq, [self.names[k][step] for step in steps]))
-        self.world.saved[self.id] = [*saved, self.schedule.position, self.layout]
+        place = self.schedule.position, self.schedule.every
+        self.world.saved[self.id] = [*saved, place, self.layout]
 
     def close(self):
         if self.parting is None:
@@ -792,7 +874,11 @@ class World:
         self.rules = Rules(
             workers=wanted,
             quorum=rng.choice([1, 2]) if self.has("quorum") else 0,
-            grace=float(rng.choice([0, 3, 20])),
+            grace=None if self.has("auto") else float(rng.choice([0, 3, 20])),
+            outer=rng.choice(["fractional", "delayed"]) if self.has("part") else "whole",
+            weights=rng.choice(["steps", "tokens"]) if self.has("weights") else "equal",
+            stale_weight=0.5 if self.has("staleness") else 0.0,
+            own_pace=self.has("pace"),
             min_workers=2 if self.has("least") and wanted > 1 else 1,
             max_staleness=rng.choice([1, 3]) if self.has("stale") else 1 << 30,
             worker_timeout=TIMEOUT,
@@ -954,7 +1040,7 @@ class World:
         that wait for one who came later. With a quorum they wait for the grace only."""
         run = self.server.run
         if self.rules.quorum:
-            return
+            return self.overdue(run)
         for k, slice in enumerate(run.slices):
             if slice.pushes and not slice.folding and run.has_enough(k):
                 missing = run.missing(k)
@@ -969,6 +1055,15 @@ class World:
                 if early or (missing and not any(self.may_come(run, id, k) for id in missing)):
                     self.needless += 1
                     self.note("needless", k, missing)
+
+    def overdue(self, run):
+        """A round that has its quorum closes when the grace is over."""
+        quorum, grace = self.rules.quorum, self.rules.grace
+        for k, slice in enumerate(run.slices):
+            counting = self.server.counting(k)
+            if grace is not None and len(counting) >= quorum and not slice.folding:
+                since = self.now - counting[quorum - 1] - grace
+                assert since <= 1 or not run.has_enough(k), f"slice {k}: {since} s over the grace"
 
     def may_come(self, run, id, k):
         """Whether a member will push slice k before a push of a later turn."""
