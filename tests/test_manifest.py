@@ -688,6 +688,22 @@ def test_what_was_trained_and_is_gone_stays_in_no_memory(tmp_path):
         assert store.weights.keys() == store.kept.keys() == {f"x{i}"}
 
 
+def test_a_server_that_is_stopped_while_new_tensors_are_brought_has_saved_the_rounds(
+    serve, tmp_path
+):
+    server = serve("-n", 1, "--save-every", 100, *FP32)
+    a = Peer(server, "ada", torch.zeros(12), [["w", "F32", [3, 4]]]).join()
+    for i in range(3):
+        a.push(numbers(1, 12), step=0, closing=i == 2)
+    before = a.params.clone()
+    a.manifest = manifest_from_json([["w", "F32", [3, 4]], ["x", "F32", [7]]])
+    assert a.ask(again=True).type == "bring"
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    saved = load_file(tmp_path / "model" / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(saved["w"].flatten(), before)
+
+
 def test_a_push_that_began_before_a_change_does_not_count_after_it(serve):
     server = serve("-n", 1, *FP32)
     small = [["w", "F32", [3, 4]]]
