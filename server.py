@@ -113,7 +113,8 @@ log, shown = protocol.Log("stdout", "server: ", clock=True), protocol.shown
 # with the last one the run closes, and opens again with the new tensors. So a run that opens has the
 # tensors that it had as long as one of those that it expects comes back with these. Who has gone on
 # for a cycle beyond the step of the change makes no such change: the worker that waits is refused.
-# Until then nobody new comes in, who would know nothing of the change.
+# Until then nobody new comes in, who would know nothing of the change. The model is saved before it
+# gets other tensors: there is none to be saved until these are there and the run has opened.
 
 
 @dataclass(kw_only=True)
@@ -427,9 +428,14 @@ class Run:
         return not self.stopping.isdisjoint(self.members)
 
     @property
+    def versions(self):
+        """The versions of the slices."""
+        return [slice.version for slice in self.slices]
+
+    @property
     def is_whole(self):
         """Whether every slice has a version."""
-        return bool(self.slices) and all(slice.version > NONE for slice in self.slices)
+        return bool(self.slices) and min(self.versions) > NONE
 
     def holder(self, id, session, now):
         """The other process that holds a worker id, or None."""
@@ -614,13 +620,9 @@ class Run:
         """Everybody is to finish: members, and whoever is away and comes back."""
         self.stopping = self.members.keys() | self.away | self.expected.keys()
 
-    def silent(self, now):
-        """The ids of members that have not been heard of for the worker timeout."""
-        return [m.id for m in self.members.values() if now - m.heard > self.rules.worker_timeout]
-
-    def silent_waiting(self, now):
-        """The ids of workers that wait to enter and have not been heard of for the worker timeout."""
-        return [m.id for m in self.waiting.values() if now - m.heard > self.rules.worker_timeout]
+    def silent(self, workers, now):
+        """The ids of members, or of those that wait, that were not heard of for the worker timeout."""
+        return [m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout]
 
     # --- Rounds ---
 
@@ -779,7 +781,7 @@ class Anew:
     def at_most(self, versions):
         """The versions that a worker says it holds: none is newer than those of the server, where it has
         led the run up to the change."""
-        newest = self.held or min((slice.version for slice in self.run.slices), default=NONE)
+        newest = self.held or min(self.run.versions, default=NONE)
         return [min(version, newest) for version in versions] if self.gone else versions
 
     def is_stale(self, member):
@@ -819,8 +821,7 @@ class Anew:
         them. Pushes of before are known by their numbers still."""
         run = self.run
         if self.before is None:
-            self.held = min(slice.version for slice in run.slices)
-            self.before = max(slice.version for slice in run.slices)
+            self.held, self.before = min(run.versions), max(run.versions)
         fates = last_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
         run.slices = [Slice(version, dict(fates)) for _ in range(count)]
@@ -2071,15 +2072,10 @@ def outer_settings(args, saved):
 
 def status_of(member):
     """The fields about one member that status.py shows."""
-    return {
-        "id": member.id,
-        "index": member.index,
+    own = ("id", "index", "step", "position", "sync_every", "loss")
+    return {name: getattr(member, name) for name in own} | {
         "host": member.facts.host,
         "ranks": member.facts.ranks,
-        "step": member.step,
-        "position": member.position,
-        "sync_every": member.sync_every,
-        "loss": member.loss,
         "address": member.facts.conn.peer,
         "steps_per_second": round(member.speed, 3),
         "heard_seconds_ago": round(now() - member.heard, 1),
@@ -2188,9 +2184,8 @@ class Ids:
             return {"awaited": "its turn"}
         silent, limit = now() - other.heard, self.run.rules.worker_timeout
         text = f"its id: another process on {shown(other.facts.host)}, silent for {silent:.0f} s, "
-        fields = {
-            "awaited": text + f"holds it until {limit:g} s have passed without a word from it"
-        }
+        text += f"holds it until {limit:g} s have passed without a word from it"
+        fields = {"awaited": text}
         if self.are_near(member, other):
             fields["holder"] = other.facts.process[1:]
         return fields
@@ -2337,9 +2332,8 @@ class Watch:
             k = stall["slice"]
             if now() - self.said[k] >= SAY_SECONDS:
                 self.said[k] = now()
-                whom = (
-                    ", ".join(map(shown, stall["missing"][:20])) or "more workers (--min-workers)"
-                )
+                whom = ", ".join(map(shown, stall["missing"][:20]))
+                whom = whom or "more workers (--min-workers)"
                 log(
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
@@ -2439,13 +2433,11 @@ class Layouts:
         -m as far as it has them."""
         facts = member.facts
         found = self.store.fit(facts.manifest, facts.buffers, facts.frozen)
-        self.server.model = self.empty_model(member)
-        self.server.model.put(found)
-        self.run.slices = [Slice() for _ in range(self.server.model.count)]
+        self.server.model = model = self.empty_model(member)
+        model.put(found)
+        is_whole = found and len(found) == len(facts.manifest + facts.buffers)
+        self.run.slices = [Slice(WEIGHTS if is_whole else NONE) for _ in range(model.count)]
         self.run.anew.layout = member.layout
-        if found and len(found) == len(facts.manifest + facts.buffers):
-            for slice in self.run.slices:
-                slice.version = WEIGHTS
 
     def lay_out_anew(self, member):
         """Give the global model the tensors of a worker that has come back with others. What it, or
@@ -2619,7 +2611,7 @@ class Gate:
             run.here(id, member.session, now())
             if anew.is_left_behind(id):
                 raise self.layouts.left_behind(member)
-            if anew.lays_out(id, now()):
+            if anew.lays_out(id, now()) and self.server.has_saved():
                 self.layouts.lay_out_anew(member)
                 self.lock.notify_all()
             if not (run.lacking(id, now()) or run.may_enter(id, now())):
@@ -2653,10 +2645,9 @@ class Gate:
             facts = run.members[id].facts
             self.server.run_id = self.server.run_id or run.life
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
-            labels = [slice.version for slice in run.slices]
             names = ", ".join(map(shown, entered))
             log(f"the run starts at round {self.server.round} with {names}")
-            protocol.audit("open", life=run.life, labels=labels, members=entered)
+            protocol.audit("open", life=run.life, labels=run.versions, members=entered)
             self.server.model.past = None
             if self.args.save_every and (past or not self.store.saved):
                 self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
@@ -2666,22 +2657,20 @@ class Gate:
         """The fields of the reply to a join. Needs the lock."""
         run = self.run
         turns, steps = run.place(member.id, now())
+        told = "upload_codec", "download_codec", "error_feedback", "max_staleness"
         return {
             "run": self.server.run_id,
             "index": member.index,
             **rank_of(member, self.run.members),
             "num_shares": self.server.shares,
             "heartbeat_seconds": run.rules.heartbeat_seconds,
-            "upload_codec": self.args.upload_codec,
-            "download_codec": self.args.download_codec,
-            "error_feedback": self.args.error_feedback,
-            "max_staleness": self.args.max_staleness,
+            **{name: getattr(self.args, name) for name in told},
             "settings": self.server.settings,
             "step": member.step,
             "turns": turns,
             "steps": steps,
             "known": run.known(member.id),
-            "versions": [slice.version for slice in run.slices],
+            "versions": run.versions,
             "frozen": member.facts.differs,
             **self.layout(),
         }
@@ -2696,14 +2685,15 @@ class Gate:
     def awaited_to_start(self):
         """Whom a worker that waits to enter waits for, in words."""
         run = self.run
-        if run.expected and not run.is_open:
-            return f"{', '.join(sorted(run.expected.keys() - run.waiting.keys()))} to come back"
-        if run.expected:
+        absent = sorted(run.expected.keys() - run.waiting.keys())
+        if run.expected and run.is_open:
             return f"{', '.join(sorted(run.members))} to train the same tensors"
-        if (missing := self.args.n - len(run.waiting)) > 0 and not run.is_open:
+        if absent:
+            return f"{', '.join(absent)} to come back"
+        if (missing := self.args.n - len(run.waiting)) > 0 and not (run.is_open or run.expected):
             return f"{missing} more worker(s) to join"
         bringing = [id for id in sorted(run.waiting) if run.lacking(id, now())]
-        return f"{', '.join(bringing)}'s upload" if bringing else "the end of a round"
+        return f"{', '.join(bringing)}'s upload" if bringing else "a round, or the server's disk"
 
     def on_bring(self, conn, message):
         """Take the slices and files that a joining worker was asked for, then admit the worker."""
@@ -3501,6 +3491,7 @@ class Server:
         self.ended = threading.Event()  # set when the process is to end
         self.closed = False  # whether the process ends: no round closes any more
         self.save_wanted = set()  # of "checkpoint", "final"
+        self.tried = None  # versions that were tried to be saved last; None while that goes on
         self.started = now()
         self.door = Door(self, guard_of(args))
         self.faults = protocol.Faults()  # what went wrong and was survived
@@ -3538,8 +3529,7 @@ class Server:
         for slice, norms in zip(self.run.slices, state["norms"], strict=True):
             slice.norms = norms
         self.run.anew.layout = layout_of(model.manifest + model.buffers)
-        labels = [version for version, _ in state["heads"]]
-        protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
+        protocol.audit("load", life=self.run.life, path=state["path"], labels=self.run.versions)
         return model
 
     def serve(self):
@@ -3606,10 +3596,9 @@ class Server:
 
     def hang_up(self, conn):
         """A connection has ended. Needs the lock."""
-        id, session = conn.worker
-        waiting = self.run.waiting.get(id)
+        waiting = self.run.waiting.get(conn.worker[0])
         if waiting and waiting.facts.conn is conn:
-            self.run.forget(id, session)
+            self.run.forget(*conn.worker)
         self.lock.notify_all()
 
     def tick(self):
@@ -3626,9 +3615,9 @@ class Server:
             self.transfers.hear()
             self.watch.look()
             self.run.anew.give_up_absent(now())
-            for id in self.run.silent(now()):
+            for id in self.run.silent(self.run.members, now()):
                 self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
-            for id in self.run.silent_waiting(now()):
+            for id in self.run.silent(self.run.waiting, now()):
                 member = self.run.waiting[id]
                 log(f"{shown(id)} waits to join no more: not heard of for {limit:g} s")
                 self.run.forget(id, member.session)
@@ -3750,14 +3739,26 @@ class Server:
             with self.lock:
                 self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
                 wanted, self.save_wanted = self.save_wanted, set()
+                versions, self.tried = self.run.versions, None if wanted else self.tried
             with self.faults.survive(log, "saving"):
                 if wanted:
                     self.save("final" in wanted)
             is_last = (is_last or "final" in wanted) and not self.run.is_open
             with self.lock:
+                self.tried = versions if wanted else self.tried
+                self.lock.notify_all()
                 is_over = is_last and not self.run.anew.awaits_any(now())
             if is_over and self.args.until_done:
                 self.ended.set()
+
+    def has_saved(self):
+        """Whether the disk has the model, or has just failed to take it, before it gets other tensors:
+        until the run opens with these there is nothing to save. Asks for it. Needs the lock."""
+        is_tried = self.run.anew.before is not None or self.tried == self.run.versions
+        if not (is_tried or self.save_wanted):
+            self.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        return is_tried and not self.save_wanted
 
     def save(self, final):
         """Write a checkpoint where there is something new, and if `final` the final model too."""
@@ -3773,8 +3774,7 @@ class Server:
         if "names" in self.store.faults and "checkpoint" not in self.store.faults:
             self.clerk.named = None  # the disk is there again: the next tick writes the names
         if final:
-            versions = [version for version, _ in state["heads"]]
-            self.store.save_final(versions, model, others)
+            self.store.save_final([version for version, _ in state["heads"]], model, others)
 
     def state_to_save(self):
         """The state of the run that a checkpoint stores. Needs the lock."""
@@ -3919,15 +3919,12 @@ def network(text):
 def rules_of(args):
     """The Rules that a command line gives. --round-timeout is a quorum of one contribution with that
     grace."""
+    same = "min_workers", "max_staleness", "max_push_ratio", "worker_timeout", "drop_stuck"
     return Rules(
         workers=args.n,
         quorum=1 if args.round_timeout else 0,
         grace=args.round_timeout,
-        min_workers=args.min_workers,
-        max_staleness=args.max_staleness,
-        max_push_ratio=args.max_push_ratio,
-        worker_timeout=args.worker_timeout,
-        drop_stuck=args.drop_stuck,
+        **{name: getattr(args, name) for name in same},
     )
 
 
@@ -3967,7 +3964,8 @@ def parse_args(argv=None):
     add("--no-error-feedback", dest="error_feedback", action="store_false",
         help="do not add what rounding lost to the next message (to measure what that is worth)")
     add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
-    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only at the end")
+    add("--save-every", type=count, default=10, metavar="ROUNDS",
+        help="(10) 0: only at the end, and before workers change what they train")
     add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
     add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy_worker
 from conftest import DEADLINE, ROOT, Outer, flat, put, status, until
-from peers import Peer, background, encode, numbers, rounds, together
+from peers import Peer, background, encode, join_all, numbers, rounds, together
 from safetensors.torch import load_file, save_file
 from test_rules import fold, join, life, member, push, refusal
 
@@ -688,20 +688,97 @@ def test_what_was_trained_and_is_gone_stays_in_no_memory(tmp_path):
         assert store.weights.keys() == store.kept.keys() == {f"x{i}"}
 
 
+WIDER = [["w", "F32", [3, 4]], ["x", "F32", [7]]]
+
+
+def amid_a_change(server, rounds=3):
+    """A worker that has made some rounds, and is asked to bring tensors of which the server lacks one;
+    gives it with the numbers and the version of before."""
+    a = Peer(server, "ada", torch.zeros(12), WIDER[:1]).join()
+    for i in range(rounds):
+        a.push(numbers(1, 12), closing=i == rounds - 1)
+    before, version = a.params.clone(), a.version
+    a.manifest = manifest_from_json(WIDER)
+    assert a.ask(again=True).type == "bring"
+    return a, before, version
+
+
 def test_a_server_that_is_stopped_while_new_tensors_are_brought_has_saved_the_rounds(
     serve, tmp_path
 ):
     server = serve("-n", 1, "--save-every", 100, *FP32)
-    a = Peer(server, "ada", torch.zeros(12), [["w", "F32", [3, 4]]]).join()
-    for i in range(3):
-        a.push(numbers(1, 12), step=0, closing=i == 2)
-    before = a.params.clone()
-    a.manifest = manifest_from_json([["w", "F32", [3, 4]], ["x", "F32", [7]]])
-    assert a.ask(again=True).type == "bring"
+    _, before, _ = amid_a_change(server)
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
     saved = load_file(tmp_path / "model" / "checkpoint-3" / "model.safetensors")
     assert torch.equal(saved["w"].flatten(), before)
+
+
+@pytest.mark.parametrize("every", [0, 100])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_server_that_is_killed_while_new_tensors_are_brought_has_saved_the_rounds(
+    serve, is_new, every
+):
+    server = serve("-n", 1, "--save-every", every, *MOMENTUM)
+    a, before, version = amid_a_change(server)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    a.close()
+    again = serve("-n", 1, "--port", server.port, "--save-every", every, *MOMENTUM)
+    a.manifest = manifest_from_json(WIDER[:1])
+    if is_new:
+        enter_anew(a, WIDER)
+    else:
+        a.join(again=True)
+    assert torch.equal(a.params[:12], before) and a.version.number == version.number
+    a.push(torch.zeros(a.params.numel()))
+    outer = Outer(torch.zeros(12), "fp32", warmup=False)
+    for i in range(3):
+        outer.step([numbers(1, 12)], closing=i == 2)
+    outer.step([torch.zeros(12)])
+    assert torch.allclose(a.params[:12], outer.params, atol=1e-6)  # the momentum goes on
+    assert status(again)["expected"] == []
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_hold_a_change_up(serve, tmp_path):
+    server = serve("-n", 1, "--save-every", 100, *FP32)
+    (tmp_path / "model" / "checkpoint-3").mkdir(parents=True)  # which is not the server's
+    amid_a_change(server)
+    assert "checkpoint-3 is not this program's" in server.output
+
+
+def test_the_final_model_that_is_due_is_written_before_the_tensors_change(serve, tmp_path):
+    server = serve("-n", 2, "--until-done", "--save-every", 1, "--worker-timeout", 1, *FP32)
+    a, b = (Peer(server, name, torch.zeros(12), WIDER[:1]) for name in ("ada", "bob"))
+    join_all(a, b)
+    together(*(lambda p=p: p.push(numbers(1, 12), closing=True) for p in (a, b)))
+    before = a.params.clone()
+    a.manifest = manifest_from_json(WIDER)
+    asked = background(lambda: a.ask(again=True))
+    until(lambda: "ada" in status(server)["joining"], "ada waits for bob's change")
+    b.leave()
+    assert asked.result(DEADLINE).type == "bring"
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(saved["w"].flatten(), before)
+    a.close()
+    assert server.wait() == 0
+
+
+def test_a_server_that_saves_at_the_end_only_still_has_what_a_change_has_frozen(serve, tmp_path):
+    server = serve("-n", 1, "--save-every", 0, *MOMENTUM)
+    (a,) = begun(server, "ada", frozen=(1,))
+    a.steps(4)
+    a.model[0].requires_grad_(False)
+    a.unfreeze()
+    a.steps(3)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    again = serve("-n", 1, "--until-done", "--port", server.port, "--save-every", 0, *MOMENTUM)
+    a.steps(6)
+    a.flush()
+    a.worker.close()
+    assert again.wait() == 0, again.output
+    assert_global(tmp_path, a)
 
 
 def test_a_push_that_began_before_a_change_does_not_count_after_it(serve):
