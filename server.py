@@ -853,8 +853,8 @@ class Anew:
 
     def turn_away(self, id):
         """A waiting worker is refused for good."""
-        del self.run.waiting[id]
-        self.run.expected.pop(id, None)
+        for known in (self.run.waiting, self.run.expected, self.gone):
+            known.pop(id, None)
 
     def give_up_absent(self, now):
         """While the run is open, expect nobody any more who is silent for the worker timeout."""

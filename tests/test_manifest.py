@@ -478,6 +478,63 @@ def test_who_changes_alone_is_told_and_the_other_trains_on(serve, tmp_path, leas
     assert torch.equal(served["0.weight"], b.model[0].weight) and "1.weight" not in served
 
 
+@pytest.mark.parametrize("in_optimizer", [False, True])
+def test_who_has_changed_alone_and_takes_it_back_trains_on(serve, tmp_path, in_optimizer):
+    server = serve("-n", 2, "--until-done", *MEAN)
+    a, b = begun(server, "ada", "bob", sync_every=3)
+    is_told = threading.Event()
+    if in_optimizer:  # from the beginning, so that nothing else shows the change
+        for each in (a, b):
+            each.optimizer.add_param_group({"params": each.model[1].parameters()})
+
+    def change():
+        a.steps(4)
+        a.model[1].requires_grad_(True)
+        if not in_optimizer:
+            a.optimizer.add_param_group({"params": a.model[1].parameters()})
+        with pytest.raises(Refused, match="bob did not make that change"):
+            a.steps(1)
+        is_told.set()
+        for _ in range(2):
+            with pytest.raises(Refused, match=r"not the one of the run.*'1.weight'"):
+                a.steps(1)
+        a.model[1].requires_grad_(False)
+        a.optimizer.zero_grad()
+        a.steps(4)
+        a.flush()
+
+    def go_on():
+        b.steps(12)
+        is_told.wait(DEADLINE)
+        until(lambda: len(status(server)["workers"]) == 2, "ada is back")
+        b.steps(6)
+        b.flush()
+
+    together(change, go_on)
+    assert a.worker.local_step == 8 and a.worker.dropped_steps == 0
+    assert server.wait() == 0, server.output
+    assert sum(line["steps"] for line in rounds(tmp_path / "model")) == 18 + 8
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(served["0.weight"], b.model[0].weight)
+
+
+def test_who_has_changed_alone_can_end_with_a_flush(serve):
+    server = serve("-n", 2, "--until-done", *MEAN)
+    a, b = begun(server, "ada", "bob")
+    is_told = threading.Event()
+
+    def change():
+        a.steps(4)
+        a.unfreeze()
+        with pytest.raises(Refused, match="bob did not make that change"):
+            a.steps(1)
+        is_told.set()
+        a.flush()
+
+    together(change, lambda: (b.steps(8), is_told.wait(DEADLINE), b.flush()))
+    assert server.wait() == 0, server.output
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_a_server_that_is_killed_after_a_change_goes_on(serve, tmp_path, is_lost):
     server = serve("-n", 2, "--save-every", 1, *MOMENTUM)
