@@ -113,8 +113,7 @@ log, shown = protocol.Log("stdout", "server: ", clock=True), protocol.shown
 # with the last one the run closes, and opens again with the new tensors. So a run that opens has the
 # tensors that it had as long as one of those that it expects comes back with these. Who has gone on
 # for a cycle beyond the step of the change makes no such change: the worker that waits is refused.
-# Until then nobody new comes in, who would know nothing of the change. The model is saved before it
-# gets other tensors: there is none to be saved until these are there and the run has opened.
+# Until then nobody new comes in, who would know nothing of it. Before a change the model is saved.
 
 
 @dataclass(kw_only=True)
@@ -718,13 +717,12 @@ class Run:
     def publish(self, k):
         """The log of slice k has its new entry. Ids that are gone and whose last push is too far
         back to be sent again are forgotten."""
-        slice = self.slices[k]
+        slice, most = self.slices[k], self.rules.max_staleness
         closed, slice.folding = slice.folding, None
         slice.version = closed.version
         self.step = max([self.step, *(push.step for push in closed.pushes)])
         here = self.members.keys() | self.waiting.keys() | self.expected.keys()
-        fates = {**slice.folded, **closed.fates}
-        slice.folded = recent(fates, closed.version, self.rules.max_staleness, here)
+        slice.folded = recent(slice.folded | closed.fates, closed.version, most, here)
 
     # --- Crashes ---
 
@@ -1203,10 +1201,9 @@ class GlobalModel:
 
     def counted(self, round):
         """The pushes of a round whose numbers count. Late values of buffers do not."""
+        late = round.lateness if round.k == self.num_fragments else ()
         pushes = [push for push in round.pushes if push.payload is not None and not push.refused]
-        if round.k == self.num_fragments:
-            pushes = [push for push in pushes if push.worker not in round.lateness]
-        return pushes
+        return [push for push in pushes if push.worker not in late]
 
     def announce(self, round, step):
         """Append the entry of a closed round to its slice's log, still without numbers, and drop
@@ -1608,6 +1605,13 @@ def write_adapter(folder, names):
     protocol.save_file(path, named, {"program": "diloco"})
 
 
+def lacked(weights, frozen, whose):
+    """{name: [dtype, fingerprint, whose]} of a worker's frozen tensors that some weights lack."""
+    found = protocol.matched(weights, frozen)
+    left = {name: known for name, known in frozen.items() if name not in found}
+    return {n: [protocol.DTYPE_NAMES[spec.dtype], mark, whose] for n, (spec, mark) in left.items()}
+
+
 class Store:
     """The disk of a run: the folder that it writes to, and the weights of -m.
 
@@ -1906,11 +1910,14 @@ class Store:
         done."""
         return [name for name, job in jobs.items() if job.result() != frozen[name][1]]
 
-    def check_frozen(self, frozen):
-        """Raise Refused where a frozen tensor that -m lacks differs from that of the first
-        worker."""
+    def check_frozen(self, frozen, others):
+        """Raise Refused where a frozen tensor that -m lacks differs from that of the first worker, or of
+        one that waits to enter. others: {whose: frozen tensors}."""
+        noted = self.frozen
+        for whose, theirs in others.items():
+            noted = lacked(self.weights, theirs, whose) | noted
         for name, (spec, mark) in frozen.items():
-            dtype, other, whose = self.frozen.get(name, ("", "", ""))
+            dtype, other, whose = noted.get(name, ("", "", ""))
             if dtype == protocol.DTYPE_NAMES[spec.dtype] and mark != other:
                 raise Refused(
                     "model",
@@ -1929,14 +1936,9 @@ class Store:
             self.weights = {name: t for name, t in self.weights.items() if name not in gone}
             with self.lock:
                 self.marks = {}
-        found = protocol.matched(self.weights, frozen)
         self.untrained = [name for name in frozen if name in self.weights]
         self.is_partial = bool(frozen), len(self.untrained) < len(frozen)
-        self.frozen = self.frozen or {
-            name: [protocol.DTYPE_NAMES[spec.dtype], mark, whose]
-            for name, (spec, mark) in frozen.items()
-            if name not in found
-        }
+        self.frozen = lacked(self.weights, frozen, whose) | self.frozen
 
     def keep(self, model, frozen):
         """Keep the tensors of a model which are frozen from now on, as the workers have them."""
@@ -2225,9 +2227,8 @@ def say_brought(server, member, k):
     if version > WEIGHTS:
         log(f"slice {k}: version {version.number} comes from {shown(member.id)}")
     elif k == 0:
-        count = sum(spec.numel for spec in server.model.manifest)
-        tensors = len(server.model.manifest)
-        log(f"{count:,} parameters in {tensors} tensors come from {shown(member.id)}")
+        counts = [spec.numel for spec in server.model.manifest]
+        log(f"{sum(counts):,} parameters in {len(counts)} tensors come from {shown(member.id)}")
 
 
 class Transfers:
@@ -2380,11 +2381,9 @@ class Handouts:
         with self.lock:
             if self.source is not self.server.store.files:
                 self.source = self.server.store.files
-                self.packed = {
-                    name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-                    for name, text in self.source.items()
-                    if text
-                }
+                texts = {name: bytearray(text) for name, text in self.source.items() if text}
+                pack = functools.partial(torch.frombuffer, dtype=torch.uint8)
+                self.packed = {name: pack(text) for name, text in texts.items()}
             return self.packed
 
 
@@ -2399,21 +2398,24 @@ class Layouts:
         """Raise Refused where a joining worker's tensors are not those of the run; the first worker's
         become those. A worker that comes back with others leaves the run until all do."""
         run, facts = self.run, member.facts
-        others = [*run.members, *run.waiting.keys() - {member.id}]
-        is_new = not (is_begun(run.slices) or others or run.anew.before)
+        others = [other for id, other in run.waiting.items() if id != member.id]
+        is_new = not (is_begun(run.slices) or run.members or others or run.anew.before)
         if self.server.model is None or is_new:
             self.lay_out(member)
         is_known = member.id in run.members or member.id in run.expected
         if run.anew.is_stale(member):
             raise Refused("rejoin", "this worker has asked to join with other tensors since")
-        if facts.again and is_known and not run.anew.fits(member):
-            if member.id in run.members:
-                run.anew.expect(member.id, now())
-                why = self.difference(member)
-                log(f"{shown(member.id)} trains other tensors from step {member.step} on: {why}")
-        else:
+        is_change = facts.again and is_known and not run.anew.fits(member)
+        if not is_change:
             self.server.model.check(facts.manifest, facts.buffers)
-        self.store.check_frozen(facts.frozen)
+        trained = {spec.name for spec in self.server.model.manifest}  # which may differ until then
+        own = {name: known for name, known in facts.frozen.items() if name not in trained}
+        alike = [m for m in others if m.layout == member.layout and m.facts.frozen != facts.frozen]
+        self.store.check_frozen(own, {shown(other.id): other.facts.frozen for other in alike})
+        if is_change and member.id in run.members:
+            run.anew.expect(member.id, now())
+            why = self.difference(member)
+            log(f"{shown(member.id)} trains other tensors from step {member.step} on: {why}")
 
     def difference(self, member):
         """How a worker's tensors differ from those of the run, in words."""
@@ -2500,8 +2502,8 @@ class Gate:
             share(facts, self.server)
             self.run.ask(member, now())
             self.lock.notify_all()
-        who = f"{shown(member.id)} on {shown(facts.host)} ({conn.peer})"
-        log.seldom("requests to join", f"{who} asks to join")
+        who = f"{shown(member.id)} on {shown(facts.host)}"
+        log.seldom("requests to join", f"{who} ({conn.peer}) asks to join")
         self.admit(conn, member)
 
     def compare(self, conn, facts):
@@ -2630,10 +2632,10 @@ class Gate:
         start of a run the model's descriptive files. Needs the lock."""
         member.asked = self.run.lacking(member.id, now())
         is_first = not self.run.is_open and member.id == min(self.run.waiting)
-        needs_files = is_first and self.store.needs_files(member.facts)
-        needs_files = needs_files and not member.facts.was_asked
-        member.facts.was_asked |= bool(member.asked) or needs_files
-        return bool(member.asked) or needs_files
+        is_first = is_first and not member.facts.was_asked
+        is_asked = bool(member.asked) or (is_first and self.store.needs_files(member.facts))
+        member.facts.was_asked |= is_asked
+        return is_asked
 
     def enter(self, id):
         """Make a member of a waiting worker, or open the run with all that wait. Needs the lock."""
@@ -2645,8 +2647,9 @@ class Gate:
             facts = run.members[id].facts
             self.server.run_id = self.server.run_id or run.life
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
-            names = ", ".join(map(shown, entered))
-            log(f"the run starts at round {self.server.round} with {names}")
+            log(
+                f"the run starts at round {self.server.round} with {', '.join(map(shown, entered))}"
+            )
             protocol.audit("open", life=run.life, labels=run.versions, members=entered)
             self.server.model.past = None
             if self.args.save_every and (past or not self.store.saved):
@@ -2685,10 +2688,9 @@ class Gate:
     def awaited_to_start(self):
         """Whom a worker that waits to enter waits for, in words."""
         run = self.run
-        absent = sorted(run.expected.keys() - run.waiting.keys())
         if run.expected and run.is_open:
             return f"{', '.join(sorted(run.members))} to train the same tensors"
-        if absent:
+        if absent := sorted(run.expected.keys() - run.waiting.keys()):
             return f"{', '.join(absent)} to come back"
         if (missing := self.args.n - len(run.waiting)) > 0 and not (run.is_open or run.expected):
             return f"{missing} more worker(s) to join"
@@ -3964,8 +3966,7 @@ def parse_args(argv=None):
     add("--no-error-feedback", dest="error_feedback", action="store_false",
         help="do not add what rounding lost to the next message (to measure what that is worth)")
     add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
-    add("--save-every", type=count, default=10, metavar="ROUNDS",
-        help="(10) 0: only at the end, and before workers change what they train")
+    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only where it must be")
     add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
     add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",

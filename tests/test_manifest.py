@@ -666,6 +666,47 @@ def test_layers_are_unfrozen_one_after_the_other(serve, tmp_path, fragments):
     assert_global(tmp_path, a, b)
 
 
+def test_two_that_begin_a_run_with_other_frozen_numbers_are_told(serve):
+    server = serve("-n", 2)
+    a, b = (Trainee(server, name) for name in ("ada", "bob"))
+    with torch.no_grad():
+        b.model[1].weight += 1
+    first = background(a.worker.start)
+    until(lambda: "ada" in status(server)["joining"], "ada waits for bob")
+    with pytest.raises(
+        Refused, match=r"frozen tensor '1.weight' has other numbers than that of ada"
+    ):
+        b.worker.start()
+    with torch.no_grad():
+        b.model[1].weight -= 1
+    together(Trainee(server, "bob").worker.start, lambda: first.result(DEADLINE))
+
+
+def test_frozen_modules_that_come_with_a_change_must_be_alike(serve):
+    server = serve("-n", 2, *MEAN)
+    a, b = begun(server, "ada", "bob")
+
+    both(a, b, lambda each: each.steps(4))
+
+    def change(each, seed):
+        torch.manual_seed(seed)
+        each.model.add_module("2", torch.nn.Linear(2, 2).requires_grad_(False))
+        each.unfreeze()
+        each.steps(1)
+
+    asked = {each: background(lambda e=each, i=i: change(e, i)) for i, each in enumerate((a, b))}
+    until(lambda: any(future.done() for future in asked.values()), "one of them is told")
+    told, other = sorted((a, b), key=lambda each: not asked[each].done())
+    says = rf"frozen tensor '2.weight' has other numbers than that of {other.name}"
+    with pytest.raises(Refused, match=says):
+        asked[told].result()
+    told.model[2].load_state_dict(other.model[2].state_dict())
+    told.steps(1)
+    asked[other].result(DEADLINE)
+    both(a, b, lambda each: each.steps(3))
+    assert torch.equal(flat(a.model), flat(b.model))
+
+
 def test_a_slice_that_was_not_taken_yet_is_brought_as_the_worker_has_it(serve):
     (a,) = begun(serve("-n", 1), "ada", num_fragments=2)
     a.steps(1)
