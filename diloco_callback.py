@@ -2002,7 +2002,7 @@ class Watch:
         held = self.held.get(id(optimizer))
         if held is None or not self.worker.ranks.is_alone:
             return
-        is_end = self.worker.schedule.left <= 1
+        is_end = self.worker.schedule.left <= 1 or not self.worker.slices
         if is_end or marks_of(optimizer) != held or any(map(REQUIRES_GRAD, self.resting)):
             self.worker.leader.anew.heed(optimizer)
 
@@ -2695,7 +2695,8 @@ class Anew:
     Tensors that are trained before and after keep their global values and the server's momentum. The
     losses in encoding the pushes so far are dropped, with a line in the log: the next pushes are cut
     in other slices. A tensor that takes the place of one of its shape is no such change: it is
-    synchronized in its place, and what its values differ by is sent like a step.
+    synchronized in its place, and what its values differ by is sent like a step. Where the server
+    refuses a change, each further step asks again, with what is trained by then.
 
     count: how often that has happened.
     """
@@ -2711,6 +2712,7 @@ class Anew:
         found = worker.trained.parameters()
         is_replaced = self.replace(found)
         how = watch.change(found) or watch.frozen_in(optimizer)
+        how = how or ("" if worker.slices else "the run has not taken this worker back yet")
         if how:
             log(f"{worker.worker_id}: {how}: joins anew behind step {worker.step}, as all must do")
             try:
@@ -2754,10 +2756,11 @@ class Anew:
         worker, replica, trained = self.worker, self.worker.replica, self.worker.trained
         worker.watch.settle()
         worker.watch.copies.note()
-        self.leader.close_slices()
-        found = trained.parameters()
-        own = [n for n in worker.watch.own_names() if n in found and not found[n].requires_grad]
-        trained.local += map(glob.escape, own)
+        if replica.slices:  # else they are closed, and the server has refused to take it back
+            self.leader.close_slices()
+            found = trained.parameters()
+            own = [n for n in worker.watch.own_names() if n in found and not found[n].requires_grad]
+            trained.local += map(glob.escape, own)
         trained.read()
         if any(slice.residual is not None for slice in replica.slices):
             log(f"{worker.worker_id}: what rounding lost of the pushes so far is not made up for")
@@ -3025,7 +3028,7 @@ class Leader:
         """The pushes of `close_run`."""
         worker = self.worker
         outbox, self.link.outage = self.replica.outbox, None
-        while not outbox.is_closed or self.replica.listed:
+        while self.replica.slices and (not outbox.is_closed or self.replica.listed):
             for k in list(self.replica.listed):
                 self.adopt(k)
             worker.watch.heed_moved()

@@ -86,7 +86,6 @@ MANY_ROUNDS = 5  # after which it can be told who holds up the others
 MUCH_WAITING = 0.1  # share of its time from which on it is said that a worker waits
 MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
-STALE_WEIGHT = 0.0  # of --stale-weight
 NAMES = "members.json"  # file in the output folder with the names of who takes part
 KEPT = "frozen.safetensors"  # file in a checkpoint with frozen tensors that were trained before
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
@@ -117,7 +116,7 @@ log, shown = protocol.Log("stdout", "server: ", clock=True), protocol.shown
 # with the last one the run closes, and opens again with the new tensors. So a run that opens has the
 # tensors that it had as long as one of those that it expects comes back with these. Who has gone on
 # for a cycle beyond the step of the change makes no such change: the worker that waits is refused.
-# Until then nobody new comes in, who would know nothing of the change.
+# Until then nobody new comes in, who would know nothing of it. Before a change the model is saved.
 
 
 @dataclass(kw_only=True)
@@ -517,9 +516,14 @@ class Run:
         return not self.stopping.isdisjoint(self.members)
 
     @property
+    def versions(self):
+        """The versions of the slices."""
+        return [slice.version for slice in self.slices]
+
+    @property
     def is_whole(self):
         """Whether every slice has a version."""
-        return bool(self.slices) and all(slice.version > NONE for slice in self.slices)
+        return bool(self.slices) and min(self.versions) > NONE
 
     def holder(self, id, session, now):
         """The other process that holds a worker id, or None."""
@@ -706,13 +710,9 @@ class Run:
         """Everybody is to finish: members, and whoever is away and comes back."""
         self.stopping = self.members.keys() | self.away | self.expected.keys()
 
-    def silent(self, now):
-        """The ids of members that have not been heard of for the worker timeout."""
-        return [m.id for m in self.members.values() if now - m.heard > self.rules.worker_timeout]
-
-    def silent_waiting(self, now):
-        """The ids of workers that wait to enter and have not been heard of for the worker timeout."""
-        return [m.id for m in self.waiting.values() if now - m.heard > self.rules.worker_timeout]
+    def silent(self, workers, now):
+        """The ids of members, or of those that wait, that were not heard of for the worker timeout."""
+        return [m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout]
 
     # --- Rounds ---
 
@@ -812,14 +812,13 @@ class Run:
     def publish(self, k):
         """The log of slice k has its new entry. Ids that are gone and whose last push is too far
         back to be sent again are forgotten."""
-        slice = self.slices[k]
+        slice, most = self.slices[k], self.rules.max_staleness
         closed, slice.folding = slice.folding, None
         slice.version = closed.version
         slice.missed += 1 - closed.part
         self.step = max([self.step, *(push.step for push in closed.pushes)])
         here = self.members.keys() | self.waiting.keys() | self.expected.keys()
-        fates = {**slice.folded, **closed.fates}
-        slice.folded = recent(fates, closed.version, self.rules.max_staleness, here)
+        slice.folded = recent(slice.folded | closed.fates, closed.version, most, here)
 
     # --- Crashes ---
 
@@ -876,7 +875,7 @@ class Anew:
     def at_most(self, versions):
         """The versions that a worker says it holds: none is newer than those of the server, where it has
         led the run up to the change."""
-        newest = self.held or min((slice.version for slice in self.run.slices), default=NONE)
+        newest = self.held or min(self.run.versions, default=NONE)
         return [min(version, newest) for version in versions] if self.gone else versions
 
     def is_stale(self, member):
@@ -916,8 +915,7 @@ class Anew:
         them. Pushes of before are known by their numbers still."""
         run = self.run
         if self.before is None:
-            self.held = min(slice.version for slice in run.slices)
-            self.before = max(slice.version for slice in run.slices)
+            self.held, self.before = min(run.versions), max(run.versions)
         fates = last_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
         run.slices = [Slice(version, dict(fates)) for _ in range(count)]
@@ -949,8 +947,8 @@ class Anew:
 
     def turn_away(self, id):
         """A waiting worker is refused for good."""
-        del self.run.waiting[id]
-        self.run.expected.pop(id, None)
+        for known in (self.run.waiting, self.run.expected, self.gone):
+            known.pop(id, None)
 
     def give_up_absent(self, now):
         """While the run is open, expect nobody any more who is silent for the worker timeout."""
@@ -1408,10 +1406,9 @@ class GlobalModel:
 
     def counted(self, round):
         """The pushes of a round whose numbers count. Late values of buffers do not."""
+        late = round.lateness if round.k == self.num_fragments else ()
         pushes = [push for push in round.pushes if push.payload is not None and not push.refused]
-        if round.k == self.num_fragments:
-            pushes = [push for push in pushes if push.worker not in round.lateness]
-        return pushes
+        return [push for push in pushes if push.worker not in late]
 
     def announce(self, round, step):
         """Append the entry of a closed round to its slice's log, still without numbers, and drop
@@ -1837,6 +1834,13 @@ def write_adapter(folder, names):
     protocol.save_file(path, named, {"program": "diloco"})
 
 
+def lacked(weights, frozen, whose):
+    """{name: [dtype, fingerprint, whose]} of a worker's frozen tensors that some weights lack."""
+    found = protocol.matched(weights, frozen)
+    left = {name: known for name, known in frozen.items() if name not in found}
+    return {n: [protocol.DTYPE_NAMES[spec.dtype], mark, whose] for n, (spec, mark) in left.items()}
+
+
 class Store:
     """The disk of a run: the folder that it writes to, and the weights of -m.
 
@@ -2135,11 +2139,14 @@ class Store:
         done."""
         return [name for name, job in jobs.items() if job.result() != frozen[name][1]]
 
-    def check_frozen(self, frozen):
-        """Raise Refused where a frozen tensor that -m lacks differs from that of the first
-        worker."""
+    def check_frozen(self, frozen, others):
+        """Raise Refused where a frozen tensor that -m lacks differs from that of the first worker, or of
+        one that waits to enter. others: {whose: frozen tensors}."""
+        noted = self.frozen
+        for whose, theirs in others.items():
+            noted = lacked(self.weights, theirs, whose) | noted
         for name, (spec, mark) in frozen.items():
-            dtype, other, whose = self.frozen.get(name, ("", "", ""))
+            dtype, other, whose = noted.get(name, ("", "", ""))
             if dtype == protocol.DTYPE_NAMES[spec.dtype] and mark != other:
                 raise Refused(
                     "model",
@@ -2158,14 +2165,9 @@ class Store:
             self.weights = {name: t for name, t in self.weights.items() if name not in gone}
             with self.lock:
                 self.marks = {}
-        found = protocol.matched(self.weights, frozen)
         self.untrained = [name for name in frozen if name in self.weights]
         self.is_partial = bool(frozen), len(self.untrained) < len(frozen)
-        self.frozen = self.frozen or {
-            name: [protocol.DTYPE_NAMES[spec.dtype], mark, whose]
-            for name, (spec, mark) in frozen.items()
-            if name not in found
-        }
+        self.frozen = lacked(self.weights, frozen, whose) | self.frozen
 
     def keep(self, model, frozen):
         """Keep the tensors of a model which are frozen from now on, as the workers have them."""
@@ -2301,19 +2303,12 @@ def outer_settings(args, saved):
 
 def status_of(member, paces):
     """The fields about one member that status.py shows."""
-    return {
-        "id": member.id,
-        "index": member.index,
+    own = ("id", "index", "step", "position", "sync_every", "loss", "lag", "weight")
+    return {name: getattr(member, name) for name in own} | {
         "host": member.facts.host,
         "ranks": member.facts.ranks,
-        "step": member.step,
-        "position": member.position,
-        "sync_every": member.sync_every,
         "pace": member.cycle,
         "waiting": round(paces.waiting(member), 4),
-        "lag": member.lag,
-        "weight": round(member.weight, 4),
-        "loss": member.loss,
         "address": member.facts.conn.peer,
         "steps_per_second": round(member.speed, 3),
         "heard_seconds_ago": round(now() - member.heard, 1),
@@ -2422,9 +2417,8 @@ class Ids:
             return {"awaited": "its turn"}
         silent, limit = now() - other.heard, self.run.rules.worker_timeout
         text = f"its id: another process on {shown(other.facts.host)}, silent for {silent:.0f} s, "
-        fields = {
-            "awaited": text + f"holds it until {limit:g} s have passed without a word from it"
-        }
+        text += f"holds it until {limit:g} s have passed without a word from it"
+        fields = {"awaited": text}
         if self.are_near(member, other):
             fields["holder"] = other.facts.process[1:]
         return fields
@@ -2464,9 +2458,8 @@ def say_brought(server, member, k):
     if version > WEIGHTS:
         log(f"slice {k}: version {version.number} comes from {shown(member.id)}")
     elif k == 0:
-        count = sum(spec.numel for spec in server.model.manifest)
-        tensors = len(server.model.manifest)
-        log(f"{count:,} parameters in {tensors} tensors come from {shown(member.id)}")
+        counts = [spec.numel for spec in server.model.manifest]
+        log(f"{sum(counts):,} parameters in {len(counts)} tensors come from {shown(member.id)}")
 
 
 class Transfers:
@@ -2572,9 +2565,8 @@ class Watch:
             k = stall["slice"]
             if now() - self.said[k] >= SAY_SECONDS:
                 self.said[k] = now()
-                whom = (
-                    ", ".join(map(shown, stall["missing"][:20])) or "more workers (--min-workers)"
-                )
+                whom = ", ".join(map(shown, stall["missing"][:20]))
+                whom = whom or "more workers (--min-workers)"
                 log(
                     f"WARNING: the round of slice {k} has waited {stall['seconds']:.0f} s for {whom}: "
                     "alive, but nothing has come; look there, or give such workers up with --drop-stuck"
@@ -2628,11 +2620,9 @@ class Handouts:
         with self.lock:
             if self.source is not self.server.store.files:
                 self.source = self.server.store.files
-                self.packed = {
-                    name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-                    for name, text in self.source.items()
-                    if text
-                }
+                texts = {name: bytearray(text) for name, text in self.source.items() if text}
+                pack = functools.partial(torch.frombuffer, dtype=torch.uint8)
+                self.packed = {name: pack(text) for name, text in texts.items()}
             return self.packed
 
 
@@ -2647,21 +2637,24 @@ class Layouts:
         """Raise Refused where a joining worker's tensors are not those of the run; the first worker's
         become those. A worker that comes back with others leaves the run until all do."""
         run, facts = self.run, member.facts
-        others = [*run.members, *run.waiting.keys() - {member.id}]
-        is_new = not (is_begun(run.slices) or others or run.anew.before)
+        others = [other for id, other in run.waiting.items() if id != member.id]
+        is_new = not (is_begun(run.slices) or run.members or others or run.anew.before)
         if self.server.model is None or is_new:
             self.lay_out(member)
         is_known = member.id in run.members or member.id in run.expected
         if run.anew.is_stale(member):
             raise Refused("rejoin", "this worker has asked to join with other tensors since")
-        if facts.again and is_known and not run.anew.fits(member):
-            if member.id in run.members:
-                run.anew.expect(member.id, now())
-                why = self.difference(member)
-                log(f"{shown(member.id)} trains other tensors from step {member.step} on: {why}")
-        else:
+        is_change = facts.again and is_known and not run.anew.fits(member)
+        if not is_change:
             self.server.model.check(facts.manifest, facts.buffers)
-        self.store.check_frozen(facts.frozen)
+        trained = {spec.name for spec in self.server.model.manifest}  # which may differ until then
+        own = {name: known for name, known in facts.frozen.items() if name not in trained}
+        alike = [m for m in others if m.layout == member.layout and m.facts.frozen != facts.frozen]
+        self.store.check_frozen(own, {shown(other.id): other.facts.frozen for other in alike})
+        if is_change and member.id in run.members:
+            run.anew.expect(member.id, now())
+            why = self.difference(member)
+            log(f"{shown(member.id)} trains other tensors from step {member.step} on: {why}")
 
     def difference(self, member):
         """How a worker's tensors differ from those of the run, in words."""
@@ -2681,13 +2674,11 @@ class Layouts:
         -m as far as it has them."""
         facts = member.facts
         found = self.store.fit(facts.manifest, facts.buffers, facts.frozen)
-        self.server.model = self.empty_model(member)
-        self.server.model.put(found)
-        self.run.slices = [Slice() for _ in range(self.server.model.count)]
+        self.server.model = model = self.empty_model(member)
+        model.put(found)
+        is_whole = found and len(found) == len(facts.manifest + facts.buffers)
+        self.run.slices = [Slice(WEIGHTS if is_whole else NONE) for _ in range(model.count)]
         self.run.anew.layout = member.layout
-        if found and len(found) == len(facts.manifest + facts.buffers):
-            for slice in self.run.slices:
-                slice.version = WEIGHTS
 
     def lay_out_anew(self, member):
         """Give the global model the tensors of a worker that has come back with others. What it, or
@@ -2750,8 +2741,8 @@ class Gate:
             share(facts, self.server)
             self.run.ask(member, now())
             self.lock.notify_all()
-        who = f"{shown(member.id)} on {shown(facts.host)} ({conn.peer})"
-        log.seldom("requests to join", f"{who} asks to join")
+        who = f"{shown(member.id)} on {shown(facts.host)}"
+        log.seldom("requests to join", f"{who} ({conn.peer}) asks to join")
         self.admit(conn, member)
 
     def compare(self, conn, facts):
@@ -2861,7 +2852,7 @@ class Gate:
             run.here(id, member.session, now())
             if anew.is_left_behind(id):
                 raise self.layouts.left_behind(member)
-            if anew.lays_out(id, now()):
+            if anew.lays_out(id, now()) and self.server.has_saved():
                 self.layouts.lay_out_anew(member)
                 self.lock.notify_all()
             if not (run.lacking(id, now()) or run.may_enter(id, now())):
@@ -2880,10 +2871,10 @@ class Gate:
         start of a run the model's descriptive files. Needs the lock."""
         member.asked = self.run.lacking(member.id, now())
         is_first = not self.run.is_open and member.id == min(self.run.waiting)
-        needs_files = is_first and self.store.needs_files(member.facts)
-        needs_files = needs_files and not member.facts.was_asked
-        member.facts.was_asked |= bool(member.asked) or needs_files
-        return bool(member.asked) or needs_files
+        is_first = is_first and not member.facts.was_asked
+        is_asked = bool(member.asked) or (is_first and self.store.needs_files(member.facts))
+        member.facts.was_asked |= is_asked
+        return is_asked
 
     def enter(self, id):
         """Make a member of a waiting worker, or open the run with all that wait. Needs the lock."""
@@ -2895,10 +2886,10 @@ class Gate:
             facts = run.members[id].facts
             self.server.run_id = self.server.run_id or run.life
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
-            labels = [slice.version for slice in run.slices]
-            names = ", ".join(map(shown, entered))
-            log(f"the run starts at round {self.server.round} with {names}")
-            protocol.audit("open", life=run.life, labels=labels, members=entered)
+            log(
+                f"the run starts at round {self.server.round} with {', '.join(map(shown, entered))}"
+            )
+            protocol.audit("open", life=run.life, labels=run.versions, members=entered)
             self.server.model.past = None
             if self.args.save_every and (past or not self.store.saved):
                 self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
@@ -2908,23 +2899,21 @@ class Gate:
         """The fields of the reply to a join. Needs the lock."""
         run = self.run
         turns, steps = run.place(member.id, now())
+        told = "upload_codec", "download_codec", "error_feedback", "max_staleness"
         return {
             "run": self.server.run_id,
             "index": member.index,
             **rank_of(member, self.run.members),
             "num_shares": self.server.shares,
             "heartbeat_seconds": run.rules.heartbeat_seconds,
-            "upload_codec": self.args.upload_codec,
-            "download_codec": self.args.download_codec,
-            "error_feedback": self.args.error_feedback,
-            "max_staleness": self.args.max_staleness,
+            **{name: getattr(self.args, name) for name in told},
             "settings": {**self.server.settings, "outer": run.rules.outer},
             "step": member.step,
             "pace": run.paces.of(member),
             "turns": turns,
             "steps": steps,
             "known": run.known(member.id),
-            "versions": [slice.version for slice in run.slices],
+            "versions": run.versions,
             "frozen": member.facts.differs,
             **self.layout(),
         }
@@ -2939,14 +2928,14 @@ class Gate:
     def awaited_to_start(self):
         """Whom a worker that waits to enter waits for, in words."""
         run = self.run
-        if run.expected and not run.is_open:
-            return f"{', '.join(sorted(run.expected.keys() - run.waiting.keys()))} to come back"
-        if run.expected:
+        if run.expected and run.is_open:
             return f"{', '.join(sorted(run.members))} to train the same tensors"
-        if (missing := self.args.n - len(run.waiting)) > 0 and not run.is_open:
+        if absent := sorted(run.expected.keys() - run.waiting.keys()):
+            return f"{', '.join(absent)} to come back"
+        if (missing := self.args.n - len(run.waiting)) > 0 and not (run.is_open or run.expected):
             return f"{missing} more worker(s) to join"
         bringing = [id for id in sorted(run.waiting) if run.lacking(id, now())]
-        return f"{', '.join(bringing)}'s upload" if bringing else "the end of a round"
+        return f"{', '.join(bringing)}'s upload" if bringing else "a round, or the server's disk"
 
     def on_bring(self, conn, message):
         """Take the slices and files that a joining worker was asked for, then admit the worker."""
@@ -3758,6 +3747,7 @@ class Server:
         self.ended = threading.Event()  # set when the process is to end
         self.closed = False  # whether the process ends: no round closes any more
         self.save_wanted = set()  # of "checkpoint", "final"
+        self.tried = None  # versions that were tried to be saved last; None while that goes on
         self.started = now()
         self.door = Door(self, guard_of(args))
         self.faults = protocol.Faults()  # what went wrong and was survived
@@ -3797,8 +3787,7 @@ class Server:
         ):
             slice.norms, slice.missed = norms, missed
         self.run.anew.layout = layout_of(model.manifest + model.buffers)
-        labels = [version for version, _ in state["heads"]]
-        protocol.audit("load", life=self.run.life, path=state["path"], labels=labels)
+        protocol.audit("load", life=self.run.life, path=state["path"], labels=self.run.versions)
         return model
 
     def serve(self):
@@ -3865,10 +3854,9 @@ class Server:
 
     def hang_up(self, conn):
         """A connection has ended. Needs the lock."""
-        id, session = conn.worker
-        waiting = self.run.waiting.get(id)
+        waiting = self.run.waiting.get(conn.worker[0])
         if waiting and waiting.facts.conn is conn:
-            self.run.forget(id, session)
+            self.run.forget(*conn.worker)
         self.lock.notify_all()
 
     def tick(self):
@@ -3885,9 +3873,9 @@ class Server:
             self.transfers.hear()
             self.watch.look()
             self.run.anew.give_up_absent(now())
-            for id in self.run.silent(now()):
+            for id in self.run.silent(self.run.members, now()):
                 self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
-            for id in self.run.silent_waiting(now()):
+            for id in self.run.silent(self.run.waiting, now()):
                 member = self.run.waiting[id]
                 log(f"{shown(id)} waits to join no more: not heard of for {limit:g} s")
                 self.run.forget(id, member.session)
@@ -4012,14 +4000,26 @@ class Server:
             with self.lock:
                 self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
                 wanted, self.save_wanted = self.save_wanted, set()
+                versions, self.tried = self.run.versions, None if wanted else self.tried
             with self.faults.survive(log, "saving"):
                 if wanted:
                     self.save("final" in wanted)
             is_last = (is_last or "final" in wanted) and not self.run.is_open
             with self.lock:
+                self.tried = versions if wanted else self.tried
+                self.lock.notify_all()
                 is_over = is_last and not self.run.anew.awaits_any(now())
             if is_over and self.args.until_done:
                 self.ended.set()
+
+    def has_saved(self):
+        """Whether the disk has the model, or has just failed to take it, before it gets other tensors:
+        until the run opens with these there is nothing to save. Asks for it. Needs the lock."""
+        is_tried = self.run.anew.before is not None or self.tried == self.run.versions
+        if not (is_tried or self.save_wanted):
+            self.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        return is_tried and not self.save_wanted
 
     def save(self, final):
         """Write a checkpoint where there is something new, and if `final` the final model too."""
@@ -4035,8 +4035,7 @@ class Server:
         if "names" in self.store.faults and "checkpoint" not in self.store.faults:
             self.clerk.named = None  # the disk is there again: the next tick writes the names
         if final:
-            versions = [version for version, _ in state["heads"]]
-            self.store.save_final(versions, model, others)
+            self.store.save_final([version for version, _ in state["heads"]], model, others)
 
     def state_to_save(self):
         """The state of the run that a checkpoint stores. Needs the lock."""
@@ -4191,21 +4190,11 @@ def network(text):
 
 def rules_of(args):
     """The Rules that a command line gives."""
-    weights = args.weights or ("tokens" if args.own_pace else "equal")
-    return Rules(
-        workers=args.n,
-        quorum=args.quorum,
-        grace=args.grace,
-        outer=args.outer or ("fractional" if args.quorum else "whole"),
-        weights=weights,
-        stale_weight=args.stale_weight,
-        own_pace=args.own_pace,
-        min_workers=args.min_workers,
-        max_staleness=args.max_staleness,
-        max_push_ratio=args.max_push_ratio,
-        worker_timeout=args.worker_timeout,
-        drop_stuck=args.drop_stuck,
-    )
+    same = (
+        "quorum", "grace", "outer", "weights", "stale_weight", "own_pace", "min_workers",
+        "max_staleness", "max_push_ratio", "worker_timeout", "drop_stuck",
+    )  # fmt: skip
+    return Rules(workers=args.n, **{name: getattr(args, name) for name in same})
 
 
 # fmt: off
@@ -4244,7 +4233,7 @@ def parse_args(argv=None):
     add("--no-error-feedback", dest="error_feedback", action="store_false",
         help="do not add what rounding lost to the next message (to measure what that is worth)")
     add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
-    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only at the end")
+    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only where it must be")
     add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
     add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",
@@ -4262,8 +4251,8 @@ def parse_args(argv=None):
     add("--outer", choices=["whole", "fractional", "delayed"],
         help="outer step of a round that only a part of the workers is in (whole; with a quorum "
         "fractional)")
-    add("--stale-weight", type=real, default=STALE_WEIGHT, metavar="A",
-        help="a push S rounds late weighs (1 + S) to the power of -A as much (%(default)s)")
+    add("--stale-weight", type=real, metavar="A",
+        help="a push S rounds late weighs (1 + S) to the power of -A as much (0; with a quorum 0.5)")
     add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
         help="give up a worker that lives but for which a round has waited so long (0: never)")
     add("--min-rate", type=real, default=protocol.LEAST_RATE / 1024, metavar="KIB",
@@ -4282,6 +4271,12 @@ def parse_args(argv=None):
         parser.error("--round-timeout is --quorum 1 with that --grace: give these or that")
     if args.round_timeout:
         args.quorum, args.grace = 1, args.round_timeout
+    if args.outer is None:
+        args.outer = "fractional" if args.quorum else "whole"
+    if args.weights is None:
+        args.weights = "tokens" if args.own_pace else "equal"
+    if args.stale_weight is None:
+        args.stale_weight = 0.5 if args.quorum else 0.0
     if args.spawn and not os.path.isfile(args.spawn):
         parser.error(f"--spawn: there is no file {args.spawn}")
     return args

@@ -122,12 +122,12 @@ class Server:
 
     def tick(self):
         run, now = self.run, self.world.now
-        for id in run.silent(now):
+        for id in run.silent(run.members, now):
             self.world.note("given up", id)
             self.turns.pop(run.members[id].session, None)
             run.remove(id, ends=False)
             self.save_names()
-        for id in run.silent_waiting(now):
+        for id in run.silent(run.waiting, now):
             run.forget(id, run.waiting[id].session)
         calls, self.calls = self.calls, []
         for call in calls:

@@ -727,13 +727,18 @@ def test_frozen_tensors_are_compared_with_m_by_fingerprint(tmp_path):
 
 def test_frozen_tensors_that_m_lacks_are_compared_with_those_of_the_first_worker(tmp_path):
     store = Store(str(tmp_path / "model"))
-    store.check_frozen(described({"base": torch.ones(2)}))
+    store.check_frozen(described({"base": torch.ones(2)}), {})
     store.note_frozen(described({"base": torch.ones(2)}), "a on host")
     store.note_frozen(described({"base": torch.zeros(2)}), "b on host")
-    store.check_frozen(described({"base": torch.ones(2)}))
-    store.check_frozen(described({"base": torch.zeros(2).bfloat16(), "new": torch.ones(1)}))
+    store.check_frozen(described({"base": torch.ones(2)}), {})
+    store.check_frozen(described({"base": torch.zeros(2).bfloat16(), "new": torch.ones(1)}), {})
     with pytest.raises(Refused, match="frozen tensor 'base' has other numbers than that of a on h"):
-        store.check_frozen(described({"base": torch.zeros(2)}))
+        store.check_frozen(described({"base": torch.zeros(2)}), {})
+    store.note_frozen(described({"new": torch.ones(1)}), "c on host")  # as with a change
+    with pytest.raises(
+        Refused, match="frozen tensor 'new' has other numbers than that of c on host"
+    ):
+        store.check_frozen(described({"new": torch.zeros(1)}), {})
     model = trained(1)
     store.save(state_of([1, 1]), model, model.freeze())
     again = Store(str(tmp_path / "model"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy_worker
 from conftest import DEADLINE, ROOT, Outer, flat, put, status, until
-from peers import Peer, background, encode, numbers, rounds, together
+from peers import Peer, background, encode, join_all, numbers, rounds, together
 from safetensors.torch import load_file, save_file
 from test_rules import fold, join, life, member, push, refusal
 
@@ -478,6 +478,63 @@ def test_who_changes_alone_is_told_and_the_other_trains_on(serve, tmp_path, leas
     assert torch.equal(served["0.weight"], b.model[0].weight) and "1.weight" not in served
 
 
+@pytest.mark.parametrize("in_optimizer", [False, True])
+def test_who_has_changed_alone_and_takes_it_back_trains_on(serve, tmp_path, in_optimizer):
+    server = serve("-n", 2, "--until-done", *MEAN)
+    a, b = begun(server, "ada", "bob", sync_every=3)
+    is_told = threading.Event()
+    if in_optimizer:  # from the beginning, so that nothing else shows the change
+        for each in (a, b):
+            each.optimizer.add_param_group({"params": each.model[1].parameters()})
+
+    def change():
+        a.steps(4)
+        a.model[1].requires_grad_(True)
+        if not in_optimizer:
+            a.optimizer.add_param_group({"params": a.model[1].parameters()})
+        with pytest.raises(Refused, match="bob did not make that change"):
+            a.steps(1)
+        is_told.set()
+        for _ in range(2):
+            with pytest.raises(Refused, match=r"not the one of the run.*'1.weight'"):
+                a.steps(1)
+        a.model[1].requires_grad_(False)
+        a.optimizer.zero_grad()
+        a.steps(4)
+        a.flush()
+
+    def go_on():
+        b.steps(12)
+        is_told.wait(DEADLINE)
+        until(lambda: len(status(server)["workers"]) == 2, "ada is back")
+        b.steps(6)
+        b.flush()
+
+    together(change, go_on)
+    assert a.worker.local_step == 8 and a.worker.dropped_steps == 0
+    assert server.wait() == 0, server.output
+    assert sum(line["steps"] for line in rounds(tmp_path / "model")) == 18 + 8
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(served["0.weight"], b.model[0].weight)
+
+
+def test_who_has_changed_alone_can_end_with_a_flush(serve):
+    server = serve("-n", 2, "--until-done", *MEAN)
+    a, b = begun(server, "ada", "bob")
+    is_told = threading.Event()
+
+    def change():
+        a.steps(4)
+        a.unfreeze()
+        with pytest.raises(Refused, match="bob did not make that change"):
+            a.steps(1)
+        is_told.set()
+        a.flush()
+
+    together(change, lambda: (b.steps(8), is_told.wait(DEADLINE), b.flush()))
+    assert server.wait() == 0, server.output
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_a_server_that_is_killed_after_a_change_goes_on(serve, tmp_path, is_lost):
     server = serve("-n", 2, "--save-every", 1, *MOMENTUM)
@@ -609,6 +666,47 @@ def test_layers_are_unfrozen_one_after_the_other(serve, tmp_path, fragments):
     assert_global(tmp_path, a, b)
 
 
+def test_two_that_begin_a_run_with_other_frozen_numbers_are_told(serve):
+    server = serve("-n", 2)
+    a, b = (Trainee(server, name) for name in ("ada", "bob"))
+    with torch.no_grad():
+        b.model[1].weight += 1
+    first = background(a.worker.start)
+    until(lambda: "ada" in status(server)["joining"], "ada waits for bob")
+    with pytest.raises(
+        Refused, match=r"frozen tensor '1.weight' has other numbers than that of ada"
+    ):
+        b.worker.start()
+    with torch.no_grad():
+        b.model[1].weight -= 1
+    together(Trainee(server, "bob").worker.start, lambda: first.result(DEADLINE))
+
+
+def test_frozen_modules_that_come_with_a_change_must_be_alike(serve):
+    server = serve("-n", 2, *MEAN)
+    a, b = begun(server, "ada", "bob")
+
+    both(a, b, lambda each: each.steps(4))
+
+    def change(each, seed):
+        torch.manual_seed(seed)
+        each.model.add_module("2", torch.nn.Linear(2, 2).requires_grad_(False))
+        each.unfreeze()
+        each.steps(1)
+
+    asked = {each: background(lambda e=each, i=i: change(e, i)) for i, each in enumerate((a, b))}
+    until(lambda: any(future.done() for future in asked.values()), "one of them is told")
+    told, other = sorted((a, b), key=lambda each: not asked[each].done())
+    says = rf"frozen tensor '2.weight' has other numbers than that of {other.name}"
+    with pytest.raises(Refused, match=says):
+        asked[told].result()
+    told.model[2].load_state_dict(other.model[2].state_dict())
+    told.steps(1)
+    asked[other].result(DEADLINE)
+    both(a, b, lambda each: each.steps(3))
+    assert torch.equal(flat(a.model), flat(b.model))
+
+
 def test_a_slice_that_was_not_taken_yet_is_brought_as_the_worker_has_it(serve):
     (a,) = begun(serve("-n", 1), "ada", num_fragments=2)
     a.steps(1)
@@ -686,6 +784,99 @@ def test_what_was_trained_and_is_gone_stays_in_no_memory(tmp_path):
         store.keep(GlobalModel(specs, [], 1, "fp32", "fp32", False), frozen)
         store.note_frozen(frozen, "ada")
         assert store.weights.keys() == store.kept.keys() == {f"x{i}"}
+
+
+WIDER = [["w", "F32", [3, 4]], ["x", "F32", [7]]]
+
+
+def amid_a_change(server, rounds=3):
+    """A worker that has made some rounds, and is asked to bring tensors of which the server lacks one;
+    gives it with the numbers and the version of before."""
+    a = Peer(server, "ada", torch.zeros(12), WIDER[:1]).join()
+    for i in range(rounds):
+        a.push(numbers(1, 12), closing=i == rounds - 1)
+    before, version = a.params.clone(), a.version
+    a.manifest = manifest_from_json(WIDER)
+    assert a.ask(again=True).type == "bring"
+    return a, before, version
+
+
+def test_a_server_that_is_stopped_while_new_tensors_are_brought_has_saved_the_rounds(
+    serve, tmp_path
+):
+    server = serve("-n", 1, "--save-every", 100, *FP32)
+    _, before, _ = amid_a_change(server)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    saved = load_file(tmp_path / "model" / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(saved["w"].flatten(), before)
+
+
+@pytest.mark.parametrize("every", [0, 100])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_server_that_is_killed_while_new_tensors_are_brought_has_saved_the_rounds(
+    serve, is_new, every
+):
+    server = serve("-n", 1, "--save-every", every, *MOMENTUM)
+    a, before, version = amid_a_change(server)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    a.close()
+    again = serve("-n", 1, "--port", server.port, "--save-every", every, *MOMENTUM)
+    a.manifest = manifest_from_json(WIDER[:1])
+    if is_new:
+        enter_anew(a, WIDER)
+    else:
+        a.join(again=True)
+    assert torch.equal(a.params[:12], before) and a.version.number == version.number
+    a.push(torch.zeros(a.params.numel()))
+    outer = Outer(torch.zeros(12), "fp32", warmup=False)
+    for i in range(3):
+        outer.step([numbers(1, 12)], closing=i == 2)
+    outer.step([torch.zeros(12)])
+    assert torch.allclose(a.params[:12], outer.params, atol=1e-6)  # the momentum goes on
+    assert status(again)["expected"] == []
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_hold_a_change_up(serve, tmp_path):
+    server = serve("-n", 1, "--save-every", 100, *FP32)
+    (tmp_path / "model" / "checkpoint-3").mkdir(parents=True)  # which is not the server's
+    amid_a_change(server)
+    assert "checkpoint-3 is not this program's" in server.output
+
+
+def test_the_final_model_that_is_due_is_written_before_the_tensors_change(serve, tmp_path):
+    server = serve("-n", 2, "--until-done", "--save-every", 1, "--worker-timeout", 1, *FP32)
+    a, b = (Peer(server, name, torch.zeros(12), WIDER[:1]) for name in ("ada", "bob"))
+    join_all(a, b)
+    together(*(lambda p=p: p.push(numbers(1, 12), closing=True) for p in (a, b)))
+    before = a.params.clone()
+    a.manifest = manifest_from_json(WIDER)
+    asked = background(lambda: a.ask(again=True))
+    until(lambda: "ada" in status(server)["joining"], "ada waits for bob's change")
+    b.leave()
+    assert asked.result(DEADLINE).type == "bring"
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(saved["w"].flatten(), before)
+    a.close()
+    assert server.wait() == 0
+
+
+def test_a_server_that_saves_at_the_end_only_still_has_what_a_change_has_frozen(serve, tmp_path):
+    server = serve("-n", 1, "--save-every", 0, *MOMENTUM)
+    (a,) = begun(server, "ada", frozen=(1,))
+    a.steps(4)
+    a.model[0].requires_grad_(False)
+    a.unfreeze()
+    a.steps(3)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    again = serve("-n", 1, "--until-done", "--port", server.port, "--save-every", 0, *MOMENTUM)
+    a.steps(6)
+    a.flush()
+    a.worker.close()
+    assert again.wait() == 0, again.output
+    assert_global(tmp_path, a)
 
 
 def test_a_push_that_began_before_a_change_does_not_count_after_it(serve):
