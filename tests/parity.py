@@ -420,12 +420,15 @@ def simulated_rows():
     stalled = {"own_pace": True, "weights": "steps", "stalls": True}
     scenes = {
         "quorum-1": {"quorum": 1},
+        "quorum-1-delayed": {"quorum": 1, "outer": "delayed"},
+        "no-waiting": {"quorum": 1, "delay": PACE // 4},
         "quorum-2": {"quorum": 2},
         "stalls": {"quorum": 2, "grace": quarter, **stalled},
     }
     rows["stalls:full"] = Rule(outer="whole", **stalled)
     for scene, settings in scenes.items():
         rows |= {f"{scene}:{late}": Rule(late=late, **settings) for late in LATE}
+    rows["quorum-1:sqrt-scaled"] = Rule(quorum=1, late="sqrt", scaled=True)
     # Async Local-SGD (arXiv 2401.09135), as its abstract and our knowledge of it have it: each push is
     # 1/N of a plain step at once, momentum follows every N pushes; beside it the paper tries a
     # late push times (1 + s)**-0.5, and N pushes gathered for one whole step.
