@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -169,10 +170,12 @@ def compare(chosen, args, source):
 # --- Machines that are not alike ------------------------------------------------------------
 #
 # Every row gets the same wall clock: from the moment in which all four workers make their first step
-# to the one in which the fastest, if it never waited, would have made `--steps` steps. Then nobody begins
-# another step, and the run is stopped as a user would stop it, so what a worker has beyond its last
-# push still goes in, as a plain mean. Since no row knows how many steps it will make, the learning rate is constant after the
-# warmup.
+# to the one in which the fastest, if it never waited, would have made `--steps` steps. Then nobody
+# begins another step, and the run is stopped as a user would stop it, so what a worker has beyond its
+# last push still goes in, as a plain mean. Since no row knows how many steps it will make, the
+# learning rate is constant after the warmup. A row says how many seconds its workers were behind at
+# the end: if they are many, this machine was too busy for such short steps, and the row is worth
+# nothing.
 
 SPEEDS = {"ada": 1.0, "bob": 0.8, "cleo": 0.5, "dan": 0.25}  # each machine's, of the fastest's
 PACE = 20  # steps of the fastest machine between two syncs
@@ -259,7 +262,8 @@ def await_text(log, pattern, running):
 
 def train_unequal(folder, source, seed, args, settings, options):
     """One run of throttled workers in an empty folder: its Outcome."""
-    config = write_config(folder, source, seed, ENDLESS, PACE, {**CONSTANT, **settings})
+    size = TINY if args.tiny else SMALL
+    config = write_config(folder, source, seed, ENDLESS, PACE, {**size, **CONSTANT, **settings})
     step = args.step_ms / 1000
     seconds = args.steps * step
     logs = {name: os.path.join(folder, f"{name}.log") for name in ("server", *SPEEDS)}
@@ -732,7 +736,9 @@ def main():
     parser.add_argument("--simulate", action="store_true", help="the same in simulated time")
     parser.add_argument("--steps", type=int, default=800, help="of the fastest one (%(default)s)")
     parser.add_argument("--step-ms", type=float, default=60, help="of its steps (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="--unequal with --simulate's model")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends processes too
     source = args.text or (TEXT if os.path.isfile(TEXT) else "builtin")
     source = source if source == "builtin" else os.path.abspath(source)
     if args.simulate:
