@@ -738,7 +738,8 @@ def main():
     parser.add_argument("--step-ms", type=float, default=60, help="of its steps (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="--unequal with --simulate's model")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends processes too
+    # Leave by way of what ends our processes and removes our files.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     source = args.text or (TEXT if os.path.isfile(TEXT) else "builtin")
     source = source if source == "builtin" else os.path.abspath(source)
     if args.simulate:
