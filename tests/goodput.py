@@ -49,7 +49,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -68,6 +68,7 @@ class Mode:
     sync_every: int = 20
     delay: int = 0  # fragment_sync_delay
     fragments: int = 1
+    update: str = "predict"  # fragment_update
 
 
 MODES = {
@@ -198,15 +199,16 @@ def join(args, model, optimizer):
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    options = {"num_fragments": args.fragments, "fragment_sync_delay": args.delay}
     worker = DiLoCoWorker(
         model,
         optimizer,
         args.server,
         args.sync_every,
         args.worker,
+        num_fragments=args.fragments,
+        fragment_sync_delay=args.delay,
+        fragment_update=args.update,
         state=saved.get("worker"),
-        **options,
     )
     worker.start()
     if saved:
@@ -330,7 +332,8 @@ class Fleet:
             os.path.abspath(__file__), "--role", "worker", "--worker", name, "--records", records,
             "--server", f"127.0.0.1:{self.port}", "--sync-every", str(self.mode.sync_every),
             "--delay", str(self.mode.delay), "--fragments", str(self.mode.fragments),
-            "--checkpoint", os.path.join(self.folder, checkpoint), "--steps", str(self.steps),
+            "--update", self.mode.update, "--steps", str(self.steps),
+            "--checkpoint", os.path.join(self.folder, checkpoint),
             "--pause", "0" if self.steps else str(PAUSE), "--data-seed", str(1000 * i + life),
             "--save-every", "0" if self.steps else str(SAVE_EVERY),
         ]
@@ -567,6 +570,7 @@ def parse_args():
     add("--options", help=f"the server's in elastic mode ({MODES['elastic'].options})")
     for name in ("sync-every", "delay", "fragments"):
         add(f"--{name}", type=int, help="of the workers in elastic mode")
+    add("--update", help="predict, rebase or mix, of the workers in elastic mode")
     add("--fresh", action="store_true", help="workers start again without their checkpoint")
     add("--no-quiet", action="store_true", help="no runs without faults to compare the loss with")
     add("--keep", metavar="DIR", help="a new folder for all files of the runs, which stays")
@@ -582,7 +586,7 @@ def main():
     args = parse_args()
     if args.role == "worker":
         return work(args)
-    given = {name: getattr(args, name) for name in ("options", "sync_every", "delay", "fragments")}
+    given = {each.name: getattr(args, each.name) for each in fields(Mode)}
     given = {name: value for name, value in given.items() if value is not None}
     modes = MODES | {"elastic": replace(MODES["elastic"], **given)}
     chosen = args.only.split(",") if args.only else [*MODES, *COMPUTED]
