@@ -28,6 +28,10 @@ Words:
   of a run without faults: of as many useful steps, in full sync, by as many workers as were up on
   average (more of them would each make fewer steps, and end with a worse model).
 
+Below each mode stands where the other steps went: those that a worker did not make because it waited
+(put down to a fault or a join at that time, by the clock alone), and those that were made and lost, most
+of them since the last push of a process that was killed.
+
 Exit code 0 if each step that was folded counts exactly once, no bits differ, and nobody ended by
 itself; goodput is reported, not judged.
 """
@@ -54,7 +58,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from trail import Trail, checksums_of, digest_of, flat, tail
+import chaos
+from trail import Trail, check_logs, checksums_of, digest_of, flat, tail
 
 import protocol
 from diloco_callback import DiLoCoWorker
@@ -84,6 +89,7 @@ LEAST_GAP = 60.0  # seconds between two faults of one worker
 MORE_GAP = 30.0  # further seconds, on average
 START_SECONDS = 90.0  # importing torch eight times on a machine that has much else to do
 END_SECONDS = 60.0  # for the last pushes and the final model
+SHORT = 3  # steps of a push of which there is a word, as it counts like any other
 NEAR = 1.5  # seconds around a join in which a wait is put down to it
 RECORD = struct.Struct("<dq")  # what a worker writes for each step: time, local step
 ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
@@ -312,8 +318,14 @@ class Fleet:
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         path = os.path.join(self.folder, f"{name}.log")
         with open(path, "wb") as log:
-            streams = {"stdout": log, "stderr": subprocess.STDOUT}
-            return subprocess.Popen([sys.executable, *command], env=environment, **streams), path
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=chaos._end_with_parent,
+            )
+        return process, path
 
     # fmt: off
     def start_server(self, workers):
@@ -416,8 +428,19 @@ class Fleet:
 
     def events(self):
         """The audit trail."""
-        with open(os.path.join(self.folder, "audit.jsonl"), encoding="utf-8") as file:
+        path = os.path.join(self.folder, "audit.jsonl")
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
+        return []
+
+    def judged(self):
+        """(audit trail, Trail): its faults, and those of the logs, are in `violations` then."""
+        events = self.events()
+        trail = Trail(events, self.mode.fragments)
+        trail.check()
+        check_logs(self.folder, trail)
+        self.violations += trail.violations
+        return events, trail
 
     def loss(self):
         """The loss of the final model, or NaN where there is none."""
@@ -491,7 +514,7 @@ def account(lives, events, trail):
     return found
 
 
-def report(name, kills, sums, loss, more):
+def report(name, kills, sums, loss, more=""):
     """A line of the table."""
     print(
         f"{name:10} | {sums.up:10,.0f} | {sums.useful:12,.0f} | {sums.goodput:7.1%} | {kills:6} | "
@@ -513,8 +536,17 @@ def explain(name, sums, trail, violations):
     lost = sums.made - sums.useful
     print(f"  {lost / total:6.2%}  made, not folded: {lost:.0f} steps", end="")
     print(f", {sums.dropped:.0f} of them refused or given up by who lived on")
+    folds = [trail.folds[key] for chain in trail.chains for key in chain]
+    few, alone = (sum(fold["share"] <= share for fold in folds) for share in (0.5, 1 / 3))
+    short = sum(push[3] <= SHORT for fold in folds for push in fold["pushes"])
+    print(
+        f"  {few} of {len(folds)} rounds folded half of the members or fewer, {alone} a third; "
+        f"{short} pushes had {SHORT} steps or fewer"
+    )
     for text in violations:
         print(f"VIOLATION: {text}")
+    if not violations:
+        print("  each step that was folded counts once, and all replicas have the same bits")
     sys.stdout.flush()
 
 
@@ -524,17 +556,14 @@ def measure(name, mode, args, folder):
     fleet = Fleet(os.path.join(folder, name), mode, args, outages)
     print(f"{name}: {mode}", flush=True)
     fleet.run()
-    events = fleet.events()
-    trail = Trail(events, mode.fragments)
-    trail.check()
+    events, trail = fleet.judged()
     lives = [(life.started, life.times, life.killed) for life in fleet.lives]
     sums = account(lives, events, trail)
-    violations = fleet.violations + trail.violations
-    losses = fleet.loss(), float("nan")
+    losses = [fleet.loss()]
     if not args.no_quiet and sums.useful:
-        losses = losses[0], quiet(name, args, folder, sums, violations)
-    explain(name, sums, trail, violations)
-    return name, fleet.kills, sums, losses, violations
+        losses.append(quiet(name, args, folder, sums, fleet.violations))
+    explain(name, sums, trail, fleet.violations)
+    return name, fleet.kills, sums, losses, fleet.violations
 
 
 def quiet(name, args, folder, sums, violations):
@@ -545,9 +574,8 @@ def quiet(name, args, folder, sums, violations):
     print(f"{name}: quiet run of {workers} workers, {steps} steps each", flush=True)
     fleet = Fleet(where, MODES["full"], args, [[]] * workers, steps)
     fleet.run()
-    trail = Trail(fleet.events(), 1)
-    trail.check()
-    violations += [f"quiet run: {text}" for text in fleet.violations + trail.violations]
+    fleet.judged()
+    violations += [f"quiet run: {text}" for text in fleet.violations]
     return fleet.loss()
 
 
@@ -598,8 +626,9 @@ def main():
         if not args.keep:
             shutil.rmtree(folder)
     print(f"\n{'mode':10} | up seconds | useful steps | goodput | faults | loss (to a quiet run's)")
-    for name, kills, sums, (loss, calm), _ in found:
-        report(name, kills, sums, f"{loss:.4f}", f"({loss / calm:.4f} times {calm:.4f})")
+    for name, kills, sums, (loss, *calm), _ in found:
+        more = [f"({loss / other:.4f} times {other:.4f})" for other in calm]
+        report(name, kills, sums, f"{loss:.4f}", *more)
     measured = found[-1][2] if found else None
     outages = faults(args.seed, args.workers, 60 * args.minutes)
     kills = sum(0 < a < 60 * args.minutes for spans in outages for a, _ in spans)
