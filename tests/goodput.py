@@ -89,9 +89,12 @@ LEAST_GAP = 60.0  # seconds between two faults of one worker
 MORE_GAP = 30.0  # further seconds, on average
 START_SECONDS = 90.0  # importing torch eight times on a machine that has much else to do
 END_SECONDS = 60.0  # for the last pushes and the final model
+LITTLE = "a little in each step, and by the machine's other work"
 SHORT = 3  # steps of a push of which there is a word, as it counts like any other
 NEAR = 1.5  # seconds around a join in which a wait is put down to it
-RECORD = struct.Struct("<dq")  # what a worker writes for each step: time, local step
+RECORD = struct.Struct(
+    "<dd"
+)  # of each step: its time, and seconds in the optimizer's step before it
 ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
 TEXT = os.path.join(ROOT, "..", "shared", "data", "tinyshakespeare.txt")
 CONTEXT, WIDTH, BATCH = 8, 128, 16
@@ -246,7 +249,7 @@ def work(args):
     random_places = torch.Generator().manual_seed(args.data_seed)
     worker = join(args, model, optimizer)
     records = os.open(args.records, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    due = time.monotonic()
+    due, held = time.monotonic(), 0.0
     while not worker.run_is_over(args.steps):
         places = torch.randint(len(text) - CONTEXT - 1, [BATCH], generator=random_places)
         loss = loss_of(model, text, places)
@@ -256,9 +259,10 @@ def work(args):
         due += args.pause
         time.sleep(max(0.0, due - time.monotonic()))
         began = time.monotonic()
-        os.write(records, RECORD.pack(time.time(), worker.local_step + 1))
+        os.write(records, RECORD.pack(time.time(), held))
         optimizer.step()
-        due += time.monotonic() - began  # it also pushes, and waits for others
+        held = time.monotonic() - began  # it also pushes, and waits for others
+        due += held
         if args.save_every and worker.local_step % args.save_every == 0:
             save(args, worker, model, optimizer)
     worker.flush()
@@ -289,11 +293,11 @@ class Life:
     killed: float = 0.0  # when, or 0
 
     @property
-    def times(self):
-        """When it made its steps."""
+    def steps(self):
+        """[(when, seconds in the optimizer's step before)] of its steps."""
         with contextlib.suppress(OSError), open(self.records, "rb") as file:
             raw = file.read()
-            return [t for t, _ in RECORD.iter_unpack(raw[: len(raw) // RECORD.size * RECORD.size])]
+            return [*RECORD.iter_unpack(raw[: len(raw) // RECORD.size * RECORD.size])]
         return []
 
 
@@ -361,7 +365,7 @@ class Fleet:
         life.process.send_signal(signal.SIGKILL)
         life.killed = time.time()
         life.process.wait()
-        self.kills += bool(life.times)
+        self.kills += bool(life.steps)
 
     def run(self):
         """All of it; what did not go well is in `violations`."""
@@ -371,7 +375,7 @@ class Fleet:
             for i in there:
                 self.start(i)
             limit = START_SECONDS
-            is_begun = self.until(lambda: all(self.current[i].times for i in there), limit, "begun")
+            is_begun = self.until(lambda: all(self.current[i].steps for i in there), limit, "begun")
             if is_begun and not self.steps:
                 self.storm()
             if is_begun:
@@ -396,7 +400,7 @@ class Fleet:
             time.sleep(max(0.0, began + at - time.monotonic()))
             action(i)
         time.sleep(max(0.0, began + seconds - time.monotonic()))
-        self.until(lambda: all(life.times for life in self.current.values()), START_SECONDS, "back")
+        self.until(lambda: all(life.steps for life in self.current.values()), START_SECONDS, "back")
         self.ask("stop")
 
     def finish(self, longer):
@@ -479,33 +483,39 @@ def cause_of(begin, end, kills, joins):
     for alive, or somebody who joined, or else its round. kills, joins: seconds, sorted."""
     at = bisect.bisect_left(kills, begin - WORKER_TIMEOUT - NEAR)
     if at < len(kills) and kills[at] < end:
-        return "after a fault"
+        return "waited after a fault"
     at = bisect.bisect_left(joins, begin - NEAR)
-    return "for a join" if at < len(joins) and joins[at] < end + NEAR else "for a round"
+    is_near = at < len(joins) and joins[at] < end + NEAR
+    return "waited for a join" if is_near else "waited for a round"
 
 
 def account(lives, events, trail):
-    """The Account of lives, [(when started, [when it made a step], when killed or 0)], and of what the
-    audit trail says."""
+    """The Account of lives, [(when started, as Life.steps, when killed or 0)], and of what the audit
+    trail says."""
     lives = [life for life in lives if life[1]]
-    gaps = [b - a for _, times, _ in lives for a, b in itertools.pairwise(times)]
-    usual = statistics.median(gaps) if gaps else PAUSE
-    found = Account(rate=1 / usual, made=sum(len(times) for _, times, _ in lives))
+    pairs = [pair for _, steps, _ in lives for pair in itertools.pairwise(steps)]
+    usual = statistics.median(b[0] - a[0] for a, b in pairs) if pairs else PAUSE
+    short = (
+        statistics.median(b[1] for _, b in pairs) if pairs else 0.0
+    )  # where nobody is waited for
+    found = Account(rate=1 / usual, made=sum(len(steps) for _, steps, _ in lives))
     if lives:
-        found.start = statistics.median(times[0] - started for started, times, _ in lives)
+        found.start = statistics.median(steps[0][0] - started for started, steps, _ in lives)
     kills = sorted(killed for *_, killed in lives if killed)
     joins = sorted(event["time"] for event in events if event["event"] == "joined")
-    for _, times, killed in lives:
+    for _, steps, killed in lives:
+        begin, last = steps[0][0], steps[-1][0]
         # The last step of a process that was not killed takes its time too.
-        end = killed or times[-1] + usual
-        found.up += end - times[0]
-        for a, b in zip(times, [*times[1:], end], strict=True):
-            if b - a > 1.5 * usual:
-                found.waits[cause_of(a, b, [k for k in kills if k != killed], joins)] += (
-                    b - a - usual
-                )
-            elif b - a > usual or b != end:
-                found.waits["a little, each step"] += b - a - usual
+        end = killed or last + usual
+        found.up += end - begin
+        rest = end - begin - len(steps) * usual
+        others = [kill for kill in kills if kill != killed]
+        holds = [(a[0], b[1] - short) for a, b in itertools.pairwise(steps)]
+        for at, seconds in [*holds, (last, max(0.0, end - last - usual))]:
+            if seconds > usual / 2:
+                found.waits[cause_of(at, at + seconds, others, joins)] += seconds
+                rest -= seconds
+        found.waits[LITTLE] += rest
     for chain in trail.chains:
         for push in (push for key in chain for push in trail.folds[key]["pushes"]):
             found.useful += push[3] / trail.count
@@ -532,7 +542,7 @@ def explain(name, sums, trail, violations):
         f"{sums.late / max(1.0, sums.useful):.1%} of the useful steps were late"
     )
     for cause, seconds in sums.waits.most_common():
-        print(f"  {seconds * sums.rate / total:6.2%}  not made: waited {cause} ({seconds:.1f} s)")
+        print(f"  {seconds * sums.rate / total:6.2%}  not made: {cause} ({seconds:.1f} s)")
     lost = sums.made - sums.useful
     print(f"  {lost / total:6.2%}  made, not folded: {lost:.0f} steps", end="")
     print(f", {sums.dropped:.0f} of them refused or given up by who lived on")
@@ -557,7 +567,7 @@ def measure(name, mode, args, folder):
     print(f"{name}: {mode}", flush=True)
     fleet.run()
     events, trail = fleet.judged()
-    lives = [(life.started, life.times, life.killed) for life in fleet.lives]
+    lives = [(life.started, life.steps, life.killed) for life in fleet.lives]
     sums = account(lives, events, trail)
     losses = [fleet.loss()]
     if not args.no_quiet and sums.useful:

@@ -20,8 +20,9 @@ def trail_of(*pushes, dropped=0):
     )
 
 
-def ticks(first, count, length=0.1):
-    return [first + length * i for i in range(count)]
+def ticks(first, count, held=0.0):
+    """Steps of 0.1 s, the first one after `held` seconds in the optimizer's step before."""
+    return [(first + 0.1 * i, 0.0 if i else held) for i in range(count)]
 
 
 def test_each_worker_is_gone_a_third_of_the_time():
@@ -73,12 +74,12 @@ def test_steps_of_unhindered_workers_all_count():
 
 
 def test_waits_and_lost_steps_are_told_apart():
-    waiting = [*ticks(0.0, 50), *ticks(8.0, 50), *ticks(30.0, 50)]  # from 4.9 to 8, from 12.9 to 30
+    waiting = [*ticks(0.0, 50), *ticks(8.0, 50, held=3.0), *ticks(30.0, 50, held=17.0)]
     killed = ticks(0.0, 45)
     joins = [{"event": "joined", "time": 31.0}]
     found = account([(0.0, waiting, 0), (0.0, killed, 4.5)], joins, trail_of((150, 0), (40, 0)))
-    assert found.waits["after a fault"] == pytest.approx(3.0)
-    assert found.waits["for a join"] == pytest.approx(17.0)
+    assert found.waits["waited after a fault"] == pytest.approx(3.0)
+    assert found.waits["waited for a join"] == pytest.approx(17.0)
     assert found.made - found.useful == 5
     rest = sum(found.waits.values()) * found.rate + found.made - found.useful
     assert found.possible - found.useful == pytest.approx(rest)
@@ -90,6 +91,6 @@ def test_a_process_that_made_no_step_was_never_up():
 
 
 def test_a_wait_is_put_down_to_a_fault_before_a_join_before_a_round():
-    assert goodput.cause_of(10.0, 13.0, [9.0], [12.0]) == "after a fault"
-    assert goodput.cause_of(10.0, 13.0, [1.0], [12.0]) == "for a join"
-    assert goodput.cause_of(10.0, 13.0, [1.0, 20.0], [5.0]) == "for a round"
+    assert goodput.cause_of(10.0, 13.0, [9.0], [12.0]) == "waited after a fault"
+    assert goodput.cause_of(10.0, 13.0, [1.0], [12.0]) == "waited for a join"
+    assert goodput.cause_of(10.0, 13.0, [1.0, 20.0], [5.0]) == "waited for a round"
