@@ -2871,7 +2871,11 @@ class Leader:
             with self.replica.changed:
                 push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
             if push:  # else the one before is still out, and these steps go with the next
-                facts = {**self.facts(), "adopts_in": delay / max(worker.steps_per_second, 1e-6)}
+                facts = self.facts()
+                adopts_in = (
+                    delay * facts["trained"] / facts["made"]
+                )  # seconds, as far as it can tell
+                facts |= {"adopts_in": min(adopts_in, protocol.MAX_ABS)}
                 self.replica.push(push, goes_on=delay > 0, facts=facts)
         for k in due if delay == 0 else ():
             if self.is_due(k):

@@ -57,6 +57,7 @@ from protocol import FRESH, NONE, WEIGHTS, Fate, ProtocolError, Refused, Version
 
 HEARTBEAT_SECONDS = 2.0  # how often workers are asked to say that they live
 TICK_SECONDS = 0.25  # how often the server looks for rounds and workers whose time has come
+QUORUM_TICK_SECONDS = 0.05  # the same where rounds close by time
 LEAST_SHARES = 8  # shares of the text: so many workers can join before none is left to read
 FOLDING_THREADS = min(4, os.cpu_count() or 1)  # more threads would only wait for memory
 MAX_CONNECTIONS = 1024  # of members: some 50 with a dozen connections each, and a reserve
@@ -447,11 +448,13 @@ class Member:
         k, seq = self.blocked or (len(slices), 0)
         return k < len(slices) and (self.id, seq) in slices[k].pushes
 
-    def to_go(self, k, now):
-        """Steps until the worker pushes slice k, as a part of its cycle."""
+    def to_go(self, k, now, rules):
+        """Steps until the worker pushes slice k, as a part of its cycle. Where all are awaited, it
+        comes no further than to that push."""
         due = min(k + 1, self.fragments) * self.cycle // self.fragments
         steps = (due - self.position - 1) % self.cycle + 1
-        return max(0.0, steps - self.speed * (now - self.heard)) / self.cycle
+        left = steps - self.speed * (now - self.heard)
+        return (left % self.cycle if rules.quorum else max(0.0, left)) / self.cycle
 
 
 def of_process(workers, id, session):
@@ -668,8 +671,13 @@ class Run:
         for k, slice in enumerate(self.slices):
             if slice.pushes and id not in self.missing(k):
                 turns[k] += len(self.slices)
-        me, k = self.members[id], turns.index(min(turns))
-        left = [m.to_go(k, now) for m in self.members.values() if m is not me and m.speed]
+        me, k, recently = (
+            self.members[id],
+            turns.index(min(turns)),
+            2 * self.rules.heartbeat_seconds,
+        )
+        heard = [m for m in self.members.values() if m is not me and now - m.heard <= recently]
+        left = [member.to_go(k, now, self.rules) for member in heard if member.speed]
         return turns, max(1, round(min(left) * me.cycle)) if left else None
 
     def hear(self, id, session, now):
@@ -3164,7 +3172,7 @@ class Rounds:
         elif push.k < self.model.num_fragments:
             push.norm = squares**0.5
         if push.adopts:  # the reply will take about as long
-            push.adopts += began - (now() - began)
+            push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
 
     def turn(self):
         """Close every round that is over. Called after each event, and several times a second."""
@@ -3237,7 +3245,7 @@ class Rounds:
 
         def named(push):
             late = closed.lateness.get(push.worker, 0)
-            return [push.worker, push.session, push.seq, push.steps, late]
+            return [push.worker, push.session, push.seq, push.steps, late, push.weight]
 
         protocol.audit(
             "fold",
@@ -3861,7 +3869,8 @@ class Server:
 
     def tick(self):
         """Give up who is silent, and close the rounds whose time has come."""
-        while not self.ended.wait(min(TICK_SECONDS, self.args.worker_timeout / 4)):
+        seconds = QUORUM_TICK_SECONDS if self.args.quorum else TICK_SECONDS
+        while not self.ended.wait(min(seconds, self.args.worker_timeout / 4)):
             with self.faults.survive(log, "looking after workers and rounds"):
                 self.look_after()
             log.settle()
@@ -4247,7 +4256,7 @@ def parse_args(argv=None):
     add("--own-pace", "--dylu", action="store_true",
         help="let each worker make as many steps a round as it can, so that nobody waits")
     add("--weights", choices=["equal", "steps", "tokens"],
-        help="by which a worker's push counts (equal; with --own-pace tokens, or steps without any)")
+        help="by which a push counts (equal; with --own-pace or a quorum tokens, or steps without any)")
     add("--outer", choices=["whole", "fractional", "delayed"],
         help="outer step of a round that only a part of the workers is in (whole; with a quorum "
         "fractional)")
@@ -4274,7 +4283,7 @@ def parse_args(argv=None):
     if args.outer is None:
         args.outer = "fractional" if args.quorum else "whole"
     if args.weights is None:
-        args.weights = "tokens" if args.own_pace else "equal"
+        args.weights = "tokens" if args.own_pace or args.quorum else "equal"
     if args.stale_weight is None:
         args.stale_weight = 0.5 if args.quorum else 0.0
     if args.spawn and not os.path.isfile(args.spawn):

@@ -102,6 +102,7 @@ def changed_bytes(raw, rng):
 MANIFEST = [["w", "F32", [3, 4]], ["b", "BF16", [5]]]
 BUFFERS = [["mean", "F32", [2]]]
 FATES = {"ada": [3, "", 2], "bob": [1, "not finite", 1]}
+READING = {"cycle": 5, "made": 12, "trained": 3.5, "waited": 0.25}
 REQUESTS = {
     "join": {
         "manifest": MANIFEST,
@@ -132,6 +133,8 @@ REQUESTS = {
         "position": 0,
         "tokens": 100,
         "loss": 2.5,
+        **READING,
+        "adopts_in": 0.5,
     },
     "pull": {"slice": 0, "version": [LIFE, 2], "seq": 4},
     "fetch": {"frozen": ["f"], "files": False},
@@ -141,6 +144,7 @@ REQUESTS = {
         "steps_per_second": 3.5,
         "loss": 2.5,
         "blocked": [0, 4],
+        **READING,
     },
     "leave": {"reason": "done"},
     "status": {},
@@ -152,14 +156,31 @@ REPLIES = {
         "version": [LIFE, 3],
         "folded": FATES,
         "plain": False,
+        "part": 1.0,
+        "made": 3.0,
         "step": 15,
         "more": False,
     },
-    "slice": {"slice": 0, "version": [LIFE, 3], "folded": FATES, "step": 15, "more": False},
+    "slice": {
+        "slice": 0,
+        "version": [LIFE, 3],
+        "folded": FATES,
+        "step": 15,
+        "made": 3.0,
+        "more": False,
+    },
 }
 
 
-BEAT = {"round": 1, "rank": 0, "world": 1, "members": ["eve"], "orders": [], "stalls": []}
+BEAT = {
+    "round": 1,
+    "rank": 0,
+    "world": 1,
+    "members": ["eve"],
+    "orders": [],
+    "stalls": [],
+    "pace": 5,
+}
 JOINED = {
     "run": LIFE,
     "index": 0,

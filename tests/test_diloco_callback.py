@@ -466,7 +466,7 @@ def test_a_push_that_is_not_finite_halfway_leaves_the_residual_also_after_a_pred
     local = torch.randn(protocol.CHUNK + 4)
     codecs = CODECS["bf16"], CODECS["bf16"]
     slice = Slice(protocol.FlatModel([local]), *codecs, has_residual=True, predicts=True)
-    slice.outer = 0.7, 0.9, True
+    slice.outer = 0.7, 0.9, True, 1.0
     slice.residual.copy_(torch.randn(len(local)) / 1000)
     before = slice.residual.clone()
     local[-1] = float("nan")

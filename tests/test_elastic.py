@@ -54,6 +54,7 @@ STREAMING = dict(
 both_modes = pytest.mark.parametrize("mode", [FULL, STREAMING], ids=["full", "streaming"])
 A, B = 1, 1000  # gains of two workers whose steps are told apart in their sum
 PLAIN = ["--upload-codec", "fp32", "--download-codec", "fp32", "--outer-momentum", 0]
+WHOLE = ["--outer", "whole", "--weights", "equal", "--stale-weight", 0]  # as where all are awaited
 ADD_ONE, ADD_TWO = [*PLAIN, "--outer-lr", 1], [*PLAIN, "--outer-lr", 2, "-n", 2]
 SOON = ["--worker-timeout", 1]  # heartbeats come every 0.25 s
 
@@ -455,7 +456,7 @@ def test_a_round_closes_without_the_slow_one_whose_push_counts_in_the_next(
     serve, count, tmp_path, mode
 ):
     """a adds 1 and b 3 a step, the outer lr is 1. Worked out by hand for fragment 0."""
-    server = serve(*PLAIN, "--outer-lr", 1, "-n", 2, "--round-timeout", 0.5)
+    server = serve(*PLAIN, "--outer-lr", 1, "-n", 2, "--round-timeout", 0.5, *WHOLE)
     a, b = joined(*(count(server, name, gain, **mode) for name, gain in (("a", 1), ("b", 3))))
     first = first_push(mode)
     a.step(first + 1).stepped()
@@ -473,7 +474,9 @@ def test_a_round_closes_without_the_slow_one_whose_push_counts_in_the_next(
 def test_a_push_over_max_staleness_is_dropped_counted_and_the_global_model_taken(
     serve, count, tmp_path
 ):
-    server = serve(*PLAIN, "--outer-lr", 1, "-n", 2, "--round-timeout", 0.3, "--max-staleness", 0)
+    server = serve(
+        *PLAIN, "--outer-lr", 1, "-n", 2, "--round-timeout", 0.3, "--max-staleness", 0, *WHOLE
+    )
     a, b = joined(*(count(server, name, gain, **FULL) for name, gain in (("a", 1), ("b", 3))))
     a.step(9).stepped()
     b.step(9).stepped()

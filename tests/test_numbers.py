@@ -295,7 +295,13 @@ class Liar:
             return "current", {"slice": k, "version": held}, [], []
         self.version += seq > 0
         fates = {"w": [self.seq, "", self.version]} if self.seq else {}
-        fields = {"slice": k, "version": [LIFE, self.version], "folded": fates, "step": 5}
+        fields = {
+            "slice": k,
+            "version": [LIFE, self.version],
+            "folded": fates,
+            "step": 5,
+            "made": 1.0,
+        }
         if held == (LIFE, self.version - 1) and seq:
             fields |= {"base": held, "plain": False, "more": False}
             update = torch.ones(self.size)
@@ -343,6 +349,7 @@ BAD = [
     ("join", {"turns": [0, 1]}),
     ("join", {"turns": ...}),
     ("join", {"steps": "x"}),
+    ("join", {"pace": 0}),
     ("join", {"heartbeat_seconds": 1e15}),
     ("join", {"rank": 5}),
     ("join", {"world": 1 << 40}),
@@ -359,6 +366,10 @@ BAD = [
     ("entry", {"folded": []}),
     ("entry", {"step": "x"}),
     ("entry", {"plain": 1}),
+    ("entry", {"part": 1.5}),
+    ("entry", {"part": "x"}),
+    ("entry", {"made": -1.0}),
+    ("entry", {"made": ...}),
     ("entry", {"base": [LIFE, 77]}),
     ("slice", {"version": ["x", 0]}),
     ("slice", {"more": True}),
@@ -366,6 +377,8 @@ BAD = [
     ("heartbeat", {"orders": [{}, None]}),
     ("heartbeat", {"orders": ...}),
     ("heartbeat", {"rank": 3}),
+    ("heartbeat", {"pace": 0}),
+    ("heartbeat", {"pace": 2.5}),
 ]
 
 

@@ -291,8 +291,11 @@ class Trail:
         for k, chain in enumerate(self.chains):
             moved = 0.0
             for key in chain:
+                weights = [push[5] for push in self.folds[key]["pushes"]]
                 steps = [span[1] - span[0] for _, span in self.counted(key)]
-                moved += self.folds[key]["share"] * STEP * sum(steps) / len(steps) if steps else 0.0
+                if steps:
+                    weighed = sum(w * n for w, n in zip(weights, steps, strict=True))
+                    moved += self.folds[key]["share"] * STEP * weighed / sum(weights)
             protocol.fragment_of(expected, k, self.count).sub_(moved)
         return expected
 
