@@ -1574,7 +1574,7 @@ class Trained:
         self.optimizers = [unwrapped(each) for each in given]
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
-        self.model, self.fsdp_modules = model, fsdp_modules(model)
+        self.model, self.fsdp_modules = innermost(model), fsdp_modules(model)
         self.reshard()
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
@@ -1673,6 +1673,7 @@ WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",  # of torch.compile
+    "_FabricModule": "_forward_module",  # of Lightning's Fabric
 }
 
 
@@ -1869,10 +1870,25 @@ def description_of(model, trained, frozen, buffers):
         return adapter_files(inner, peft, {*trained}, {*buffers})
     every, plain = inner.named_parameters(), plain_names(inner)
     is_known = all(plain(name) in trained or plain(name) in frozen for name, _ in every)
-    has_adapter = not is_known or getattr(inner, "_hf_peft_config_loaded", False)
-    if transformers and isinstance(inner, transformers.PreTrainedModel) and not has_adapter:
-        return {"config.json": inner.config.to_json_string()}
+    if transformers and isinstance(inner, transformers.PreTrainedModel) and is_known:
+        if is_as_built(inner, plain):
+            return {"config.json": inner.config.to_json_string()}
+        log(
+            f"{type(inner).__name__} is not what its config describes: the result has no config.json"
+        )
     return {}
+
+
+def is_as_built(model, plain):
+    """Whether a model of transformers has the tensors of the one that its config describes, without
+    an adapter or a parametrization. plain: as `plain_names` gives it."""
+    try:
+        with torch.random.fork_rng([]), torch.device("meta"):
+            built = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a class of the program's own, which wants more than a config
+        return False
+    own, its = (m.named_parameters(remove_duplicate=False) for m in (model, built))
+    return {plain(n): p.shape for n, p in own} == {n: p.shape for n, p in its}
 
 
 def adapter_files(model, peft, trained, buffers):
