@@ -679,6 +679,15 @@ def test_wrappers_are_known_by_their_class_not_by_a_name():
         assert {plain(name) for name, _ in model.named_parameters()} == names
 
 
+def test_a_module_of_fabric_has_its_own_names_and_its_buffers():
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
+    wrapped, optimizer = fabric.setup(model, sgd(model))
+    found = Trained(wrapped, optimizer)
+    assert [*found.named] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert [*found.buffers] == ["1.running_mean", "1.running_var"]
+
+
 def test_watch_knows_no_parameter_of_others():
     model = toy_worker.build((5, 7, 2))
     watch = Watch(DiLoCoWorker(model, sgd(model), "host:1", worker_id="a"))
