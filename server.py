@@ -2015,9 +2015,9 @@ def facts_of(conn, message):
     return facts
 
 
-def layout_of(specs):
-    """What tells the tensors of a model from others: their names and shapes."""
-    return hash(frozenset((spec.name, spec.shape) for spec in specs))
+def layout_of(*kinds):
+    """What tells the tensors of a model, its parameters and buffers, from others: names and shapes."""
+    return hash(tuple(frozenset((spec.name, spec.shape) for spec in specs) for specs in kinds))
 
 
 def blocked_of(message, count):
@@ -2538,7 +2538,7 @@ class Gate:
             resumes=resumes,
             closed=set(message.numbers("closed", None, high=count - 1)),
             facts=facts,
-            layout=layout_of(facts.manifest + facts.buffers),
+            layout=layout_of(facts.manifest, facts.buffers),
             sync_every=field("sync_every", int, low=1, high=1 << 31),
             fragments=fragments,
             step=field("step", int, 0),
@@ -3530,7 +3530,7 @@ class Server:
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
         for slice, norms in zip(self.run.slices, state["norms"], strict=True):
             slice.norms = norms
-        self.run.anew.layout = layout_of(model.manifest + model.buffers)
+        self.run.anew.layout = layout_of(model.manifest, model.buffers)
         protocol.audit("load", life=self.run.life, path=state["path"], labels=self.run.versions)
         return model
 
