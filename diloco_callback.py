@@ -1597,7 +1597,7 @@ class Trained:
         self.optimizers = [unwrapped(each) for each in given]
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
-        self.model, self.fsdp_modules = model, fsdp_modules(model)
+        self.model, self.fsdp_modules = innermost(model), fsdp_modules(model)
         self.reshard()
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
@@ -1696,6 +1696,7 @@ WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",  # of torch.compile
+    "_FabricModule": "_forward_module",  # of Lightning's Fabric
 }
 
 
@@ -1833,12 +1834,13 @@ def unwrapped(optimizer):
     return found[-1]
 
 
-def is_nested_step(optimizer):
-    """Whether a step of `optimizer` is under way within another one of its own. The stack tells, as
-    no count of hooks survives a step that raises."""
+def is_nested_step(optimizer, outer=None):
+    """Whether a step of `optimizer` is made within another one of its own, or of `outer`: no count of
+    hooks survives a step that raises, so the stack tells."""
     code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
     steps = [frame.f_locals.values() for frame in callers() if frame.f_code is code]
-    return sum(any(value is optimizer for value in values) for values in steps) > 1
+    depth = sum(any(value is (outer or optimizer) for value in values) for values in steps)
+    return depth > (0 if outer else 1)
 
 
 def callers():
@@ -1892,10 +1894,23 @@ def description_of(model, trained, frozen, buffers):
         return adapter_files(inner, peft, {*trained}, {*buffers})
     every, plain = inner.named_parameters(), plain_names(inner)
     is_known = all(plain(name) in trained or plain(name) in frozen for name, _ in every)
-    has_adapter = not is_known or getattr(inner, "_hf_peft_config_loaded", False)
-    if transformers and isinstance(inner, transformers.PreTrainedModel) and not has_adapter:
-        return {"config.json": inner.config.to_json_string()}
+    if transformers and isinstance(inner, transformers.PreTrainedModel) and is_known:
+        if is_as_built(inner, plain):
+            return {"config.json": inner.config.to_json_string()}
+        log(f"{type(inner).__name__} is not what its config describes: it gets no config.json")
     return {}
+
+
+def is_as_built(model, plain):
+    """Whether a model of transformers has the tensors of the one that its config describes, without
+    an adapter or a parametrization. plain: as `plain_names` gives it."""
+    try:
+        with torch.random.fork_rng([]), torch.device("meta"):
+            built = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a class of the program's own, which wants more than a config
+        return False
+    own, its = (m.named_parameters(remove_duplicate=False) for m in (model, built))
+    return {plain(n): p.shape for n, p in own} == {n: p.shape for n, p in its}
 
 
 def adapter_files(model, peft, trained, buffers):
@@ -2016,14 +2031,18 @@ class Watch:
 
     def other(self, optimizer):
         """Another optimizer than the one whose steps count has stepped."""
-        if optimizer in self.trained.optimizers:
+        if optimizer in (given := self.trained.optimizers):
             if optimizer in self.unseen:
                 self.unseen.remove(optimizer)
                 if self.worker.local_step == 1:
                     self.behind.append(type(optimizer).__name__)
             return
         held = map(id, parameters_of(optimizer))
-        name = next((self.names[i] for i in held if i in self.names), None)
+        name, last = next((self.names[i] for i in held if i in self.names), None), given[-1]
+        is_inner = any(value is optimizer for value in vars(last).values())
+        if name and is_inner and not is_nested_step(optimizer, last):  # as of SAM in two halves
+            given[-1], self.held[id(optimizer)] = optimizer, marks_of(optimizer)
+            return self.worker._after_step()
         if name is None or self.is_part(optimizer):
             self.harmless.add(optimizer)
             return
@@ -2104,6 +2123,8 @@ class Watch:
                 continue
             if before is None:
                 return f"parameter {name!r} is new"
+            if parameter.dtype == torch.float64:
+                return f"parameter {name!r} is float64 now"
             if parameter.shape != shape:
                 return f"parameter {name!r} was {list(shape)} and is {list(parameter.shape)}"
             if parameter is not before:
@@ -2220,36 +2241,39 @@ class Copies:
     step, such as float32 masters and schedule-free's z. They move as the parameters move when the
     global model is taken, so that what they have beyond the parameters' dtype stays.
 
-    known: {(place of an optimizer in the list, key of its state)} of what has been found a copy.
+    known: keys in an optimizer's state of what has been found a copy.
     """
 
-    TELLING = ("master", "fp32", "param", "weight", "copy", "slow")  # words in a copy's key
+    TELLING = ("master", "fp32", "param", "weight", "copy")  # words in a copy's key
 
     def __init__(self, trained):
         self.trained, self.known = trained, set()
         self.noted = []  # (parameter, copy, value of the parameter)
 
     def candidates(self):
-        """{(optimizer, key): [(parameter, tensor of its shape in the optimizer's state)]}."""
-        found = {}
-        for i, optimizer in enumerate(self.trained.optimizers):
+        """{key: {id of a tensor: (parameter, that tensor of its shape)}} of the state of the optimizers
+        that were given, of those that they wrap, and of those around a step that is under way."""
+        given, found = self.trained.optimizers, {}
+        near = [*given, *(value for each in given for value in vars(each).values())]
+        near += [frame.f_locals.get("self") for frame in callers()]
+        for optimizer in (each for each in near if isinstance(each, torch.optim.Optimizer)):
             for parameter in self.trained.named.values():
                 state = optimizer.state.get(parameter) if parameter in optimizer.state else None
                 for key, value in state.items() if isinstance(state, dict) else ():
                     is_like = isinstance(value, torch.Tensor) and value.shape == parameter.shape
                     if is_like and value.is_floating_point() and key != "step":
-                        found.setdefault((i, key), []).append((parameter, value))
+                        found.setdefault(key, {})[id(value)] = parameter, value
         return found
 
     def note(self):
         """Note where the parameters are, of which there are copies, before they move."""
         self.noted = []
-        for (i, key), pairs in self.candidates().items():
-            if (i, key) not in self.known and self.is_copy(self.trained.optimizers[i], key, pairs):
-                self.known.add((i, key))
+        for key, found in self.candidates().items():
+            parts = [(part_of(p.detach()), part_of(value)) for p, value in found.values()]
+            if key not in self.known and self.is_copy(key, parts[:8]):
+                self.known.add(key)
                 log(f"{key!r} in the optimizer's state is a copy of the weights: it moves along")
-            if (i, key) in self.known:
-                parts = [(part_of(p.detach()), part_of(value)) for p, value in pairs]
+            if key in self.known:
                 self.noted += [
                     (own, twin, own.clone())
                     for own, twin in parts
@@ -2262,20 +2286,22 @@ class Copies:
             twin.add_(own.to(twin.dtype) - before.to(twin.dtype))
         self.noted = []
 
-    def is_copy(self, optimizer, key, pairs):
-        """Whether the state's tensors under a key are copies: the first ones equal their parameters.
-        Zeros, which moments may be too, say so only with the key's name."""
-        if key == "z" and any("weight_sum" in group for group in optimizer.param_groups):
+    def is_copy(self, key, pairs):
+        """Whether the state's tensors under a key are copies: the first ones equal their parameters,
+        or are near them where the key says that they follow. Zeros, which moments may be too, say so
+        only with the key's name."""
+        groups = [group for each in self.trained.optimizers for group in each.param_groups]
+        if key == "z" and any("weight_sum" in group for group in groups):
             return True  # schedule-free: x and y are in between
-        is_named, sure = any(word in str(key) for word in self.TELLING), 0
-        for parameter, value in pairs[:8]:
-            own, twin = part_of(parameter.detach()), part_of(value)
-            for part in (slice(64), slice(None)):
-                first, second = own.reshape(-1)[part], twin.reshape(-1)[part]
-                if not torch.equal(first, second.to(first.dtype)):
-                    return False
-            sure += bool(own.any()) or is_named
-        return sure > 0
+        if "slow" in str(key) or "cached" in str(key):  # as Lookahead's, or an average of gradients
+            apart = sum((own - twin).float().square().sum() for own, twin in pairs)
+            return bool(4 * apart <= sum(own.float().square().sum() for own, _ in pairs))
+        for own, twin in ((own.reshape(-1), twin.reshape(-1)) for own, twin in pairs):
+            parts = (slice(64), slice(None))
+            if not all(torch.equal(own[part], twin[part].to(own.dtype)) for part in parts):
+                return False
+        is_named = any(word in str(key) for word in self.TELLING)
+        return is_named or any(bool(own.any()) for own, _ in pairs)
 
 
 JUMPED = (
@@ -2371,14 +2397,16 @@ def say_unstarted(worker_id, pid, parameters, versions):
 
 def check_process(worker):
     """Raise Refused where this process has a worker already that holds the same id at the same
-    server, as where a cell of a notebook is run again."""
-    for other in namesakes(worker):
-        if other.server == worker.server and not other.closed.is_set():
+    server, or the same optimizer, as where a cell of a notebook is run again."""
+    held, mine = {*map(id, worker.trained.optimizers)}, (worker.worker_id, worker.server)
+    for other in [each for each in STARTED if not (each is worker or each.closed.is_set())]:
+        shares = not held.isdisjoint(map(id, other.trained.optimizers))
+        if shares or (other.worker_id, other.server) == mine:
             raise Refused(
                 "id",
-                f"worker id {worker.worker_id!r} is held at {worker.server} by this process itself (pid "
-                f"{os.getpid()}): call close() of the DiLoCoWorker that it made before, such as in a "
-                "cell that was run already",
+                f"{'the optimizer' if shares else f'worker id {mine[0]!r}'} is held at {other.server} by "
+                f"this process itself (pid {os.getpid()}): call close() of the DiLoCoWorker that it made "
+                "before, such as in a cell that was run already",
             )
 
 
@@ -2666,11 +2694,10 @@ class Admission:
         frozen = self.trained.frozen
         if not frozen.keys() >= set(names):
             raise ProtocolError("join: the server names frozen tensors that are not this worker's")
-        chosen = {name: frozen[name] for name in names}
         whole = self.worker.ranks.whole(names)
         with self.link.borrowed() as conn:
             reply = conn.request("fetch", {"frozen": names}).typed("fetch")
-            reply.expect(protocol.specs_of(chosen.items()))
+            reply.expect(protocol.specs_of((name, frozen[name]) for name in names))
             for spec, parameter in zip(reply.specs, whole, strict=True):
                 values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
                 conn.read(values)
@@ -2729,8 +2756,7 @@ class Anew:
 
     def replace(self, found):
         """Synchronize the parameters among {name: parameter} that have taken the place of others of their
-        shape; returns whether there are any. Raises RuntimeError where one has another shape in its own
-        place."""
+        shape; returns whether there are any. Raises RuntimeError where one has changed its shape."""
         worker, trained, seen = self.worker, self.worker.trained, self.worker.watch.seen
         is_replaced = False
         for name, parameter in found.items():

@@ -108,43 +108,25 @@ MAX_FATES = 2000  # workers whose newest push one slice remembers
 MAX_SHOWN = 80  # characters of a peer's text that are shown
 LINES_PER_SECOND = 10  # lines of a log that strangers can cause
 
-# The descriptive files that may travel with a model. Nothing else is ever written by name.
+# The descriptive files that may travel with a model. Nothing else is ever written by name. The names
+# that tensors have in adapter_model.safetensors are in adapter_names.json.
 FILE_NAMES = (
-    "config.json",
-    "adapter_config.json",
-    "adapter_names.json",  # {tensor: its name in adapter_model.safetensors}
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
+    "config.json", "adapter_config.json", "adapter_names.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 
 # Ending of the name of a config.json beside weights that are only a part of what it describes:
 # `from_pretrained` would make up the other tensors, at random.
 INCOMPLETE = ".incomplete"
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "C64": torch.complex64, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -647,6 +629,7 @@ class Payload:
 # checkpoint's SUMS of anything else that has happened to its files since.
 
 PICKLED = ".bin", ".pt", ".pth", ".ckpt"  # endings of files that torch.save wrote
+ALONE = "write a file of the weights alone, torch.save({}, 'model.pt'), and name that"
 SUMS = "checksums.json"  # file in a checkpoint: {name: [size, checksum]} of all the others
 LOCK = ".diloco-lock"  # file in a server's folder that keeps a second server off
 CHECKPOINTS = "checkpoint-*", ".checkpoint-*.old"  # names of a server's, the second while replaced
@@ -872,29 +855,45 @@ def load_folder(path):
     weights = {}
     for file in weight_files(path):
         try:
-            weights |= pickled(file) if file.endswith(PICKLED) else load_file(file)[1]
+            found = pickled(file) if file.endswith(PICKLED) else load_file(file)[1]
         except Exception as error:  # whatever is wrong with somebody else's file
-            text = " ".join(str(error).split())
-            raise ProtocolError(f"cannot use the weights in {file}: {text}") from None
+            why = error if isinstance(error, ProtocolError) else reason_of(error)
+            raise ProtocolError(f"cannot use the weights in {file}: {why}") from None
+        if not found:
+            raise ProtocolError(f"cannot use the weights in {file}: there are none in it")
+        if twice := weights.keys() & found.keys():
+            raise ProtocolError(
+                f"two files in {path} have {min(twice)!r}: name one, such as {file}"
+            )
+        weights |= found
     return weights
 
 
 def pickled(path):
     """{name: CPU tensor} of a state_dict that torch.save wrote. Nothing in the file is executed.
-    Raises ProtocolError, and whatever torch.load raises."""
-    mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote files of another kind
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    found = found if isinstance(found, dict) else {}
-    weights = {str(n): value for n, value in found.items() if isinstance(value, torch.Tensor)}
-    if not weights:
-        inner = [name for name in ("state_dict", "model") if isinstance(found.get(name), dict)]
-        where = f", but a dict under {inner[0]!r}" if inner else ""
-        taken = f"torch.load(path)[{inner[0]!r}]" if inner else "model.state_dict()"
+    Raises ProtocolError where the file is of another kind, or the weights are further inside."""
+    whole = ALONE.format("model.state_dict()")
+    try:
+        mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote files of another kind
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whose advice, to execute what is in the file, is not for a server
+        why = f"is it a whole module, or TorchScript ({type(error).__name__})?"
         raise ProtocolError(
-            f"there are no tensors in it under their names{where}; write a file of the weights "
-            f"alone, torch.save({taken}, 'model.pt'), and name that"
-        )
+            f"torch.load finds no weights alone in it: {why} If so, {whole}"
+        ) from None
+    inner = [n for n, v in tensors_in(found, dict).items() if tensors_in(v)]
+    if inner := [name for name in inner if not name.endswith("_extra_state")]:
+        taken = f"torch.load(path)[{inner[0]!r}]"
+        raise ProtocolError(f"its weights are in a dict under {inner[0]!r}: {ALONE.format(taken)}")
+    if not (weights := tensors_in(found)):
+        raise ProtocolError(f"there are no tensors in it under their names: {whole}")
     return weights
+
+
+def tensors_in(value, kind=torch.Tensor):
+    """{name: tensor} of those that a dict holds; or of what it holds of another kind."""
+    found = value.items() if isinstance(value, dict) else ()
+    return {str(name): each for name, each in found if isinstance(each, kind)}
 
 
 def weight_files(path):

@@ -2252,9 +2252,9 @@ def facts_of(conn, message):
     return facts
 
 
-def layout_of(specs):
-    """What tells the tensors of a model from others: their names and shapes."""
-    return hash(frozenset((spec.name, spec.shape) for spec in specs))
+def layout_of(*kinds):
+    """What tells the tensors of a model, its parameters and buffers, from others: names and shapes."""
+    return hash(tuple(frozenset((spec.name, spec.shape) for spec in specs) for specs in kinds))
 
 
 def blocked_of(message, count):
@@ -2785,7 +2785,7 @@ class Gate:
             resumes=resumes,
             closed=set(message.numbers("closed", None, high=count - 1)),
             facts=facts,
-            layout=layout_of(facts.manifest + facts.buffers),
+            layout=layout_of(facts.manifest, facts.buffers),
             sync_every=field("sync_every", int, low=1, high=1 << 31),
             fragments=fragments,
             step=field("step", int, 0),
@@ -3790,11 +3790,9 @@ class Server:
             return None
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
-        for slice, norms, missed in zip(
-            self.run.slices, state["norms"], state["missed"], strict=True
-        ):
-            slice.norms, slice.missed = norms, missed
-        self.run.anew.layout = layout_of(model.manifest + model.buffers)
+        for k, slice in enumerate(self.run.slices):
+            slice.norms, slice.missed = state["norms"][k], state["missed"][k]
+        self.run.anew.layout = layout_of(model.manifest, model.buffers)
         protocol.audit("load", life=self.run.life, path=state["path"], labels=self.run.versions)
         return model
 

@@ -57,7 +57,7 @@ def workers_in(status):
     """The lines about the workers of a run."""
     if not status["workers"]:
         return ["  no workers"]
-    rows = [("#", "worker", "host", "step", "steps/s", "loss", "sync_every", "heard")]
+    rows = [("#", "worker", "host", "step", "steps/s", "loss", "a round", "waits", "late", "heard")]
     for worker in status["workers"]:
         ranks = f", {worker['ranks']} ranks" if worker["ranks"] > 1 else ""
         rows.append(
@@ -68,7 +68,9 @@ def workers_in(status):
                 str(worker["step"]),
                 f"{worker['steps_per_second']:.2f}",
                 "-" if worker["loss"] is None else f"{worker['loss']:.4f}",
-                str(worker["sync_every"]),
+                f"{worker['pace']} steps",
+                f"{100 * worker['waiting']:.0f}%",
+                str(worker["lag"]) if worker["lag"] else "-",
                 f"{worker['heard_seconds_ago']:.0f}s ago",
             )
         )
@@ -96,6 +98,11 @@ def waits_in(status):
             f"WARNING: the round of slice {stall['slice']} has waited "
             f"{duration(stall['seconds'])} for {whom}"
         )
+    for waiting, share, slowest in status["waiting_costs"]:
+        lines.append(
+            f"{shown(waiting)} waits {100 * share:.0f}% of its time for {shown(slowest)}; --own-pace "
+            "would end that"
+        )
     if status["forced_rounds"]:
         lines.append(f"WARNING: {status['forced_rounds']} rounds were closed because all waited")
     return lines
@@ -122,6 +129,13 @@ def rounds_in(status):
             f"{last['steps']} steps, {last['tokens']:,} tokens"
             f"{'; late: ' + late if late else ''}"
         )
+        if last["share"] < 1 or last["quorum"] is not None:
+            counted = "" if last["quorum"] is None else f" of {last['quorum']} pushes that counted"
+            weights = ", ".join(f"{shown(w)} {n:.4g}" for w, n in last["weights"].items())
+            lines.append(
+                f"it was {100 * last['share']:.0f}% of an outer step{counted}, after a grace of "
+                f"{last['grace']:.2f} s; weights: {weights or 'none'}"
+            )
         norms = ", ".join(f"{shown(worker)} {norm:.3g}" for worker, norm in last["norms"].items())
         lines += [f"norms of its pushes: {norms}"] if norms else []
         lines += [f"WARNING: {shown(id)}: {shown(why)}" for id, why in last["reasons"].items()]

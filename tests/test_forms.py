@@ -350,6 +350,18 @@ def test_a_config_that_does_not_fit_the_names_is_not_sent():
 
     with_adapter.add_adapter(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     assert trained(with_adapter).files == {}
+    normed, more, resized, untied = (gpt2() for _ in range(4))
+    torch.nn.utils.parametrizations.weight_norm(normed.transformer.ln_f, dim=None)
+    more.transformer.more = torch.nn.Linear(8, 8)
+    assert trained(normed).files == trained(more).files == {}
+    demanding = gpt2()  # of a class that cannot be made from a config alone
+    demanding.__class__ = type("Own", (type(demanding),), {"__init__": lambda self, one, two: None})
+    assert trained(demanding).files == {}
+    resized.resize_token_embeddings(40)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    rng = torch.get_rng_state()
+    assert '"vocab_size": 40' in trained(resized).files["config.json"]
+    assert trained(untied).files == config and torch.equal(rng, torch.get_rng_state())
 
 
 def test_adapters_that_peft_would_not_open_are_named(capsys):

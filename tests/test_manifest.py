@@ -763,6 +763,29 @@ def test_a_buffer_that_comes_with_a_new_layer_travels_too(serve, tmp_path):
     assert "2.running_mean" in served and "2.weight" in served
 
 
+def test_a_buffer_that_all_make_a_parameter_is_trained_from_then_on(serve, tmp_path):
+    server = serve("-n", 2, "--until-done", *MEAN)
+    a, b = (Trainee(server, name, frozen=()) for name in ("ada", "bob"))
+    for each in (a, b):
+        each.worker.close()  # which was not started
+        each.model.register_buffer("scale", torch.ones(2))
+        arguments = (each.model, each.optimizer, server.address, 2, each.name)
+        each.worker = DiLoCoWorker(*arguments)
+
+    def train(each):
+        each.worker.start()
+        each.steps(3)
+        del each.model.scale
+        each.model.scale = torch.nn.Parameter(torch.ones(2))
+        each.optimizer.add_param_group({"params": [each.model.scale]})
+        each.steps(3)
+        each.flush()
+
+    both(a, b, train)
+    assert a.worker.leader.anew.count == 1 and server.wait() == 0, server.output
+    assert_global(tmp_path, a, b)
+
+
 # --- Members that are broken or hostile --------------------------------------------------------
 
 

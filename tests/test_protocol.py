@@ -112,7 +112,8 @@ def test_every_dtype_and_shape_is_read_by_the_library_and_back(tmp_path):
     specs = protocol.specs_of(tensors.items())
     header = encode_header({}, specs)
     assert len(header) % 8 == 0
-    assert_same(safetensors.torch.load(header + payload(tensors.values())), tensors)
+    (tmp_path / "raw").write_bytes(header + payload(tensors.values()))
+    assert_same(safetensors.torch.load_file(tmp_path / "raw"), tensors)
     safetensors.torch.save_file(tensors, tmp_path / "theirs")
     assert_same(load_file(tmp_path / "theirs")[1], tensors)
     protocol.save_file(tmp_path / "ours", tensors)
@@ -142,8 +143,8 @@ def test_round_trip(tmp_path, tensors, fields):
     assert protocol.header_length(header[:8]) == len(header) - 8
     assert protocol.parse_header(header[8:]) == (fields, specs)
     raw = header + payload(tensors.values())
-    assert_same(safetensors.torch.load(raw), tensors)
     (tmp_path / "f").write_bytes(raw)
+    assert_same(safetensors.torch.load_file(tmp_path / "f"), tensors)
     read, loaded = load_file(tmp_path / "f")
     assert read == fields
     assert_same(loaded, tensors)
@@ -445,6 +446,53 @@ def test_bad_weights_are_refused_in_one_line(tmp_path, monkeypatch, shards):
     with pytest.raises(ProtocolError, match="hf") as error:
         protocol.load_folder(str(folder))
     assert "\n" not in str(error.value) and not (tmp_path / "evil").exists()
+
+
+# (name of a file, what is in it, what is said of it) of files that are no plain weights.
+OTHER_FILES = [
+    ("nanogpt.pt", {"model": WEIGHTS, "best": torch.ones(())}, r"under 'model'.*path\)\['model'\]"),
+    ("rng.pth", {"rng": torch.ones(9), "state_dict": WEIGHTS}, r"under 'state_dict'.*path\)\['sta"),
+    ("timm.ckpt", {"state_dict_ema": WEIGHTS, "arch": "x"}, "under 'state_dict_ema'"),
+    ("module.pt", torch.nn.Linear(2, 2), r"whole module.*weights alone, torch.save\(model.state_"),
+    ("script.pt", torch.nn.Linear(2, 2), r"TorchScript.*torch.save\(model.state_dict\(\)"),
+    ("list.bin", [*WEIGHTS.values()], r"no tensors.*torch.save\(model.state_dict\(\)"),
+    ("empty.pt", None, r"\(EOFError\).*torch.save\(model"),
+    ("empty.safetensors", {}, "there are none in it"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, content, said", OTHER_FILES, ids=[each[0] for each in OTHER_FILES])
+def test_what_is_no_plain_weights_is_refused_with_what_to_do(tmp_path, name, content, said):
+    path = str(tmp_path / name)
+    if content is None:
+        open(path, "w").close()
+    elif name == "empty.safetensors":
+        safetensors.torch.save_file(content, path)
+    elif name == "script.pt":
+        torch.jit.trace(content, torch.ones(2)).save(path)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ProtocolError, match=said) as error:
+        protocol.load_folder(path)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_two_files_of_the_same_weights_are_not_mixed(tmp_path):
+    for name in "ab":
+        safetensors.torch.save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        ProtocolError, match=r"two files in .* have 'b': name one, such as .*b\.safe"
+    ):
+        protocol.load_folder(str(tmp_path))
+
+
+def test_tensors_of_kinds_that_are_not_trained_are_carried_along(tmp_path):
+    odd = {"c": torch.complex(*torch.ones(2, 3)), "e": torch.ones(3).to(torch.float8_e8m0fnu)}
+    safetensors.torch.save_file({**WEIGHTS, **odd}, tmp_path / "model.safetensors")
+    assert_same(protocol.load_folder(str(tmp_path)), {**WEIGHTS, **odd})
+    torch.save({**WEIGHTS, "x._extra_state": {"scale": torch.ones(2)}}, tmp_path / "some.pt")
+    assert_same(protocol.load_folder(str(tmp_path / "some.pt")), WEIGHTS)
 
 
 # --- Connections ----------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def remove(model):
         (resize, r"parameter '0.weight' was \[7, 5\] and is \[7, 6\]"),
         (add, "parameter '2.weight' is new"),
         (remove, "parameter '0.bias' is not in the model any more"),
+        (torch.nn.Module.double, "parameter '0.weight' is float64 now"),
     ],
 )
 def test_a_change_of_what_is_trained_names_the_tensor(change, text):
@@ -317,6 +318,49 @@ def test_an_optimizer_within_another_one_is_no_stranger(serve, given):
     assert worker.local_step == 4
 
 
+class Sharpness(torch.optim.Optimizer):
+    """As SAM: a step has two halves, and only the second steps the optimizer within."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.05)
+
+    @torch.no_grad()
+    def first(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["old"] = parameter.clone()
+            parameter.add_(parameter.grad, alpha=0.1)
+
+    @torch.no_grad()
+    def second(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = self.state[parameter]["old"]
+        self.base.step()
+
+    def step(self, closure):
+        self.first()
+        closure()
+        self.second()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_steps_of_an_optimizer_within_count_where_the_outer_one_makes_none(serve, whole):
+    model = toy_worker.build((5, 7, 2))
+    optimizer = Sharpness(model.parameters())
+    worker = begun(serve("-n", 1), model, optimizer, sync_every=2)
+    for i in range(5):
+        step(model, seed=i)
+        if whole:
+            optimizer.step(lambda: step(model))
+        else:
+            optimizer.first()
+            step(model)
+            optimizer.second()
+    assert worker.local_step == 5 and worker.sync_count == 2
+    worker.flush()
+    worker.close()
+
+
 def test_optimizers_are_given_in_the_order_in_which_they_step(serve):
     model = toy_worker.build((5, 7, 2))
     first, second = sgd(model[0]), torch.optim.AdamW(model[1].parameters())
@@ -489,6 +533,47 @@ def test_schedule_frees_z_moves_as_the_parameters_do(serve, name):
     assert apart[0].abs().sum() > 0
 
 
+class Following(Lookahead):
+    """With weights that follow slowly, and to which the others go back at each third step."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.steps += 1
+        for parameter in self.param_groups[0]["params"]:
+            slow = self.state[parameter].setdefault("slow", parameter.clone())
+            self.state[parameter]["exp_avg_slow"] = parameter.grad.clone()
+            if self.steps % 3 == 0:
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+@pytest.mark.parametrize("given", ["inner", "outer"])
+def test_weights_that_follow_slowly_move_as_the_parameters_do(serve, said, given):
+    model = toy_worker.build((5, 7, 2))
+    inner = sgd(model)
+    outer = Following(inner)
+    server = serve("-n", 1, *PLAIN_MEAN[:-1], 0.5)
+    worker = begun(server, model, inner if given == "inner" else outer, sync_every=8)
+    weight, moves, adopt = model[0].weight, [], worker.leader.adopt
+
+    def note(k):
+        before = weight.clone(), outer.state[weight]["slow"].clone()
+        adopt(k)
+        moves.append((before, weight.clone()))
+
+    worker.leader.adopt = note
+    for i in range(8):
+        step(model, outer, seed=i)
+    [((fast, slow), moved)] = moves
+    assert not torch.equal(fast, slow) and not torch.equal(fast, moved)
+    assert torch.allclose(outer.state[weight]["slow"] - slow, moved - fast, atol=1e-6)
+    assert sum("is a copy of the weights" in line for line in said) == 1
+
+
 def test_deepspeed_is_refused_by_name():
     model = toy_worker.build((5, 7, 2))
     zero = type(
@@ -659,7 +744,10 @@ def test_a_cell_that_is_run_again_names_its_own_process(serve):
     with pytest.raises(Refused, match=r"this process itself \(pid .*close\(\)"):
         begun(server, model, sgd(model))
     worker.close()
-    begun(server, model, sgd(model))
+    optimizer = sgd(model)
+    begun(server, model, optimizer)
+    with pytest.raises(Refused, match=r"the optimizer is held at .* by this process itself"):
+        begun(server, model, optimizer, "b")
 
 
 # --- Names -----------------------------------------------------------------------------------------
@@ -677,6 +765,15 @@ def test_wrappers_are_known_by_their_class_not_by_a_name():
     for model in (own, torch.nn.DataParallel(own), torch.compile(own)):
         plain = plain_names(model)
         assert {plain(name) for name, _ in model.named_parameters()} == names
+
+
+def test_a_module_of_fabric_has_its_own_names_and_its_buffers():
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
+    wrapped, optimizer = fabric.setup(model, sgd(model))
+    found = Trained(wrapped, optimizer)
+    assert [*found.named] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert [*found.buffers] == ["1.running_mean", "1.running_var"]
 
 
 def test_watch_knows_no_parameter_of_others():

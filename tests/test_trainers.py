@@ -304,6 +304,66 @@ def test_the_callback_needs_torch_alone():
     assert output.stdout.strip() == "[]", output.stderr
 
 
+UNFREEZING = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import hf_worker, torch, transformers
+from safetensors.torch import save_file
+from diloco_callback import TransformersCallback
+
+address, name, groups, path = sys.argv[1:]
+torch.set_num_threads(1)
+model = hf_worker.build(0, False)
+layer = model.transformer.h[0].requires_grad_(False)
+
+
+class Unfreeze(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, optimizer=None, **more):
+        if state.global_step == 6:
+            layer.requires_grad_(True)
+            if groups == "added":
+                optimizer.add_param_group({{"params": layer.parameters(), "initial_lr": 0.01}})
+
+
+held = [p for p in model.parameters() if p.requires_grad or groups == "all"]
+optimizer = torch.optim.AdamW(held, lr=0.01)
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 12)
+diloco = TransformersCallback(address, 5, name)
+args = transformers.TrainingArguments(path, **{{**hf_worker.DEFAULTS, "report_to": "none"}}, max_steps=12)
+trainer = transformers.Trainer(
+    model,
+    args,
+    train_dataset=hf_worker.sentences(64, ord(name[0])),
+    callbacks=[diloco, Unfreeze()] if groups == "all" else [Unfreeze(), diloco],
+    optimizers=(optimizer, scheduler),
+)
+before = layer.attn.c_attn.weight.detach().clone()
+trainer.train()
+assert not torch.equal(before, layer.attn.c_attn.weight)
+assert diloco.worker.leader.anew.count == 1 and diloco.worker.local_step == 12
+save_file(dict(model.named_parameters()), path + ".safetensors")
+"""
+
+
+@pytest.mark.parametrize("groups", ["all", "added"])
+def test_two_trainers_unfreeze_a_layer_at_a_step_and_end_alike(serve, start, tmp_path, groups):
+    """The optimizer has all from the beginning, or gets the layer's parameters at that step."""
+    server = serve("-n", 2, "--until-done")
+    script = tmp_path / "train.py"
+    script.write_text(UNFREEZING.format(root=ROOT))
+    workers = [
+        start(script, server.address, name, groups, tmp_path / name, imports=TRAINER)
+        for name in ("ada", "bob")
+    ]
+    for worker in workers:
+        assert worker.wait(180) == 0, worker.output
+    assert server.wait() == 0, server.output
+    served = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(same(load_file(tmp_path / f"{n}.safetensors"), served) for n in ("ada", "bob"))
+    assert sum(line["steps"] for line in rounds(tmp_path)) == 2 * STEPS
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) is GPT2LMHeadModel
+
+
 # --- Lightning -----------------------------------------------------------------------------------
 
 
