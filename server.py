@@ -993,7 +993,7 @@ class Paces:
         member.cycle = member.sync_every
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
-            member.pace = run.pace  # a slower one goes on from the step of the furthest
+            member.pace = 2 * run.pace  # a slower one goes on from the step of the furthest
 
     def note(self, member, reading, is_push):
         """A worker has said how far it is, in a push or between two."""
@@ -1025,7 +1025,7 @@ class Paces:
         most = PACES * statistics.median_low(known.values()) if known else 0
         return {id: min(speed, most) for id, speed in known.items()}
 
-    def of(self, member):
+    def of(self, member, now):
         """The steps that a member's next cycle has; None where each keeps its own sync_every. The
         fastest one's are those of the run. Small changes of speed change nothing."""
         if not self.run.rules.own_pace:
@@ -1035,7 +1035,21 @@ class Paces:
             steps = self.run.pace * speeds[member.id] / max(speeds.values())
             if abs(steps - before) > before / 10:
                 self.told[member.id] = max(1, member.fragments, round(steps))
-        return self.told[member.id]
+        steps = round(self.told[member.id] * (1 + self.ahead(member, now)))
+        return max(1, member.fragments, steps)
+
+    def ahead(self, member, now):
+        """The part of a cycle, up to a half, by which a member comes to the end of its own before the
+        first member does, or less than 0 by which it comes behind: where rounds close without waiting
+        for it, nothing else would bring it back in step. A tenth does no harm."""
+        rules = self.run.rules
+        recently = 2 * rules.heartbeat_seconds
+        heard = [m for m in self.run.members.values() if now - m.heard <= recently and m.speed]
+        if not (rules.quorum and heard and member.speed):
+            return 0.0
+        first = min(heard, key=lambda other: other.index)
+        ahead = (first.to_go(0, now, rules) - member.to_go(0, now, rules) + 0.5) % 1 - 0.5
+        return ahead if abs(ahead) > 0.1 else 0.0
 
     def waiting(self, member):
         """The share of its time in which a member's training has waited, over its last cycles."""
@@ -2917,7 +2931,7 @@ class Gate:
             **{name: getattr(self.args, name) for name in told},
             "settings": {**self.server.settings, "outer": run.rules.outer},
             "step": member.step,
-            "pace": run.paces.of(member),
+            "pace": run.paces.of(member, now()),
             "turns": turns,
             "steps": steps,
             "known": run.known(member.id),
@@ -3019,7 +3033,7 @@ class Gate:
                 "members": sorted(self.run.members),
                 "orders": ["stop"] * is_to_stop + ["away"] * self.server.closed,
                 "stalls": self.server.watch.found[:1],
-                "pace": self.run.paces.of(member),
+                "pace": self.run.paces.of(member, now()),
             }
         conn.send("heartbeat", fields)
         if self.server.closed:

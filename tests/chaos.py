@@ -49,13 +49,13 @@ from diloco_callback import DiLoCoWorker
 ROOT = os.path.dirname(os.path.abspath(protocol.__file__))
 WORKER_TIMEOUT = 3.0  # of the server
 RECONNECT_SECONDS = 3.0  # of the workers, which then train on
-ROUND_TIMEOUT = 4.0
+LONGEST_GRACE = 4.0
 LONGEST_STALL, LONGEST_OUTAGE, LONGEST_FREEZE, LONGEST_DOWN = 8.0, 7.0, 5.0, 5.0
 START_SECONDS = 20.0  # importing torch on a machine that has much else to do
 CALM_START, CALM_END = 2.0, 12.0  # seconds without faults; at most a quarter at the end
 GAP_SECONDS = 0.7  # between two faults, on average
 # A worker waits for the slowest fault that may hold up a round, while another one begins.
-HANG_SECONDS = 2 * (WORKER_TIMEOUT + ROUND_TIMEOUT + RECONNECT_SECONDS) + sum(
+HANG_SECONDS = 2 * (WORKER_TIMEOUT + LONGEST_GRACE + RECONNECT_SECONDS) + sum(
     (LONGEST_STALL, LONGEST_FREEZE, LONGEST_DOWN, START_SECONDS)
 )
 MAX_GROWTH_MB, MAX_THREADS = 32, 100  # of the server, within one life, from 10 s after it listens
@@ -93,7 +93,10 @@ def schedule(seed, seconds):
     rng = random.Random(seed)
     draw = {
         "mode": rng.choice(["full", "streaming"]),
-        "round_timeout": rng.random() < 0.5,
+        "quorum": rng.choice([0, 0, 1, 2]),
+        "grace": rng.choice(["auto", "0", "4"]),
+        "outer": rng.choice(["whole", "fractional", "delayed"]),
+        "own_pace": rng.random() < 0.3,
         "extra": rng.random() < 0.7,  # a fourth worker, which comes late
         "extra_at": rng.random(),
         "fragments": rng.choice([2, 3, 4]),
@@ -386,8 +389,10 @@ class Chaos:
             "--upload-codec", "fp32", "--download-codec", "fp32", "--no-momentum-warmup",
             "--outer-lr", "1", "--outer-momentum", "0",
         ]
-        timeout = ["--round-timeout", f"{ROUND_TIMEOUT:g}"] * self.draw["round_timeout"]
-        return command + timeout
+        draw = self.draw
+        if quorum := draw["quorum"]:
+            command += ["--quorum", str(quorum), "--grace", draw["grace"], "--outer", draw["outer"]]
+        return command + ["--own-pace"] * draw["own_pace"]
 
     def worker_command(self, i):
         options, streaming = self.draw["workers"][i], self.mode == "streaming"
@@ -683,7 +688,7 @@ class Chaos:
             todo, self.todo = self.todo, []
             for _, _, action, arguments in sorted(todo):
                 action(*arguments)
-        limit = START_SECONDS + RECONNECT_SECONDS + 3 * WORKER_TIMEOUT + ROUND_TIMEOUT + 20
+        limit = START_SECONDS + RECONNECT_SECONDS + 3 * WORKER_TIMEOUT + LONGEST_GRACE + 20
         if not self.until(self.all_there, "all are members again after the faults", limit):
             return
         end = max(self.began + self.seconds, time.monotonic() + 2.0)
@@ -691,7 +696,7 @@ class Chaos:
             self.tick()
         self.stopped = True
         self.ask("stop")
-        self.finish(RECONNECT_SECONDS + 2 * WORKER_TIMEOUT + ROUND_TIMEOUT + 20)
+        self.finish(RECONNECT_SECONDS + 2 * WORKER_TIMEOUT + LONGEST_GRACE + 20)
 
     def finish(self, limit):
         actors = [actor for actor in (*self.workers, self.server) if actor.process]

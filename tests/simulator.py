@@ -320,7 +320,7 @@ class Server:
         versions = [slice.version for slice in run.slices]
         member = run.members[id]
         place = run.place(id, self.world.now), run.known(id), versions
-        return "join", *place, member.step, run.paces.of(member)
+        return "join", *place, member.step, run.paces.of(member, self.world.now)
 
     def on_bring(self, call, process):
         run, now, id = self.run, self.world.now, process.id
@@ -387,7 +387,11 @@ class Server:
         self.note(member, call.what["facts"], is_push=False)
         member.reach(call.what["step"], newest(self.run.slices))
         self.check_step(member, call.what["step"])
-        return "heartbeat", process.id in self.run.stopping, self.run.paces.of(member)
+        return (
+            "heartbeat",
+            process.id in self.run.stopping,
+            self.run.paces.of(member, self.world.now),
+        )
 
     def note(self, member, facts, is_push):
         """What a message says of a process's speed."""
