@@ -862,7 +862,7 @@ def output_folder(settings, resume):
 # optimizer, and lets the callback join; from then on the callback acts after each optimizer step: it
 # counts the step, pushes and adopts. Standalone the callback does nothing and `callback.worker` is
 # None. Under torchrun every rank has a Run and takes the same steps. Only rank 0 hears from the server,
-# so rank 0 decides when to stop and which shares are read, and tells the others (`told`).
+# so rank 0 decides when to stop and which shares are read, and tells the others (`Ranks.tell`).
 
 FIRST_PAUSE_SECONDS = 0.2  # pause after a first failed attempt to reach the server
 LONGEST_PAUSE_SECONDS = 10.0  # longest pause between two attempts
@@ -914,11 +914,6 @@ def fetch_files(conn):
         conn.read(raw)
         files[spec.name] = bytes(protocol.memory(raw)).decode("utf-8", errors="replace")
     return files
-
-
-def told(ranks, value):
-    """Rank 0's `value`, which JSON can hold, on every rank of this worker."""
-    return ranks.tell(value)
 
 
 class Run:
@@ -1023,7 +1018,7 @@ class Run:
         shares, and a heartbeat may bring news to rank 0 at any moment: so rank 0's view counts."""
         worker = self.callback.worker
         place = [worker.rank, worker.world, worker.num_shares] if worker else [0, 1, 1]
-        rank, world, count = told(self.ranks, place)
+        rank, world, count = self.ranks.tell(place)
         self.source.set_shares(own_shares(rank, world, count), count, self.step)
 
     def begin(self):
@@ -1086,9 +1081,8 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(total)
-        self.before, self.step = self.step, self.step + 1
-        if self.callback.worker:  # ahead of that where this one is slower than the furthest
-            self.step = max(self.step, self.callback.worker.step)
+        joined = self.callback.worker  # which goes on from the step of the furthest one
+        self.before, self.step = self.step, max(self.step + 1, joined.step if joined else 0)
         self.state.global_step = self.step
 
     def has_passed(self, every):
@@ -1101,7 +1095,7 @@ class Run:
         while not control.should_training_stop:
             if self.step < last:
                 self.train_step()
-            if told(self.ranks, self.stop) and self.step < last:
+            if self.ranks.tell(self.stop) and self.step < last:
                 self.interrupted = True
                 self.save()  # before the closing push, so that --resume can go on from here
             control.should_training_stop = self.interrupted or self.step >= last

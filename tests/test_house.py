@@ -90,7 +90,9 @@ def test_a_decision_outside_of_run_is_seen(line):
     assert len(decisions(ast.parse(line))) == 1
 
 
-@pytest.mark.parametrize("name", ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew"])
+@pytest.mark.parametrize(
+    "name", ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew", "Paces"]
+)
 def test_the_rules_know_no_socket_thread_file_clock_or_tensor(name):
     [cls] = [n for n in nodes(ROOT / "server.py", ast.ClassDef) if n.name == name]
     names = {node.id for node in ast.walk(cls) if isinstance(node, ast.Name)}
