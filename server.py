@@ -126,15 +126,11 @@ class Rules:
 
     workers: int = 1  # workers that a new run starts with
     quorum: int = 0  # contributions that close a round after `grace`; 0: those of all awaited
-    grace: float | None = (
-        0.0  # seconds that a quorum waits; None: while it keeps nobody from training
-    )
+    grace: float | None = 0.0  # seconds that a quorum waits; None: see Slice.grace_ends
     outer: str = "whole"  # outer step of a part of the members: whole, fractional or delayed
     weights: str = "equal"  # by which pushes count: equal, steps or tokens
     stale_weight: float = 0.0  # a push s rounds late weighs (1 + s) ** -stale_weight
-    own_pace: bool = (
-        False  # whether each worker takes the steps that it makes while others make theirs
-    )
+    own_pace: bool = False  # whether workers have rounds of as many steps as they can make
     min_workers: int = 1  # workers below which no round closes
     max_staleness: int = 10  # versions that a counted push may be behind
     max_push_ratio: float = 100.0  # most that a push's norm may be, over the median; 0: anything
@@ -215,9 +211,8 @@ class Round:
         counted = [p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]
         full = weights(counted, rules.weights)
         for push in counted:
-            push.weight = (
-                full[push] * (1 + self.lateness.get(push.worker, 0)) ** -rules.stale_weight
-            )
+            late = self.lateness.get(push.worker, 0)
+            push.weight = full[push] * (1 + late) ** -rules.stale_weight
             if push.worker in members:
                 members[push.worker].weight = full[push]
         there, whole = {push.worker for push in self.pushes}, sum(full.values())
@@ -671,13 +666,8 @@ class Run:
         for k, slice in enumerate(self.slices):
             if slice.pushes and id not in self.missing(k):
                 turns[k] += len(self.slices)
-        me, k, recently = (
-            self.members[id],
-            turns.index(min(turns)),
-            2 * self.rules.heartbeat_seconds,
-        )
-        heard = [m for m in self.members.values() if m is not me and now - m.heard <= recently]
-        left = [member.to_go(k, now, self.rules) for member in heard if member.speed]
+        me, k = self.members[id], turns.index(min(turns))
+        left = [m.to_go(k, now, self.rules) for m in self.paces.heard(now) if m is not me]
         return turns, max(1, round(min(left) * me.cycle)) if left else None
 
     def hear(self, id, session, now):
@@ -1038,14 +1028,17 @@ class Paces:
         steps = round(self.told[member.id] * (1 + self.ahead(member, now)))
         return max(1, member.fragments, steps)
 
+    def heard(self, now):
+        """The members that have said of late how fast they train."""
+        recently = 2 * self.run.rules.heartbeat_seconds
+        return [m for m in self.run.members.values() if m.speed and now - m.heard <= recently]
+
     def ahead(self, member, now):
         """The part of a cycle, up to a half, by which a member comes to the end of its own before the
         first member does, or less than 0 by which it comes behind: where rounds close without waiting
         for it, nothing else would bring it back in step. A tenth does no harm."""
-        rules = self.run.rules
-        recently = 2 * rules.heartbeat_seconds
-        heard = [m for m in self.run.members.values() if now - m.heard <= recently and m.speed]
-        if not (rules.quorum and heard and member.speed):
+        rules, heard = self.run.rules, self.heard(now)
+        if not rules.quorum or member not in heard:
             return 0.0
         first = min(heard, key=lambda other: other.index)
         ahead = (first.to_go(0, now, rules) - member.to_go(0, now, rules) + 0.5) % 1 - 0.5
