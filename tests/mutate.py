@@ -169,6 +169,35 @@ MUTATIONS = {
         'self.life, self.pace = names.get("life", ""), names.get("pace", 0)',
         'self.life, self.pace = "0" * 20, names.get("pace", 0)',
     ),
+    "late ones count for the quorum of a whole step": (
+        "server",
+        "if takes_late or not self.lateness(p)",
+        "if True",
+    ),
+    "a quorum waits for no grace": (
+        "server",
+        "return now >= slice.grace_ends(counting[rules.quorum - 1], rules)",
+        "return True",
+    ),
+    "a grace has no end": (
+        "server",
+        "return now >= slice.grace_ends(counting[rules.quorum - 1], rules)",
+        "return False",
+    ),
+    "late ones alone close a round at once": ("server", "not counting and now >= ends", "True"),
+    "who is missing has no share": ("server", "if id in members and id not in there]", "if False]"),
+    "a refused push has a weight": (
+        "server",
+        "[p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]",
+        "[p for p in self.pushes if p.steps or p.nbytes]",
+    ),
+    "late work weighs as much": ("server", "* (1 + late) ** -rules.stale_weight", ""),
+    "a part of an outer step counts as a whole one": ("server", "1 - closed.part", "0"),
+    "a pace changes within a cycle": (
+        "diloco_callback",
+        "            if self.next == 0:\n                self.every",
+        "            if True:\n                self.every",
+    ),
     "an outbox place is cleared too early": (
         "diloco_callback",
         "if push is None or fate is None or fate.seq < push.seq:",

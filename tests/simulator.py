@@ -182,6 +182,11 @@ class Server:
         """A round's share of an outer step."""
         counted = [push for push in round.pushes if push.steps and not push.refused]
         is_late = self.world.rules.stale_weight and round.lateness
+        fresh = [push for push in counted if push.worker not in round.lateness]
+        late = [push for push in counted if push.worker in round.lateness]
+        if is_late and self.world.rules.weights == "equal" and fresh and late:
+            most = max(push.weight for push in late)
+            assert most < min(push.weight for push in fresh), "late work weighs as much"
         absent = set(round.members) - {push.worker for push in round.pushes}
         assert all(push.weight > 0 for push in counted), "a push that counts has no weight"
         if counted and not absent and not is_late:
@@ -206,7 +211,13 @@ class Server:
                 assert late <= self.world.rules.max_staleness, f"{late} rounds late, and counted"
         twice = [name for name in names if numbers[name] > 1]
         assert not twice, f"slice {k}: {twice} counted twice"
+        made, part = (
+            self.run.slices[k].made,
+            1 if self.world.rules.outer == "whole" else round.share,
+        )
         self.run.publish(k)
+        made += part
+        assert abs(self.run.slices[k].made - made) < 1e-6, f"slice {k}: not {made} outer steps"
         self.log[k].append((round.base, round.version, names, round.fates, self.run.step))
         del self.log[k][: -self.world.kept]
         self.world.agree(k, round.version, numbers)
@@ -642,7 +653,10 @@ class Process:
             return
         if not self.ticked:
             self.ticked = True
-            for k in self.schedule.tick():
+            every, due = self.schedule.every, self.schedule.tick()
+            is_end = len(self.names) - 1 in due
+            assert is_end or self.schedule.every == every, "a pace changes within a cycle"
+            for k in due:
                 self.make(k)
             if not self.settle():
                 return
