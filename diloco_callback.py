@@ -261,8 +261,7 @@ class Outbox:
         self.queue = []
 
     def make(self, k, step, tokens, delay=0, closing=False):
-        """Return a new push of slice k with all steps that are in no push yet; None where the
-        slice's place is taken."""
+        """Return a new push of slice k with all steps in no push yet; None where its place is taken."""
         place = self.places[k]
         if place.pending:
             return None
@@ -346,8 +345,7 @@ class Outbox:
 
     def know(self, known):
         """The server knows this worker id's pushes up to `known`, by slice: later ones get higher
-        numbers. Returns the slices whose push it does not know, so that it comes to the server
-        only now."""
+        numbers. Returns the slices whose push it does not know yet."""
         for place, seq in zip(self.places, known, strict=True):
             place.seq = max(place.seq, seq) if place.pending is None else place.seq
         return [k for k, place in enumerate(self.places) if place.pending and place.seq > known[k]]
@@ -766,8 +764,7 @@ def beat_of(reply):
 
 
 def wanted_of(reply, count):
-    """(slices, whether descriptive files too) that the server asks a joining worker for, in a run
-    with `count` slices."""
+    """(slices, among `count`, and whether descriptive files too) that the server asks a worker for."""
     reply.typed("bring").expect([])
     slices = reply.numbers("slices", None, high=count - 1)
     if len(set(slices)) < len(slices):
@@ -919,8 +916,7 @@ class Link:
             self.threads.add(self.start(self._work, task))
 
     def start(self, target, *args):
-        """Return a daemon thread that calls target(*args). Where the system has no thread left, wait
-        until it has one."""
+        """Return a daemon thread that calls target(*args), as soon as the system has one left."""
         for pause in pauses():
             thread = threading.Thread(target=target, args=args, daemon=True)
             try:
@@ -1579,15 +1575,11 @@ class Trained:
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
         self.foreign = set()  # ids of the optimizers' parameters that the model lacks
-        self.clearings = 0
+        self.clearings, self.given_files = 0, files
         self.read()
-        if files is None:
-            files = description_of(model, self.named, self.frozen, self.buffers)
-        self.files = files
 
     def read(self):
-        """Find what is trained now. What is trained again after it was not stays synchronized from
-        then on."""
+        """Find what is trained now. What is trained again from now on stays synchronized."""
         known = self.parameters()
         found = {n: p for n, p in known.items() if not fits(n, self.local)}
         again = [name for name in self.dropped & found.keys() if found[name].requires_grad]
@@ -1611,6 +1603,10 @@ class Trained:
             for name, place in self.places.items()
             if protocol.within(getattr(*place).detach().float().reshape(-1))
         }  # a mask may hold its dtype's lowest number, which counts as not finite
+        self.files = self.given_files
+        if self.files is None:
+            known = self.named.keys() | (self.dropped & self.frozen.keys())
+            self.files = description_of(self.model, known, self.frozen, self.buffers)
 
     def parameters(self):
         """{name: parameter} of the whole model as it is now."""
@@ -1678,8 +1674,7 @@ WRAPPERS = {
 
 
 def wrapped_in(kind):
-    """The attribute that a class of wrappers for data parallelism or compilation has its module in,
-    else ""."""
+    """The attribute in which a class of WRAPPERS has its module, else ""."""
     return next((WRAPPERS[c.__name__] for c in kind.__mro__ if c.__name__ in WRAPPERS), "")
 
 
@@ -1862,9 +1857,8 @@ def load_weights(model, path):
 
 def description_of(model, trained, frozen, buffers):
     """{name: text} of the files that let others open what the server writes; trained, frozen,
-    buffers: names of the tensors that a run knows. config.json, if the names are those of the model
-    that transformers builds from it; of a peft model adapter_config.json and adapter_names.json; else
-    nothing."""
+    buffers: names of the tensors that a run knows. config.json, if transformers builds a model of these
+    names from it; of a peft model adapter_config.json and adapter_names.json; else nothing."""
     inner = innermost(model)
     peft, transformers = map(sys.modules.get, ("peft", "transformers.modeling_utils"))
     if peft and isinstance(inner, peft.PeftModel):
@@ -1893,18 +1887,25 @@ def is_as_built(model, plain):
 def adapter_files(model, peft, trained, buffers):
     """The two files of a peft model: the adapter's config, and for each tensor the name that it has
     in adapter_model.safetensors. {}, with a line in the log, where that file would not be all of the
-    adapter, as with parts of it that are not trained."""
+    adapter, as with parts of it that are not trained, or prompts that peft saves encoded."""
     first, *others = model.peft_config
+    config = copy.copy(model.peft_config[first])
     own, plain = model.state_dict(keep_vars=True), plain_names(model)
     chosen = {"adapter_name": first, "save_embedding_layers": False}
     saved = peft.get_peft_model_state_dict(model, own, **chosen)
     twins = {id(tensor): plain(name) for name, tensor in reversed(own.items())}
+    if config.is_prompt_learning:  # of which peft saves a copy, unless it encodes it
+        ours = [tensor for name, tensor in own.items() if plain(name) in trained]
+        pairs = [(tensor, twin) for tensor in ours for twin in saved.values()]
+        twins |= {id(b): twins[id(a)] for a, b in pairs if torch.equal(a.cpu(), b.cpu())}
     names = {twins.get(id(tensor), name): name for name, tensor in saved.items()}
     odd = [*others, *sorted((trained - names.keys()) | (names.keys() - trained - buffers))]
     if odd:
-        log(f"{odd[0]!r} is not in one adapter that is trained: the result is no folder for peft")
+        log(
+            f"WARNING: PeftModel.from_pretrained cannot open the result, as {odd[0]!r} is not as it is "
+            "in the file of one adapter, all of it trained; load_weights(model, folder) can"
+        )
         return {}
-    config = copy.copy(model.peft_config[first])
     config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -2027,8 +2028,7 @@ class Watch:
         self.strangers[kind] = name, self.strangers.get(kind, (name, 0))[1] + 1
 
     def is_part(self, optimizer):
-        """Whether an optimizer wraps one that was given, or steps within a step of one, as
-        ZeroRedundancyOptimizer's does."""
+        """Whether an optimizer wraps one that was given, or steps within a step of one."""
         given = self.trained.optimizers
         inner = [*vars(optimizer).values()]
         inner += [each for value in inner if isinstance(value, list | tuple) for each in value]
@@ -2059,8 +2059,7 @@ class Watch:
     # --- At boundaries ---
 
     def check(self):
-        """Raise RuntimeError where what is trained has changed since the join, or another optimizer
-        trains it."""
+        """Raise RuntimeError where something else is trained than at the join, or by another one."""
         if fault := self.change(self.trained.parameters()):
             fault += (
                 ", since this worker joined, and it cannot join anew now: that takes a step after the "
@@ -2141,8 +2140,7 @@ class Watch:
         return [k for k in idle if worker.slices[k].has_changed()]
 
     def heed_moved(self):
-        """Count what `moved` finds as one step, so that it is sent. Raises RuntimeError where no step
-        was ever counted."""
+        """Count what `moved` finds as a step. Raises RuntimeError where none was ever counted."""
         worker, places = self.worker, self.worker.outbox.places
         moved = self.moved()
         if moved and worker.local_step == 0:
@@ -2324,8 +2322,7 @@ class Jumps:
         self.before = {k: self.sample(k) for k, slice in enumerate(slices) if slice.size}
 
     def end(self):
-        """The slices that were to be moved have been; what was to be learnt of an earlier move of one
-        of them cannot be any more."""
+        """The slices have been moved; what an earlier move of one would have shown is lost."""
         for k, old in self.before.items():
             if not torch.equal(old, new := self.sample(k)):
                 self.records[k] = [old, new]
@@ -2363,8 +2360,7 @@ class Jumps:
 
 
 def say_unstarted(worker_id, pid, parameters, versions):
-    """Say that a worker was never started, where it goes or the process `pid` ends, if parameters
-    have been trained since it was made."""
+    """Where a worker goes, or process `pid` ends, say that it was never started, if it was to train."""
     if os.getpid() == pid and [parameter._version for parameter in parameters] != versions:
         log(
             f"WARNING: DiLoCoWorker {worker_id!r} was made but never started: what this process has "
@@ -2413,8 +2409,7 @@ class Admission:
         self.ended = []  # [process id, start] of the process that held the id, if it is gone
 
     def ask(self):
-        """Ask to join until there is an answer, at most for so long as the worker waits for a
-        server. Returns a Joined."""
+        """Ask to join until there is an answer, while the worker waits. Returns a Joined."""
         # Before the lock, without which no heart beats, and before the connection, on which a server
         # waits a minute: it may take long.
         introduction = self.introduction()
@@ -2532,8 +2527,7 @@ class Admission:
         return all(other.link.closed.is_set() for other in namesakes(self.worker))
 
     def bring(self, conn, reply):
-        """Upload the slices that the server asks for: of the anchor, or of the model that this
-        worker was started with."""
+        """Upload the slices that the server asks for: of the anchor, or the model at the start."""
         slices, wants_files = wanted_of(reply, self.worker.schedule.count)
         files = self.trained.files if wants_files else {}
         raw = {
@@ -2569,8 +2563,7 @@ class Admission:
         return found
 
     def orders_of(self, reply):
-        """Return [names of the parameters, names of the buffers] in the server's order, which may
-        not be this worker's."""
+        """Return [names of the parameters, names of the buffers] in the server's order."""
         orders = []
         tensors = {"manifest": self.trained.named, "buffers": self.trained.buffer_tensors}
         for name, own in tensors.items():
@@ -2797,8 +2790,7 @@ class Leader:
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
 
     def join(self, seconds):
-        """Join, for the first time or again. Raises ConnectionError where there is no server for so
-        many seconds."""
+        """Join, also again. Raises ConnectionError where there is no server for so many seconds."""
         worker = self.worker
         try:
             joined = self.link.retry(self.admission.ask, seconds)
@@ -2821,8 +2813,7 @@ class Leader:
         self.replica.resend()
 
     def rejoin(self):
-        """Join again: the server was restarted, or had given this worker up. False where it cannot be
-        reached."""
+        """Join again a server that restarted, or had given this worker up; False without one."""
         self.link.interrupt()
         leaves = self.worker.leave_by is not None
         try:
@@ -2843,8 +2834,7 @@ class Leader:
         return bool(is_stirred) or due or self.schedule.left <= 1
 
     def is_due(self, k):
-        """Whether slice k is to be adopted now. A push that training has gone on without is adopted
-        when an entry lists it."""
+        """Whether slice k is to be adopted now; a late push is when an entry lists it."""
         if k in self.replica.listed:
             push, *_ = self.replica.listed[k]
             return push.late or self.worker.local_step >= push.adopt_at
@@ -3057,8 +3047,7 @@ class Leader:
         (vars(self.worker) if alone else self.heard).update(facts)
 
     def say_stalled(self, stalls):
-        """Log for whom a round waits too long, as a heartbeat's reply tells it; the one that it waits
-        for may be this worker itself."""
+        """Log for whom, maybe this worker, a round waits too long by a heartbeat's reply."""
         if not stalls or time.monotonic() - self.said_at < SAY_SECONDS:
             return
         match stalls[0]:
@@ -3135,22 +3124,14 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def metrics_of(worker):
     """Return the numbers of a worker for a log, by name."""
-    return {
-        "diloco/sync_count": worker.sync_count,
-        "diloco/local_step": worker.local_step,
-        "diloco/last_sync_time": worker.replica.last_sync_time,
-        "diloco/total_sync_time": worker.replica.total_sync_time,
-        "diloco/last_send_mb": worker.replica.last_send / 1e6,
-        "diloco/last_recv_mb": worker.replica.last_recv / 1e6,
-        "diloco/steps_per_second": worker.steps_per_second,
-        "diloco/sync_every": worker.sync_every,
-        "diloco/num_fragments": worker.num_fragments,
-        "diloco/fragment_syncs": worker.fragment_syncs,
-        "diloco/overlap": worker.overlap,
-        "diloco/stall_time": worker.stall_time,
-        "diloco/dropped_steps": worker.dropped_steps,
-        "diloco/mismatches": worker.replica.mismatches,
-    }
+    replica = worker.replica
+    own = "sync_count", "local_step", "steps_per_second", "sync_every", "num_fragments"
+    own += "fragment_syncs", "overlap", "stall_time", "dropped_steps"
+    theirs = "last_sync_time", "total_sync_time", "mismatches"
+    found = {name: getattr(worker, name) for name in own}
+    found |= {name: getattr(replica, name) for name in theirs}
+    found |= {"last_send_mb": replica.last_send / 1e6, "last_recv_mb": replica.last_recv / 1e6}
+    return {f"diloco/{name}": number for name, number in found.items()}
 
 
 def attach(cls, model, optimizer, server=None, sync_every=None, worker_id=None, **options):
@@ -3208,11 +3189,10 @@ class Standalone:
     def __exit__(self, *error):
         self.close()
 
-    def flush(self):
-        """Nothing: the model is the only one."""
+    def flush(self, *ignored, **more):
+        """Nothing: the model is the only one, nobody is waited for, and nothing was rounded."""
 
-    def part(self, seconds=PARTING_SECONDS):
-        """Nothing: nobody is waited for."""
+    part = save_residual = flush
 
     def close(self, reason="done"):
         """Count no more steps."""
@@ -3227,15 +3207,10 @@ class Standalone:
         return contextlib.nullcontext()
 
     def metrics(self):
-        """Return {}: there is nothing to log."""
+        """Return {}: there is nothing to log, and nothing was rounded."""
         return {}
 
-    def residual(self):
-        """Return {}: nothing was rounded."""
-        return {}
-
-    def save_residual(self, path):
-        """Nothing: nothing was rounded."""
+    residual = metrics
 
     def state_dict(self):
         """Return the number of steps, for `state`."""
@@ -3825,8 +3800,7 @@ def _made_for(name):
 
 
 def __getattr__(name):
-    """TransformersCallback and LightningCallback are made when they are asked for first, so that this
-    file needs torch only."""
+    """Make the callbacks of trainers when they are asked for first: this file needs torch only."""
     docs = {
         "TransformersCallback": "DiLoCoCallback for transformers' Trainer, trl, sentence-transformers: "
         "its progress is in every checkpoint, for resume_from_checkpoint.",

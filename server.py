@@ -1578,6 +1578,7 @@ def write_vectors(folder, state, model, snapshots):
                 params.write(protocol.memory(piece))
 
 
+ADAPTER_FILES = "adapter_config.json", "adapter_names.json"  # descriptive files of peft's adapters
 PARTIAL = b"""The model.safetensors beside this file has only a part of the model: what is frozen is not
 in it. Build the model, with its frozen part, then diloco_callback.load_weights(model, folder). The
 model's own config.json is in config.json.incomplete.
@@ -1815,7 +1816,7 @@ class Store:
             files[hidden] = files.pop("config.json")
             if "adapter_config.json" not in files:  # it leads to the base model
                 files["config.json"] = PARTIAL
-        for name in {"config.json", hidden} - files.keys():
+        for name in {"config.json", hidden, *ADAPTER_FILES} - files.keys():
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
         for name, text in files.items():
@@ -1852,8 +1853,8 @@ class Store:
     def take_files(self, texts):
         """Keep the files that a worker has brought, {name: bytes}: all, or if there are some
         already, those of its adapter."""
-        has_some, wanted = bool(self.files), ("adapter_config.json", "adapter_names.json")
-        texts = {n: text for n, text in texts.items() if not has_some or n in wanted}
+        has_some = bool(self.files)
+        texts = {n: text for n, text in texts.items() if not has_some or n in ADAPTER_FILES}
         self.files = {**texts, **self.files}
 
     # --- Weights of -m, and frozen tensors ---
@@ -1932,13 +1933,15 @@ class Store:
         self.frozen = lacked(self.weights, frozen, whose) | self.frozen
 
     def keep(self, model, frozen):
-        """Keep the tensors of a model which are frozen from now on, as the workers have them."""
+        """Keep the tensors of a model which are frozen from now on, as the workers have them. The files
+        of an adapter are of the tensors that were trained before."""
         snapshots = [model.snapshot(k) for k in range(model.count)]
         now_frozen = {s.name: tensor for s, tensor in model.tensors(snapshots) if s.name in frozen}
         for snapshot in snapshots:
             snapshot.close()
         self.kept = {name: t for name, t in self.kept.items() if name in frozen} | now_frozen
         self.weights = {**self.weights, **now_frozen}
+        self.files = {n: text for n, text in self.files.items() if n not in ADAPTER_FILES}
         self.passing = self.passing | now_frozen.keys()
         self.frozen = {name: noted for name, noted in self.frozen.items() if name in frozen}
         with self.lock:
@@ -2847,8 +2850,7 @@ class Rounds:
         conn.send("push", {"taken": is_taken})
 
     def take_push(self, conn, message):
-        """Read a contribution and let the rules count it; returns whether they do. Its memory is
-        given back where they do not."""
+        """Read a contribution, and count it or give its memory back; returns whether it counts."""
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             push, model = self.announced(member, message), self.model
