@@ -39,6 +39,7 @@ DILOCO_NUM_FRAGMENTS, DILOCO_TOKEN, DILOCO_TLS (see `protocol.Access`).
 """
 
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -371,8 +372,7 @@ class Outbox:
         return forgotten
 
     def renewed(self, count, step, tokens):
-        """An Outbox for `count` other slices, which take the place of these, all of them closed. What
-        is known of pushes stays known."""
+        """An Outbox for `count` slices in place of these, which are closed; it knows what this does."""
         version = min(place.version for place in self.places)
         found = protocol.last_fates(place.folded for place in self.places)
         fates = {id: f._replace(round=min(f.round, version.number)) for id, f in found.items()}
@@ -441,8 +441,7 @@ class Slice:
     # --- A push ---
 
     def begin(self, has_numbers, goes_on):
-        """Begin a push of the local values as they are; training `goes_on` from here, or stands
-        still until the push is listed."""
+        """Begin a push of the local values. Training `goes_on`, or stands until the push is listed."""
         with self.lock:
             self.encoded, self.is_empty, self.is_broken = 0, not has_numbers, False
             if goes_on:
@@ -475,8 +474,7 @@ class Slice:
         return False
 
     def _difference(self, start, out):
-        """Write anchor minus local at the push, as the parameters' dtypes have both, plus the
-        residual, into `out`, and return `out`."""
+        """Return `out`, filled with anchor minus local at the push, in their dtype, plus the residual."""
         part = slice(start, start + out.numel())
         if self.carries_values:
             self.flat.read(start, out) if self.mark is None else out.copy_(self.mark[part])
@@ -836,8 +834,7 @@ class Link:
         self.note_outage(error)
 
     def exchange(self, action):
-        """Call action(connection) until it works, with growing pauses, and return what it returns.
-        Raises Interrupted, and Refused where the server says no."""
+        """Return action(connection), tried until it works, with pauses. Raises Interrupted, Refused."""
         faults = 0
         for pause in pauses():
             if self.interrupted.is_set():
@@ -910,8 +907,7 @@ class Link:
     # --- Threads ---
 
     def submit(self, task):
-        """Have a thread call `task()`. Daemon threads: those of concurrent.futures would keep a
-        process from ending while a round is waited for."""
+        """Have a daemon thread call `task()`: those of concurrent.futures keep a process from ending."""
         with self.rested:
             self.threads.add(self.start(self._work, task))
 
@@ -1099,8 +1095,7 @@ class Replica:
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
 
     def renew(self, count, tokens):
-        """Forget the slices, which are closed: others, `count` of them, come in their place. What is
-        known of pushes stays known."""
+        """Put `count` slices in place of these, which are closed. What is known of pushes stays so."""
         self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
 
     def outer_at(self, version):
@@ -1142,8 +1137,7 @@ class Replica:
         self.kick()
 
     def _deliver(self, made):
-        """Send a push, then take the log up to the entry that lists it. A thread of the link runs
-        this; another one sends the next push meanwhile."""
+        """Send a push, then take the log up to where it is listed, while a thread sends the next."""
         try:
             is_sent = self._upload(made)
             self.kick()
@@ -1267,8 +1261,7 @@ class Replica:
 
     def catch_up(self, conn, k):
         """Bring a slice without a push on its way to the head of the log, and the local values with
-        it: local work goes on top. The values stay if the log has nothing newer. Returns False if
-        they are not finite."""
+        it, and local work on top, if the log has anything newer. Returns whether they are finite."""
         slice, held = self.slices[k], self.outbox.places[k].version
         goes_on = slice.mark is not None
         slice.mark_anchor()
@@ -1502,8 +1495,7 @@ def _part_of(whole, tensor):
 
 
 def misplaced(tensor):
-    """Return the fault in how a DTensor lies on the ranks, as the end of a sentence; "" if
-    fully_shard could have placed it so."""
+    """What is wrong with where a DTensor lies, to end a sentence; "" if fully_shard could do it."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements, mesh = tensor.placements, tensor.device_mesh
@@ -1679,8 +1671,7 @@ def wrapped_in(kind):
 
 
 def plain_names(model):
-    """A function from a name within `model` to the one that it has before the model, or a module of
-    it, is compiled or wrapped for data parallelism."""
+    """A function from a name within `model` to what it was before anything in it was wrapped."""
     modules = [*model.named_modules()]
     inners = {kind: wrapped_in(kind) for kind in {type(module) for _, module in modules}}
     wrappers = [(path, inners[type(module)]) for path, module in modules]
@@ -1708,8 +1699,7 @@ def fits(name, patterns):
 
 
 def thawed_later(model):
-    """Patterns for the parameters that a finetuning callback of Lightning trains later: all, as it
-    may choose freely. [] where there is none."""
+    """Patterns for what a finetuning callback of Lightning may train later: all, or [] without one."""
     callbacks = getattr(getattr(model, "_trainer", None), "callbacks", None) or []
     kinds = {cls.__name__ for callback in callbacks for cls in type(callback).__mro__}
     return ["*"] if "BaseFinetuning" in kinds else []
@@ -1731,8 +1721,7 @@ def refuse_deepspeed(model, optimizers):
 def comparable_names(model):
     """The plain names of what is not trained and can be compared with others': floating-point
     numbers that are there and whole. Quantized weights are left out, and so are originals of which
-    an adapter trains a copy (peft's `modules_to_save`): no forward pass uses those, and a new head is
-    another in each worker."""
+    an adapter trains a copy (peft's `modules_to_save`), as no forward pass uses those."""
     plain = plain_names(model)
     copied = tuple(
         f"{name}.original_module."
@@ -1798,8 +1787,7 @@ def layers_of(optimizer):
 
 
 def unwrapped(optimizer):
-    """The innermost optimizer of wrappers such as accelerate's. Other things in an attribute called
-    `optimizer` are their owner's business."""
+    """The innermost optimizer of wrappers such as accelerate's, which have it in `optimizer`."""
     found = [each for each in layers_of(optimizer) if hasattr(each, "register_step_post_hook")]
     if not found:
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
@@ -1955,8 +1943,7 @@ def parameters_of(optimizer):
 
 
 def marks_of(optimizer):
-    """By group, how many parameters an optimizer has, the first and the last: what changes where they
-    do, with hardly an exception, and takes no time to look at."""
+    """By group, how many parameters an optimizer has, the first and the last: quick to compare."""
     groups = [group["params"] for group in optimizer.param_groups]
     return [(len(group), *map(id, group[:1]), *map(id, group[-1:])) for group in groups]
 
@@ -1977,7 +1964,7 @@ class Watch:
         self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
         self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
         self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
-        self.copies, self.jumps = Copies(self.trained), Jumps(worker)
+        self.copies, self.jumps, self.beside = Copies(self.trained), Jumps(worker), Beside(worker)
         self.has_told_frozen = self.has_told_over = False
 
     def note(self, found):
@@ -2004,6 +1991,8 @@ class Watch:
         if optimizer is self.trained.optimizers[-1]:
             if not is_nested_step(optimizer):  # as where a subclass's `step` calls its parent's
                 self.worker._after_step()
+        elif optimizer in self.beside.alike:
+            self.beside.count(optimizer)
         elif optimizer not in self.harmless:
             self.other(optimizer)
 
@@ -2021,7 +2010,10 @@ class Watch:
         if name and is_inner and not is_nested_step(optimizer, last):  # as of SAM in two halves
             given[-1], self.held[id(optimizer)] = optimizer, marks_of(optimizer)
             return self.worker._after_step()
-        if name is None or self.is_part(optimizer):
+        is_part = self.is_part(optimizer)
+        if name is None and not is_part and self.beside.heed(optimizer):
+            return
+        if name is None or is_part:
             self.harmless.add(optimizer)
             return
         kind = type(optimizer).__name__
@@ -2088,8 +2080,7 @@ class Watch:
         return ""
 
     def change(self, now):
-        """Say how what is trained, among {name: parameter} of the model now, differs from what was
-        trained at the join, or ""."""
+        """Say how {name: parameter} differ now from what was trained at the join, or ""."""
         trained = self.trained
         trained.say_foreign(now)
         for name, parameter in now.items():
@@ -2129,8 +2120,7 @@ class Watch:
         return ""
 
     def moved(self):
-        """Return the slices whose parameters have moved since the last boundary though no step was
-        counted: they hold work that is in no push."""
+        """Return the slices that have moved since the last boundary without a step: work in no push."""
         worker, step = self.worker, self.worker.local_step
         if worker.fragment_update == "mix":  # which leaves local values as they are not in the log
             return []
@@ -2167,7 +2157,7 @@ class Watch:
         can_tell = worker.ranks.is_alone and not worker.flushed
         if can_tell and worker.local_step == 0 and self.moved():
             return self.unseen_steps()
-        return self.strange()
+        return self.strange() or self.beside.words()
 
     def tell_over(self, max_steps):
         """Say once why training ends before its time."""
@@ -2194,8 +2184,7 @@ class Watch:
         self.noted = {name: self.few(p) for name, p in self.trained.frozen.items()}
 
     def own_names(self):
-        """Return the names of frozen parameters that have changed since the join, as a teacher's or
-        an average's do, and of those that had before this process."""
+        """Return the names of frozen parameters that have changed, as a teacher's do, here or before."""
         frozen = self.trained.frozen
         changed = {n for n, few in self.noted.items() if not torch.equal(few, self.few(frozen[n]))}
         return sorted(changed.union(self.worker.saved.get("local", [])))
@@ -2279,6 +2268,59 @@ class Copies:
         return is_named or any(bool(own.any()) for own, _ in pairs)
 
 
+class Beside:
+    """Steps of optimizers that were not given, of parameters that look like the model's: the program
+    may train a copy in its place. Who trains two networks alike lets the given optimizer go on soon:
+    the steps since its last one are too many where they are over twice as many as ever before, and
+    while training lasts a round's and 100.
+
+    alike: those optimizers; kind: the type of the last; steps: their steps since `since`, a local
+    step; most: as many as ever were between two local steps.
+    """
+
+    def __init__(self, worker):
+        self.worker, self.alike, self.kind = worker, weakref.WeakSet(), ""
+        self.since, self.steps, self.most, self.has_told = 0, 0, 0, False
+
+    def heed(self, optimizer):
+        """Whether an optimizer that has stepped is one of these: nine in ten of the trained parameters
+        have one of their shape in it. Other workers' are not."""
+        own = collections.Counter(p.shape for p in self.worker.trained.named.values())
+        its = collections.Counter(parameter.shape for parameter in parameters_of(optimizer))
+        is_known = any(optimizer in other.trained.optimizers for other in [*STARTED])
+        if is_known or 10 * (own & its).total() < 9 * own.total():
+            return False
+        self.alike.add(optimizer)
+        self.count(optimizer)
+        return True
+
+    def count(self, optimizer):
+        """Count a step of one of these."""
+        step = self.worker.local_step
+        if self.since != step:
+            self.since, self.steps, self.most = step, 0, max(self.most, self.steps)
+        self.kind, self.steps = type(optimizer).__name__, self.steps + 1
+        if self.steps >= max(100, self.worker.sync_every):
+            self.tell()
+
+    def words(self):
+        """Say that there are too many of these steps, or ""."""
+        is_over = self.has_told or self.worker.flushed or self.since != self.worker.local_step
+        if is_over or self.steps <= 2 * self.most:
+            return ""
+        return (
+            f"the last {self.steps} steps are those of {self.kind}, which DiLoCoWorker was not given, and "
+            "of another model of the same shapes, such as a copy.deepcopy. They are not sent. Give the "
+            "model and the optimizer that train, or flush() before another one is trained"
+        )
+
+    def tell(self):
+        """Log `words`, once."""
+        if words := self.words():
+            self.has_told = True
+            log(f"WARNING: {self.worker.worker_id}: {words}")
+
+
 JUMPED = (
     "the first step after the global model was taken has put the parameters back to where they were "
     "before. Something around the optimizer keeps a second copy of the weights (float32 masters, an "
@@ -2348,8 +2390,7 @@ class Jumps:
 
     def jumped(self, before, adopted, first, second):
         """Return 1 for each window that has jumped back, 0 for one that has not, and -1 for one that
-        was not moved. A step that does has brought it close to where it was before the
-        adoption, from far away as steps go."""
+        was not moved. One that has is near where it was before, from far away as steps go."""
 
         def apart(a, b):
             return (a - b).square().sum(1).sqrt()
@@ -2551,8 +2592,7 @@ class Admission:
         return conn.request("bring", fields, specs, [*found.values()], on_wait=self.say_awaited)
 
     def flats(self, names, buffers):
-        """Return [(FlatModel, whether it is the buffers', whether it predicts)] by slice, for these
-        names of parameters and buffers in the server's order."""
+        """Return [(FlatModel, whether it is of buffers, whether it predicts)] of these names, by slice."""
         worker, count = self.worker, self.worker.num_fragments
         predicts = worker.fragment_update == "predict" and worker.delay > 0
         whole = worker.ranks.whole(names)
@@ -2778,8 +2818,7 @@ class Anew:
 
 class Leader:
     """The work of rank 0 for a worker, which may have other ranks: to join, to adopt and push what is
-    due, to give up what is not finite, and to close the run. Facts that concern all ranks are
-    attributes of the `worker`."""
+    due, to give up what is not finite, and to close the run. The `worker` has what is for all ranks."""
 
     def __init__(self, worker):
         self.worker = worker
@@ -2874,8 +2913,7 @@ class Leader:
         return {"step": worker.step, "position": self.schedule.position, "loss": loss}
 
     def adopt(self, k):
-        """Wait until an entry lists the pending push of slice k, then move the local values with the
-        anchor; or let training go on without the server."""
+        """Wait until slice k's push is listed, then move the local values; or go on without the server."""
         worker = self.worker
         replica, began = self.replica, time.monotonic()
         try:
@@ -2963,8 +3001,7 @@ class Leader:
 
     def drop(self, why, *pushes):
         """Give up all local work, in all slices, and the steps of `pushes`: what is not finite in one
-        slice would be in the others after the next step. Raises FloatingPointError where that happens
-        too often."""
+        slice would be in all after a step. Raises FloatingPointError where that is too often."""
         worker, replica, pushes = self.worker, self.replica, [*pushes]
         for k, slice in enumerate(replica.slices):
             pending = replica.outbox.places[k].pending
@@ -2999,6 +3036,7 @@ class Leader:
         """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
         self.worker.watch.settle()
         self.worker.watch.check()
+        self.worker.watch.beside.tell()
         self.close_slices()
 
     def close_slices(self):
@@ -3087,7 +3125,9 @@ def count_step(worker):
 
 @contextlib.contextmanager
 def showing_global(worker):
-    """DiLoCoWorker.global_model."""
+    """Within the block the model's parameters and buffers are the global ones, as far as this worker
+    has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded model all
+    ranks have to enter it, and leave it, between the same steps."""
     trained, is_sharded = worker.trained, worker.ranks.is_sharded
     tensors = [*trained.named.values(), *trained.buffer_tensors.values()]
     with own_modes():
@@ -3123,7 +3163,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def metrics_of(worker):
-    """Return the numbers of a worker for a log, by name."""
+    """Return the numbers of a worker for a log, under `diloco/`."""
     replica = worker.replica
     own = "sync_count", "local_step", "steps_per_second", "sync_every", "num_fragments"
     own += "fragment_syncs", "overlap", "stall_time", "dropped_steps"
@@ -3490,11 +3530,7 @@ class DiLoCoWorker:
             self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
         return told
 
-    # --- Steps ---
-
-    def _after_step(self):
-        """A step has been made: adopt what is due, then push what is due."""
-        count_step(self)
+    _after_step = count_step
 
     # --- What others want to know ---
 
@@ -3554,15 +3590,7 @@ class DiLoCoWorker:
             self.watch.tell_over(max_steps)
         return is_over
 
-    def global_model(self):
-        """Within the block the model's parameters and buffers are the global ones, as far as this
-        worker has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded
-        model all ranks have to enter it, and leave it, between the same steps."""
-        return showing_global(self)
-
-    def metrics(self):
-        """Return the numbers for a log, under `diloco/`."""
-        return metrics_of(self)
+    global_model, metrics = showing_global, metrics_of
 
     def residual(self):
         """Return the losses of rounding so far, by slice, as {name: CPU tensor}; empty if there are
@@ -3656,8 +3684,7 @@ class DiLoCoCallback:
         return saved, folder
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop with the run; where training stops, close it while the model is still the trained
-        one: a trainer may load its best checkpoint after this."""
+        """Stop with the run, or close it where training stops, before a best checkpoint is loaded."""
         if self.worker is None:
             return
         if self.worker.run_is_over(getattr(state, "max_steps", 0)):
@@ -3766,8 +3793,7 @@ class LightningHooks(DiLoCoCallback):
         super().on_train_end(None, None, None)
 
     def on_exception(self, trainer, module, exception):
-        """Leave the run. After SIGTERM, which Lightning raises between two steps, send what is left
-        without waiting for others."""
+        """Leave the run; after SIGTERM, which comes between two steps here, send what is left first."""
         if self.worker is not None and type(exception).__name__ == "SIGTERMException":
             self.worker.part()
             with contextlib.suppress(OSError):
