@@ -39,6 +39,7 @@ DILOCO_NUM_FRAGMENTS, DILOCO_TOKEN, DILOCO_TLS (see `protocol.Access`).
 """
 
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -264,8 +265,7 @@ class Outbox:
         self.queue = []
 
     def make(self, k, step, tokens, delay=0, closing=False):
-        """Return a new push of slice k with all steps that are in no push yet; None where the
-        slice's place is taken."""
+        """Return a new push of slice k with all steps in no push yet; None where its place is taken."""
         place = self.places[k]
         if place.pending:
             return None
@@ -349,8 +349,7 @@ class Outbox:
 
     def know(self, known):
         """The server knows this worker id's pushes up to `known`, by slice: later ones get higher
-        numbers. Returns the slices whose push it does not know, so that it comes to the server
-        only now."""
+        numbers. Returns the slices whose push it does not know yet."""
         for place, seq in zip(self.places, known, strict=True):
             place.seq = max(place.seq, seq) if place.pending is None else place.seq
         return [k for k, place in enumerate(self.places) if place.pending and place.seq > known[k]]
@@ -376,8 +375,7 @@ class Outbox:
         return forgotten
 
     def renewed(self, count, step, tokens):
-        """An Outbox for `count` other slices, which take the place of these, all of them closed. What
-        is known of pushes stays known."""
+        """An Outbox for `count` slices in place of these, which are closed; it knows what this does."""
         version = min(place.version for place in self.places)
         found = protocol.last_fates(place.folded for place in self.places)
         fates = {id: f._replace(round=min(f.round, version.number)) for id, f in found.items()}
@@ -446,8 +444,7 @@ class Slice:
     # --- A push ---
 
     def begin(self, has_numbers, goes_on):
-        """Begin a push of the local values as they are; training `goes_on` from here, or stands
-        still until the push is listed."""
+        """Begin a push of the local values. Training `goes_on`, or stands until the push is listed."""
         with self.lock:
             self.encoded, self.is_empty, self.is_broken = 0, not has_numbers, False
             if goes_on:
@@ -480,8 +477,7 @@ class Slice:
         return False
 
     def _difference(self, start, out):
-        """Write anchor minus local at the push, as the parameters' dtypes have both, plus the
-        residual, into `out`, and return `out`."""
+        """Return `out`, filled with anchor minus local at the push, in their dtype, plus the residual."""
         part = slice(start, start + out.numel())
         if self.carries_values:
             self.flat.read(start, out) if self.mark is None else out.copy_(self.mark[part])
@@ -787,8 +783,7 @@ def beat_of(reply):
 
 
 def wanted_of(reply, count):
-    """(slices, whether descriptive files too) that the server asks a joining worker for, in a run
-    with `count` slices."""
+    """(slices, among `count`, and whether descriptive files too) that the server asks a worker for."""
     reply.typed("bring").expect([])
     slices = reply.numbers("slices", None, high=count - 1)
     if len(set(slices)) < len(slices):
@@ -860,8 +855,7 @@ class Link:
         self.note_outage(error)
 
     def exchange(self, action):
-        """Call action(connection) until it works, with growing pauses, and return what it returns.
-        Raises Interrupted, and Refused where the server says no."""
+        """Return action(connection), tried until it works, with pauses. Raises Interrupted, Refused."""
         faults = 0
         for pause in pauses():
             if self.interrupted.is_set():
@@ -934,14 +928,12 @@ class Link:
     # --- Threads ---
 
     def submit(self, task):
-        """Have a thread call `task()`. Daemon threads: those of concurrent.futures would keep a
-        process from ending while a round is waited for."""
+        """Have a daemon thread call `task()`: those of concurrent.futures keep a process from ending."""
         with self.rested:
             self.threads.add(self.start(self._work, task))
 
     def start(self, target, *args):
-        """Return a daemon thread that calls target(*args). Where the system has no thread left, wait
-        until it has one."""
+        """Return a daemon thread that calls target(*args), as soon as the system has one left."""
         for pause in pauses():
             thread = threading.Thread(target=target, args=args, daemon=True)
             try:
@@ -1124,8 +1116,7 @@ class Replica:
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
 
     def renew(self, count, tokens):
-        """Forget the slices, which are closed: others, `count` of them, come in their place. What is
-        known of pushes stays known."""
+        """Put `count` slices in place of these, which are closed. What is known of pushes stays so."""
         self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
 
     def outer_at(self, made, part):
@@ -1168,8 +1159,7 @@ class Replica:
         self.kick()
 
     def _deliver(self, made):
-        """Send a push, then take the log up to the entry that lists it. A thread of the link runs
-        this; another one sends the next push meanwhile."""
+        """Send a push, then take the log up to where it is listed, while a thread sends the next."""
         try:
             is_sent = self._upload(made)
             self.kick()
@@ -1294,8 +1284,7 @@ class Replica:
 
     def catch_up(self, conn, k):
         """Bring a slice without a push on its way to the head of the log, and the local values with
-        it: local work goes on top. The values stay if the log has nothing newer. Returns False if
-        they are not finite."""
+        it, and local work on top, if the log has anything newer. Returns whether they are finite."""
         slice, held = self.slices[k], self.outbox.places[k].version
         goes_on = slice.mark is not None
         slice.mark_anchor()
@@ -1529,8 +1518,7 @@ def _part_of(whole, tensor):
 
 
 def misplaced(tensor):
-    """Return the fault in how a DTensor lies on the ranks, as the end of a sentence; "" if
-    fully_shard could have placed it so."""
+    """What is wrong with where a DTensor lies, to end a sentence; "" if fully_shard could do it."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements, mesh = tensor.placements, tensor.device_mesh
@@ -1602,15 +1590,11 @@ class Trained:
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
         self.foreign = set()  # ids of the optimizers' parameters that the model lacks
-        self.clearings = 0
+        self.clearings, self.given_files = 0, files
         self.read()
-        if files is None:
-            files = description_of(model, self.named, self.frozen, self.buffers)
-        self.files = files
 
     def read(self):
-        """Find what is trained now. What is trained again after it was not stays synchronized from
-        then on."""
+        """Find what is trained now. What is trained again from now on stays synchronized."""
         known = self.parameters()
         found = {n: p for n, p in known.items() if not fits(n, self.local)}
         again = [name for name in self.dropped & found.keys() if found[name].requires_grad]
@@ -1634,6 +1618,10 @@ class Trained:
             for name, place in self.places.items()
             if protocol.within(getattr(*place).detach().float().reshape(-1))
         }  # a mask may hold its dtype's lowest number, which counts as not finite
+        self.files = self.given_files
+        if self.files is None:
+            known = self.named.keys() | (self.dropped & self.frozen.keys())
+            self.files = description_of(self.model, known, self.frozen, self.buffers)
 
     def parameters(self):
         """{name: parameter} of the whole model as it is now."""
@@ -1701,14 +1689,12 @@ WRAPPERS = {
 
 
 def wrapped_in(kind):
-    """The attribute that a class of wrappers for data parallelism or compilation has its module in,
-    else ""."""
+    """The attribute in which a class of WRAPPERS has its module, else ""."""
     return next((WRAPPERS[c.__name__] for c in kind.__mro__ if c.__name__ in WRAPPERS), "")
 
 
 def plain_names(model):
-    """A function from a name within `model` to the one that it has before the model, or a module of
-    it, is compiled or wrapped for data parallelism."""
+    """A function from a name within `model` to what it was before anything in it was wrapped."""
     modules = [*model.named_modules()]
     inners = {kind: wrapped_in(kind) for kind in {type(module) for _, module in modules}}
     wrappers = [(path, inners[type(module)]) for path, module in modules]
@@ -1736,8 +1722,7 @@ def fits(name, patterns):
 
 
 def thawed_later(model):
-    """Patterns for the parameters that a finetuning callback of Lightning trains later: all, as it
-    may choose freely. [] where there is none."""
+    """Patterns for what a finetuning callback of Lightning may train later: all, or [] without one."""
     callbacks = getattr(getattr(model, "_trainer", None), "callbacks", None) or []
     kinds = {cls.__name__ for callback in callbacks for cls in type(callback).__mro__}
     return ["*"] if "BaseFinetuning" in kinds else []
@@ -1759,8 +1744,7 @@ def refuse_deepspeed(model, optimizers):
 def comparable_names(model):
     """The plain names of what is not trained and can be compared with others': floating-point
     numbers that are there and whole. Quantized weights are left out, and so are originals of which
-    an adapter trains a copy (peft's `modules_to_save`): no forward pass uses those, and a new head is
-    another in each worker."""
+    an adapter trains a copy (peft's `modules_to_save`), as no forward pass uses those."""
     plain = plain_names(model)
     copied = tuple(
         f"{name}.original_module."
@@ -1826,8 +1810,7 @@ def layers_of(optimizer):
 
 
 def unwrapped(optimizer):
-    """The innermost optimizer of wrappers such as accelerate's. Other things in an attribute called
-    `optimizer` are their owner's business."""
+    """The innermost optimizer of wrappers such as accelerate's, which have it in `optimizer`."""
     found = [each for each in layers_of(optimizer) if hasattr(each, "register_step_post_hook")]
     if not found:
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
@@ -1885,9 +1868,8 @@ def load_weights(model, path):
 
 def description_of(model, trained, frozen, buffers):
     """{name: text} of the files that let others open what the server writes; trained, frozen,
-    buffers: names of the tensors that a run knows. config.json, if the names are those of the model
-    that transformers builds from it; of a peft model adapter_config.json and adapter_names.json; else
-    nothing."""
+    buffers: names of the tensors that a run knows. config.json, if transformers builds a model of these
+    names from it; of a peft model adapter_config.json and adapter_names.json; else nothing."""
     inner = innermost(model)
     peft, transformers = map(sys.modules.get, ("peft", "transformers.modeling_utils"))
     if peft and isinstance(inner, peft.PeftModel):
@@ -1916,18 +1898,25 @@ def is_as_built(model, plain):
 def adapter_files(model, peft, trained, buffers):
     """The two files of a peft model: the adapter's config, and for each tensor the name that it has
     in adapter_model.safetensors. {}, with a line in the log, where that file would not be all of the
-    adapter, as with parts of it that are not trained."""
+    adapter, as with parts of it that are not trained, or prompts that peft saves encoded."""
     first, *others = model.peft_config
+    config = copy.copy(model.peft_config[first])
     own, plain = model.state_dict(keep_vars=True), plain_names(model)
     chosen = {"adapter_name": first, "save_embedding_layers": False}
     saved = peft.get_peft_model_state_dict(model, own, **chosen)
     twins = {id(tensor): plain(name) for name, tensor in reversed(own.items())}
+    if config.is_prompt_learning:  # of which peft saves a copy, unless it encodes it
+        ours = [tensor for name, tensor in own.items() if plain(name) in trained]
+        pairs = [(tensor, twin) for tensor in ours for twin in saved.values()]
+        twins |= {id(b): twins[id(a)] for a, b in pairs if torch.equal(a.cpu(), b.cpu())}
     names = {twins.get(id(tensor), name): name for name, tensor in saved.items()}
     odd = [*others, *sorted((trained - names.keys()) | (names.keys() - trained - buffers))]
     if odd:
-        log(f"{odd[0]!r} is not in one adapter that is trained: the result is no folder for peft")
+        log(
+            f"WARNING: PeftModel.from_pretrained cannot open the result, as {odd[0]!r} is not as it is "
+            "in the file of one adapter, all of it trained; load_weights(model, folder) can"
+        )
         return {}
-    config = copy.copy(model.peft_config[first])
     config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -1977,8 +1966,7 @@ def parameters_of(optimizer):
 
 
 def marks_of(optimizer):
-    """By group, how many parameters an optimizer has, the first and the last: what changes where they
-    do, with hardly an exception, and takes no time to look at."""
+    """By group, how many parameters an optimizer has, the first and the last: quick to compare."""
     groups = [group["params"] for group in optimizer.param_groups]
     return [(len(group), *map(id, group[:1]), *map(id, group[-1:])) for group in groups]
 
@@ -1999,7 +1987,7 @@ class Watch:
         self.harmless = weakref.WeakSet()  # other optimizers, which have no parameter of ours
         self.unseen = [*self.trained.optimizers[:-1]]  # those that have not stepped yet
         self.strangers, self.behind, self.doubtful, self.noted = {}, [], [], {}
-        self.copies, self.jumps = Copies(self.trained), Jumps(worker)
+        self.copies, self.jumps, self.beside = Copies(self.trained), Jumps(worker), Beside(worker)
         self.has_told_frozen = self.has_told_over = False
 
     def note(self, found):
@@ -2026,6 +2014,8 @@ class Watch:
         if optimizer is self.trained.optimizers[-1]:
             if not is_nested_step(optimizer):  # as where a subclass's `step` calls its parent's
                 self.worker._after_step()
+        elif optimizer in self.beside.alike:
+            self.beside.count(optimizer)
         elif optimizer not in self.harmless:
             self.other(optimizer)
 
@@ -2043,15 +2033,17 @@ class Watch:
         if name and is_inner and not is_nested_step(optimizer, last):  # as of SAM in two halves
             given[-1], self.held[id(optimizer)] = optimizer, marks_of(optimizer)
             return self.worker._after_step()
-        if name is None or self.is_part(optimizer):
+        is_part = self.is_part(optimizer)
+        if name is None and not is_part and self.beside.heed(optimizer):
+            return
+        if name is None or is_part:
             self.harmless.add(optimizer)
             return
         kind = type(optimizer).__name__
         self.strangers[kind] = name, self.strangers.get(kind, (name, 0))[1] + 1
 
     def is_part(self, optimizer):
-        """Whether an optimizer wraps one that was given, or steps within a step of one, as
-        ZeroRedundancyOptimizer's does."""
+        """Whether an optimizer wraps one that was given, or steps within a step of one."""
         given = self.trained.optimizers
         inner = [*vars(optimizer).values()]
         inner += [each for value in inner if isinstance(value, list | tuple) for each in value]
@@ -2082,8 +2074,7 @@ class Watch:
     # --- At boundaries ---
 
     def check(self):
-        """Raise RuntimeError where what is trained has changed since the join, or another optimizer
-        trains it."""
+        """Raise RuntimeError where something else is trained than at the join, or by another one."""
         if fault := self.change(self.trained.parameters()):
             fault += (
                 ", since this worker joined, and it cannot join anew now: that takes a step after the "
@@ -2112,8 +2103,7 @@ class Watch:
         return ""
 
     def change(self, now):
-        """Say how what is trained, among {name: parameter} of the model now, differs from what was
-        trained at the join, or ""."""
+        """Say how {name: parameter} differ now from what was trained at the join, or ""."""
         trained = self.trained
         trained.say_foreign(now)
         for name, parameter in now.items():
@@ -2153,8 +2143,7 @@ class Watch:
         return ""
 
     def moved(self):
-        """Return the slices whose parameters have moved since the last boundary though no step was
-        counted: they hold work that is in no push."""
+        """Return the slices that have moved since the last boundary without a step: work in no push."""
         worker, step = self.worker, self.worker.local_step
         if worker.fragment_update == "mix":  # which leaves local values as they are not in the log
             return []
@@ -2164,8 +2153,7 @@ class Watch:
         return [k for k in idle if worker.slices[k].has_changed()]
 
     def heed_moved(self):
-        """Count what `moved` finds as one step, so that it is sent. Raises RuntimeError where no step
-        was ever counted."""
+        """Count what `moved` finds as a step. Raises RuntimeError where none was ever counted."""
         worker, places = self.worker, self.worker.outbox.places
         moved = self.moved()
         if moved and worker.local_step == 0:
@@ -2192,7 +2180,7 @@ class Watch:
         can_tell = worker.ranks.is_alone and not worker.flushed
         if can_tell and worker.local_step == 0 and self.moved():
             return self.unseen_steps()
-        return self.strange()
+        return self.strange() or self.beside.words()
 
     def tell_over(self, max_steps):
         """Say once why training ends before its time."""
@@ -2219,8 +2207,7 @@ class Watch:
         self.noted = {name: self.few(p) for name, p in self.trained.frozen.items()}
 
     def own_names(self):
-        """Return the names of frozen parameters that have changed since the join, as a teacher's or
-        an average's do, and of those that had before this process."""
+        """Return the names of frozen parameters that have changed, as a teacher's do, here or before."""
         frozen = self.trained.frozen
         changed = {n for n, few in self.noted.items() if not torch.equal(few, self.few(frozen[n]))}
         return sorted(changed.union(self.worker.saved.get("local", [])))
@@ -2304,6 +2291,59 @@ class Copies:
         return is_named or any(bool(own.any()) for own, _ in pairs)
 
 
+class Beside:
+    """Steps of optimizers that were not given, of parameters that look like the model's: the program
+    may train a copy in its place. Who trains two networks alike lets the given optimizer go on soon:
+    the steps since its last one are too many where they are over twice as many as ever before, and
+    while training lasts a round's and 100.
+
+    alike: those optimizers; kind: the type of the last; steps: their steps since `since`, a local
+    step; most: as many as ever were between two local steps.
+    """
+
+    def __init__(self, worker):
+        self.worker, self.alike, self.kind = worker, weakref.WeakSet(), ""
+        self.since, self.steps, self.most, self.has_told = 0, 0, 0, False
+
+    def heed(self, optimizer):
+        """Whether an optimizer that has stepped is one of these: nine in ten of the trained parameters
+        have one of their shape in it. Other workers' are not."""
+        own = collections.Counter(p.shape for p in self.worker.trained.named.values())
+        its = collections.Counter(parameter.shape for parameter in parameters_of(optimizer))
+        is_known = any(optimizer in other.trained.optimizers for other in [*STARTED])
+        if is_known or 10 * (own & its).total() < 9 * own.total():
+            return False
+        self.alike.add(optimizer)
+        self.count(optimizer)
+        return True
+
+    def count(self, optimizer):
+        """Count a step of one of these."""
+        step = self.worker.local_step
+        if self.since != step:
+            self.since, self.steps, self.most = step, 0, max(self.most, self.steps)
+        self.kind, self.steps = type(optimizer).__name__, self.steps + 1
+        if self.steps >= max(100, self.worker.sync_every):
+            self.tell()
+
+    def words(self):
+        """Say that there are too many of these steps, or ""."""
+        is_over = self.has_told or self.worker.flushed or self.since != self.worker.local_step
+        if is_over or self.steps <= 2 * self.most:
+            return ""
+        return (
+            f"the last {self.steps} steps are those of {self.kind}, which DiLoCoWorker was not given, and "
+            "of another model of the same shapes, such as a copy.deepcopy. They are not sent. Give the "
+            "model and the optimizer that train, or flush() before another one is trained"
+        )
+
+    def tell(self):
+        """Log `words`, once."""
+        if words := self.words():
+            self.has_told = True
+            log(f"WARNING: {self.worker.worker_id}: {words}")
+
+
 JUMPED = (
     "the first step after the global model was taken has put the parameters back to where they were "
     "before. Something around the optimizer keeps a second copy of the weights (float32 masters, an "
@@ -2347,8 +2387,7 @@ class Jumps:
         self.before = {k: self.sample(k) for k, slice in enumerate(slices) if slice.size}
 
     def end(self):
-        """The slices that were to be moved have been; what was to be learnt of an earlier move of one
-        of them cannot be any more."""
+        """The slices have been moved; what an earlier move of one would have shown is lost."""
         for k, old in self.before.items():
             if not torch.equal(old, new := self.sample(k)):
                 self.records[k] = [old, new]
@@ -2374,8 +2413,7 @@ class Jumps:
 
     def jumped(self, before, adopted, first, second):
         """Return 1 for each window that has jumped back, 0 for one that has not, and -1 for one that
-        was not moved. A step that does has brought it close to where it was before the
-        adoption, from far away as steps go."""
+        was not moved. One that has is near where it was before, from far away as steps go."""
 
         def apart(a, b):
             return (a - b).square().sum(1).sqrt()
@@ -2386,8 +2424,7 @@ class Jumps:
 
 
 def say_unstarted(worker_id, pid, parameters, versions):
-    """Say that a worker was never started, where it goes or the process `pid` ends, if parameters
-    have been trained since it was made."""
+    """Where a worker goes, or process `pid` ends, say that it was never started, if it was to train."""
     if os.getpid() == pid and [parameter._version for parameter in parameters] != versions:
         log(
             f"WARNING: DiLoCoWorker {worker_id!r} was made but never started: what this process has "
@@ -2436,8 +2473,7 @@ class Admission:
         self.ended = []  # [process id, start] of the process that held the id, if it is gone
 
     def ask(self):
-        """Ask to join until there is an answer, at most for so long as the worker waits for a
-        server. Returns a Joined."""
+        """Ask to join until there is an answer, while the worker waits. Returns a Joined."""
         # Before the lock, without which no heart beats, and before the connection, on which a server
         # waits a minute: it may take long.
         introduction = self.introduction()
@@ -2555,8 +2591,7 @@ class Admission:
         return all(other.link.closed.is_set() for other in namesakes(self.worker))
 
     def bring(self, conn, reply):
-        """Upload the slices that the server asks for: of the anchor, or of the model that this
-        worker was started with."""
+        """Upload the slices that the server asks for: of the anchor, or the model at the start."""
         slices, wants_files = wanted_of(reply, self.worker.schedule.count)
         files = self.trained.files if wants_files else {}
         raw = {
@@ -2580,8 +2615,7 @@ class Admission:
         return conn.request("bring", fields, specs, [*found.values()], on_wait=self.say_awaited)
 
     def flats(self, names, buffers):
-        """Return [(FlatModel, whether it is the buffers', whether it predicts)] by slice, for these
-        names of parameters and buffers in the server's order."""
+        """Return [(FlatModel, whether it is of buffers, whether it predicts)] of these names, by slice."""
         worker, count = self.worker, self.worker.num_fragments
         predicts = worker.fragment_update == "predict" and worker.delay > 0
         whole = worker.ranks.whole(names)
@@ -2592,8 +2626,7 @@ class Admission:
         return found
 
     def orders_of(self, reply):
-        """Return [names of the parameters, names of the buffers] in the server's order, which may
-        not be this worker's."""
+        """Return [names of the parameters, names of the buffers] in the server's order."""
         orders = []
         tensors = {"manifest": self.trained.named, "buffers": self.trained.buffer_tensors}
         for name, own in tensors.items():
@@ -2812,8 +2845,7 @@ class Anew:
 
 class Leader:
     """The work of rank 0 for a worker, which may have other ranks: to join, to adopt and push what is
-    due, to give up what is not finite, and to close the run. Facts that concern all ranks are
-    attributes of the `worker`."""
+    due, to give up what is not finite, and to close the run. The `worker` has what is for all ranks."""
 
     def __init__(self, worker):
         self.worker = worker
@@ -2824,8 +2856,7 @@ class Leader:
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
 
     def join(self, seconds):
-        """Join, for the first time or again. Raises ConnectionError where there is no server for so
-        many seconds."""
+        """Join, also again. Raises ConnectionError where there is no server for so many seconds."""
         worker = self.worker
         try:
             joined = self.link.retry(self.admission.ask, seconds)
@@ -2848,8 +2879,7 @@ class Leader:
         self.replica.resend()
 
     def rejoin(self):
-        """Join again: the server was restarted, or had given this worker up. False where it cannot be
-        reached."""
+        """Join again a server that restarted, or had given this worker up; False without one."""
         self.link.interrupt()
         leaves = self.worker.leave_by is not None
         try:
@@ -2870,8 +2900,7 @@ class Leader:
         return bool(is_stirred) or due or self.schedule.left <= 1
 
     def is_due(self, k):
-        """Whether slice k is to be adopted now. A push that training has gone on without is adopted
-        when an entry lists it."""
+        """Whether slice k is to be adopted now; a late push is when an entry lists it."""
         if k in self.replica.listed:
             push, *_ = self.replica.listed[k]
             return push.late or self.worker.local_step >= push.adopt_at
@@ -2925,8 +2954,7 @@ class Leader:
         }
 
     def adopt(self, k):
-        """Wait until an entry lists the pending push of slice k, then move the local values with the
-        anchor; or let training go on without the server."""
+        """Wait until slice k's push is listed, then move the local values; or go on without the server."""
         worker, replica = self.worker, self.replica
         worker.stalled_since = time.monotonic()
         try:
@@ -3016,8 +3044,7 @@ class Leader:
 
     def drop(self, why, *pushes):
         """Give up all local work, in all slices, and the steps of `pushes`: what is not finite in one
-        slice would be in the others after the next step. Raises FloatingPointError where that happens
-        too often."""
+        slice would be in all after a step. Raises FloatingPointError where that is too often."""
         worker, replica, pushes = self.worker, self.replica, [*pushes]
         for k, slice in enumerate(replica.slices):
             pending = replica.outbox.places[k].pending
@@ -3052,6 +3079,7 @@ class Leader:
         """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
         self.worker.watch.settle()
         self.worker.watch.check()
+        self.worker.watch.beside.tell()
         self.close_slices()
 
     def close_slices(self):
@@ -3101,8 +3129,7 @@ class Leader:
         (vars(self.worker) if alone else self.heard).update(facts)
 
     def say_stalled(self, stalls):
-        """Log for whom a round waits too long, as a heartbeat's reply tells it; the one that it waits
-        for may be this worker itself."""
+        """Log for whom, maybe this worker, a round waits too long by a heartbeat's reply."""
         if not stalls or time.monotonic() - self.said_at < SAY_SECONDS:
             return
         match stalls[0]:
@@ -3142,7 +3169,9 @@ def count_step(worker):
 
 @contextlib.contextmanager
 def showing_global(worker):
-    """DiLoCoWorker.global_model."""
+    """Within the block the model's parameters and buffers are the global ones, as far as this worker
+    has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded model all
+    ranks have to enter it, and leave it, between the same steps."""
     trained, is_sharded = worker.trained, worker.ranks.is_sharded
     tensors = [*trained.named.values(), *trained.buffer_tensors.values()]
     with own_modes():
@@ -3178,23 +3207,15 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def metrics_of(worker):
-    """Return the numbers of a worker for a log, by name."""
-    return {
-        "diloco/sync_count": worker.sync_count,
-        "diloco/local_step": worker.local_step,
-        "diloco/last_sync_time": worker.replica.last_sync_time,
-        "diloco/total_sync_time": worker.replica.total_sync_time,
-        "diloco/last_send_mb": worker.replica.last_send / 1e6,
-        "diloco/last_recv_mb": worker.replica.last_recv / 1e6,
-        "diloco/steps_per_second": worker.steps_per_second,
-        "diloco/sync_every": worker.schedule.every,
-        "diloco/num_fragments": worker.num_fragments,
-        "diloco/fragment_syncs": worker.fragment_syncs,
-        "diloco/overlap": worker.overlap,
-        "diloco/stall_time": worker.stall_time,
-        "diloco/dropped_steps": worker.dropped_steps,
-        "diloco/mismatches": worker.replica.mismatches,
-    }
+    """Return the numbers of a worker for a log, under `diloco/`."""
+    replica = worker.replica
+    own = "sync_count", "local_step", "steps_per_second", "num_fragments", "fragment_syncs"
+    own += "overlap", "stall_time", "dropped_steps"
+    theirs = "last_sync_time", "total_sync_time", "mismatches"
+    found = {name: getattr(worker, name) for name in own} | {"sync_every": worker.schedule.every}
+    found |= {name: getattr(replica, name) for name in theirs}
+    found |= {"last_send_mb": replica.last_send / 1e6, "last_recv_mb": replica.last_recv / 1e6}
+    return {f"diloco/{name}": number for name, number in found.items()}
 
 
 def attach(cls, model, optimizer, server=None, sync_every=None, worker_id=None, **options):
@@ -3252,11 +3273,10 @@ class Standalone:
     def __exit__(self, *error):
         self.close()
 
-    def flush(self):
-        """Nothing: the model is the only one."""
+    def flush(self, *ignored, **more):
+        """Nothing: the model is the only one, nobody is waited for, and nothing was rounded."""
 
-    def part(self, seconds=PARTING_SECONDS):
-        """Nothing: nobody is waited for."""
+    part = save_residual = flush
 
     def close(self, reason="done"):
         """Count no more steps."""
@@ -3271,15 +3291,10 @@ class Standalone:
         return contextlib.nullcontext()
 
     def metrics(self):
-        """Return {}: there is nothing to log."""
+        """Return {}: there is nothing to log, and nothing was rounded."""
         return {}
 
-    def residual(self):
-        """Return {}: nothing was rounded."""
-        return {}
-
-    def save_residual(self, path):
-        """Nothing: nothing was rounded."""
+    residual = metrics
 
     def state_dict(self):
         """Return the number of steps, for `state`."""
@@ -3561,11 +3576,7 @@ class DiLoCoWorker:
             self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
         return told
 
-    # --- Steps ---
-
-    def _after_step(self):
-        """A step has been made: adopt what is due, then push what is due."""
-        count_step(self)
+    _after_step = count_step
 
     # --- What others want to know ---
 
@@ -3636,15 +3647,7 @@ class DiLoCoWorker:
             self.watch.tell_over(max_steps)
         return is_over
 
-    def global_model(self):
-        """Within the block the model's parameters and buffers are the global ones, as far as this
-        worker has adopted them; afterwards its own again, to the bit. For evaluation. With a sharded
-        model all ranks have to enter it, and leave it, between the same steps."""
-        return showing_global(self)
-
-    def metrics(self):
-        """Return the numbers for a log, under `diloco/`."""
-        return metrics_of(self)
+    global_model, metrics = showing_global, metrics_of
 
     def residual(self):
         """Return the losses of rounding so far, by slice, as {name: CPU tensor}; empty if there are
@@ -3739,8 +3742,7 @@ class DiLoCoCallback:
         return saved, folder
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop with the run; where training stops, close it while the model is still the trained
-        one: a trainer may load its best checkpoint after this."""
+        """Stop with the run, or close it where training stops, before a best checkpoint is loaded."""
         if self.worker is None:
             return
         if self.worker.run_is_over(getattr(state, "max_steps", 0)):
@@ -3849,8 +3851,7 @@ class LightningHooks(DiLoCoCallback):
         super().on_train_end(None, None, None)
 
     def on_exception(self, trainer, module, exception):
-        """Leave the run. After SIGTERM, which Lightning raises between two steps, send what is left
-        without waiting for others."""
+        """Leave the run; after SIGTERM, which comes between two steps here, send what is left first."""
         if self.worker is not None and type(exception).__name__ == "SIGTERMException":
             self.worker.part()
             with contextlib.suppress(OSError):
@@ -3883,8 +3884,7 @@ def _made_for(name):
 
 
 def __getattr__(name):
-    """TransformersCallback and LightningCallback are made when they are asked for first, so that this
-    file needs torch only."""
+    """Make the callbacks of trainers when they are asked for first: this file needs torch only."""
     docs = {
         "TransformersCallback": "DiLoCoCallback for transformers' Trainer, trl, sentence-transformers: "
         "its progress is in every checkpoint, for resume_from_checkpoint.",

@@ -116,6 +116,9 @@ FILE_NAMES = (
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
 
+# What torch.compile, DistributedDataParallel and a LightningModule put before a model's names.
+WRAPPED = ("_orig_mod.", "module.", "model.")
+
 # Ending of the name of a config.json beside weights that are only a part of what it describes:
 # `from_pretrained` would make up the other tensors, at random.
 INCOMPLETE = ".incomplete"
@@ -244,8 +247,7 @@ class Log:
         self(f"{text}\n{traceback.format_exc().rstrip()}")
 
     def seldom(self, kind, text):
-        """Log a line of a kind that peers can cause: at most LINES_PER_SECOND of it, the rest are
-        counted."""
+        """Log a line that peers can cause: at most LINES_PER_SECOND; the rest are counted."""
         with self.lock:
             self.settle()
             entry = self.seldom_lines.setdefault(kind, [int(time.monotonic()), 0])
@@ -266,8 +268,7 @@ class Log:
 
 
 def is_writable(stream, seconds):
-    """Whether a line can be written without waiting for a reader for longer than so many
-    seconds."""
+    """Whether a line can be written without waiting longer than so many seconds for a reader."""
     try:
         handle = stream.fileno()
     except (OSError, ValueError, AttributeError):  # no file: a notebook's, or a test's
@@ -415,8 +416,7 @@ def last_fates(folded):
 
 
 def recent(fates, version, max_staleness, keep):
-    """The fates that a push which is not too old can still ask for, and those of the ids in
-    `keep`."""
+    """The fates that a push can ask for which is not too old, and those of the ids in `keep`."""
     oldest = version.number - max_staleness
     return {w: fate for w, fate in fates.items() if fate.round >= oldest or w in keep}
 
@@ -527,8 +527,7 @@ def spec_of(name, dtype, shape):
 
 
 def parse_entry(name, entry):
-    """(first byte, last byte, spec) of a tensor from its entry in a header. Raises
-    ProtocolError."""
+    """(first byte, last byte, spec) of a tensor in a header. Raises ProtocolError."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ProtocolError(f"tensor {quoted(name)}: needs dtype, shape and data_offsets, no more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -577,8 +576,7 @@ def parse_header(raw, in_order=True):
 
 
 def header_length(raw):
-    """The length of the header that follows these 8 bytes. Raises ProtocolError if it is out of
-    range."""
+    """The length of the header that follows these 8 bytes. Raises ProtocolError."""
     (length,) = struct.unpack("<Q", raw)
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise ProtocolError(
@@ -915,8 +913,7 @@ def weight_files(path):
 
 
 def shards_of(path):
-    """The names of the files that an index of weights lists, all in its own folder. Raises
-    ProtocolError."""
+    """The files that an index of weights lists, all in its own folder. Raises ProtocolError."""
     try:
         with open(path, encoding="utf-8") as index:
             shards = sorted(set(json.load(index)["weight_map"].values()))
@@ -974,8 +971,7 @@ def age_of(fields):
 
 
 def discard(checkpoint):
-    """Remove a checkpoint. It is renamed first, so that a crash never leaves half a checkpoint
-    under its name."""
+    """Remove a checkpoint, under another name, so that a crash never leaves half of one."""
     old = os.path.join(os.path.dirname(checkpoint), BESIDE + "-old")
     remove(old)
     os.rename(checkpoint, old)
@@ -1030,6 +1026,13 @@ def matched(weights, names):
         elif rest in weights:
             bare.setdefault(first, {})[name] = weights[rest]
     return found | (next(iter(bare.values())) if len(bare) == 1 else {})
+
+
+def prefix_of(names):
+    """The prefix of a wrapper, such as `module.`, that all names begin with, or ""."""
+    prefix = next(iter(names), "").partition(".")[0] + "."
+    is_common = prefix in WRAPPED and all(name.startswith(prefix) for name in names)
+    return prefix if is_common else ""
 
 
 def file_sizes_of(sizes):
@@ -1865,8 +1868,7 @@ def manifest_from_json(listed, trained=True):
 
 
 def frozen_of(listed):
-    """{name: (spec, fingerprint)} of what a worker says of its frozen tensors. Raises
-    ProtocolError."""
+    """{name: (spec, fingerprint)} of a worker's frozen tensors. Raises ProtocolError."""
     for entry in listed:
         mark = str(entry[3]) if type(entry) is list and len(entry) == 4 else ""
         if not re.fullmatch("[0-9a-f]{32}", mark):
@@ -1977,8 +1979,7 @@ class FlatModel:
         return self.parts[0][0].device
 
     def streams(self):
-        """The current stream of each GPU that has a parameter: a model may be spread over
-        several."""
+        """The current stream of each GPU that has a parameter, as there may be several."""
         devices = {part[0].device for part in self.parts if part[0].is_cuda}
         return [torch.cuda.current_stream(device) for device in devices]
 

@@ -145,8 +145,7 @@ class Rules:
 
 @dataclass(eq=False, kw_only=True)
 class Push:
-    """A contribution of a worker, who sends it again as it was. `refused` to `norm` are what the
-    server finds of it."""
+    """A contribution of a worker, which is sent again as it was. The server finds `refused` to `norm`."""
 
     worker: str
     session: str  # names the worker's process
@@ -1427,8 +1426,7 @@ class GlobalModel:
 
     def announce(self, round, step):
         """Append the entry of a closed round to its slice's log, still without numbers, and drop
-        old entries: together the kept ones are smaller than the slice, unless only one is left.
-        Called with the lock."""
+        old entries: together the kept ones are smaller than the slice, or one. Needs the lock."""
         k = round.k
         if round.mode == "delayed" and "gathered" not in self.outer:
             self.outer["gathered"] = torch.zeros_like(self.params)
@@ -1459,8 +1457,7 @@ class GlobalModel:
 
     def entries(self, k, held, upto=None):
         """The entries of slice k that lead from version `held` on, to version `upto` or as far as
-        there are any, also one that is being made. None where the log does not lead there. Called
-        with the lock."""
+        there are any, also one being made. None where the log does not lead there. Needs the lock."""
         log = list(self.logs[k])
         versions = [log[0].base, *(entry.version for entry in log)] if log else []
         if held == upto or held not in versions or upto not in (None, *versions):
@@ -1499,8 +1496,7 @@ class GlobalModel:
         return squares**0.5, counted
 
     def _fold_chunk(self, round, entry, outer, pushes, start, stop):
-        """Fold a chunk of the parameters; returns (the new chunk, the square of the mean's
-        norm)."""
+        """Fold a chunk of the parameters; returns (the new chunk, square of the mean's norm)."""
         part, *others = (v[start:stop] for v in self.vectors(round.k))
         kept = dict(zip(self.outer, others, strict=True))
         velocity, residual = kept["momentum"], kept.get("residual")
@@ -1624,8 +1620,7 @@ class GlobalModel:
                         vector[start:stop].copy_(before[place])
 
     def tensors(self, snapshots):
-        """Yields (spec, tensor of the spec's dtype) of all parameters and buffers, from snapshots
-        of every slice."""
+        """Yields (spec, tensor of its dtype) of all that is in the snapshots of every slice."""
         runs = (run[0] for run in interleaved(snapshots[: self.num_fragments]))
         values = itertools.chain(
             *(snapshot.pieces() for snapshot in snapshots[self.num_fragments :])
@@ -1827,6 +1822,7 @@ def write_vectors(folder, state, model, snapshots):
                 params.write(protocol.memory(piece))
 
 
+ADAPTER_FILES = "adapter_config.json", "adapter_names.json"  # descriptive files of peft's adapters
 PARTIAL = b"""The model.safetensors beside this file has only a part of the model: what is frozen is not
 in it. Build the model, with its frozen part, then diloco_callback.load_weights(model, folder). The
 model's own config.json is in config.json.incomplete.
@@ -1874,6 +1870,7 @@ class Store:
         self.passing = set()  # names of `weights` that are there for as long as they are kept
         self.untrained = []  # names of frozen tensors of -m that the final model has too
         self.is_partial = False, False
+        self.is_unwrapped = False  # whether the names in `weights` are known to be a worker's
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
         self.unwritten = []  # lines of rounds.jsonl that the disk has not taken yet
@@ -1981,8 +1978,7 @@ class Store:
 
     @contextlib.contextmanager
     def _surviving(self, what, snapshots=()):
-        """Log an error within and survive it: training goes on, and so does saving. The snapshots
-        are closed."""
+        """Log an error within and survive it, as training goes on; the snapshots are closed."""
         try:
             yield
             self.faults.pop(what, None)
@@ -2064,7 +2060,7 @@ class Store:
             files[hidden] = files.pop("config.json")
             if "adapter_config.json" not in files:  # it leads to the base model
                 files["config.json"] = PARTIAL
-        for name in {"config.json", hidden} - files.keys():
+        for name in {"config.json", hidden, *ADAPTER_FILES} - files.keys():
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
         for name, text in files.items():
@@ -2101,8 +2097,8 @@ class Store:
     def take_files(self, texts):
         """Keep the files that a worker has brought, {name: bytes}: all, or if there are some
         already, those of its adapter."""
-        has_some, wanted = bool(self.files), ("adapter_config.json", "adapter_names.json")
-        texts = {n: text for n, text in texts.items() if not has_some or n in wanted}
+        has_some = bool(self.files)
+        texts = {n: text for n, text in texts.items() if not has_some or n in ADAPTER_FILES}
         self.files = {**texts, **self.files}
 
     # --- Weights of -m, and frozen tensors ---
@@ -2122,19 +2118,20 @@ class Store:
         have = [s._replace(shape=tuple(found[s.name].shape)) for s in every if s.name in found]
         needed = [s for s in every if s.name in found or (s in manifest and not is_base)]
         if fault := protocol.explain_mismatch(have, needed):
+            prefix = protocol.prefix_of(self.weights)
             raise Refused(
                 "model",
                 f"the weights in -m do not fit this worker's model: {fault}"
                 + (f" (nor is what is frozen, as {alien[0]!r})" if alien else "")
+                + (f"; all names in -m begin with {prefix!r}" if prefix else "")
                 + "; name a model that does, or with -m a new folder, into which the first worker "
                 "uploads its own",
             )
         return {spec.name: found[spec.name] for spec in have}
 
     def compare(self, frozen):
-        """{name: future of the fingerprint in -m} of the frozen tensors that -m has, in the
-        worker's dtypes. The first time hashing takes a second a gigabyte. Raises Refused where a
-        shape differs."""
+        """{name: future of the fingerprint in -m, in the worker's dtypes} of the frozen tensors that
+        -m has. Hashing takes a second a gigabyte. Raises Refused where a shape differs."""
         jobs = {}
         for name, tensor in protocol.matched(self.weights, frozen).items():
             spec = frozen[name][0]
@@ -2148,11 +2145,6 @@ class Store:
                     self.marks[key] = self.hashers.submit(*work)
                 jobs[name] = self.marks[key]
         return jobs
-
-    def differing(self, frozen, jobs):
-        """The names of frozen tensors that differ from those of -m, once `compare`'s jobs are
-        done."""
-        return [name for name, job in jobs.items() if job.result() != frozen[name][1]]
 
     def check_frozen(self, frozen, others):
         """Raise Refused where a frozen tensor that -m lacks differs from that of the first worker, or of
@@ -2185,13 +2177,15 @@ class Store:
         self.frozen = lacked(self.weights, frozen, whose) | self.frozen
 
     def keep(self, model, frozen):
-        """Keep the tensors of a model which are frozen from now on, as the workers have them."""
+        """Keep the tensors of a model which are frozen from now on, as the workers have them. The files
+        of an adapter are of the tensors that were trained before."""
         snapshots = [model.snapshot(k) for k in range(model.count)]
         now_frozen = {s.name: tensor for s, tensor in model.tensors(snapshots) if s.name in frozen}
         for snapshot in snapshots:
             snapshot.close()
         self.kept = {name: t for name, t in self.kept.items() if name in frozen} | now_frozen
         self.weights = {**self.weights, **now_frozen}
+        self.files = {n: text for n, text in self.files.items() if n not in ADAPTER_FILES}
         self.passing = self.passing | now_frozen.keys()
         self.frozen = {name: noted for name, noted in self.frozen.items() if name in frozen}
         with self.lock:
@@ -2203,6 +2197,19 @@ class Store:
         found = protocol.matched(self.weights, frozen)
         specs = [frozen[name][0] for name in names if name in found]
         return specs, (found[spec.name].to(spec.dtype).contiguous() for spec in specs)
+
+
+def unwrap(store, names):
+    """Take a wrapper's prefix off the names in -m, of which all have it, where a worker's `names`
+    fit better then. Once: what fits the first worker stays."""
+    choices = [{n: t for n, t in store.weights.items() if n not in store.kept}]
+    while prefix := protocol.prefix_of(choices[-1]):
+        choices.append({n.removeprefix(prefix): t for n, t in choices[-1].items()})
+    found = [len(protocol.matched(choice, names)) for choice in choices]
+    if not store.is_unwrapped and (best := found.index(max(found))):
+        log(f"took {protocol.prefix_of(choices[0])!r} off the names in -m, all of which have it")
+        store.weights = {**choices[best], **store.kept}
+    store.is_unwrapped |= max(found) > 0
 
 
 # --- The server -------------------------------------------------------------------------------
@@ -2418,8 +2425,7 @@ class Ids:
             raise ConnectionError(f"{conn.peer} closed the connection")
 
     def are_near(self, member, other):
-        """Whether two processes run on the same machine, as far as they say so and come from the same
-        address."""
+        """Whether two processes say that they run on one machine, and come from one address."""
         mine, its = member.facts, other.facts
         is_one_machine = mine.process[0] == its.process[0] != ""
         return is_one_machine and mine.conn.peer == its.conn.peer
@@ -2653,6 +2659,7 @@ class Layouts:
         become those. A worker that comes back with others leaves the run until all do."""
         run, facts = self.run, member.facts
         others = [other for id, other in run.waiting.items() if id != member.id]
+        unwrap(self.store, [*(s.name for s in facts.manifest + facts.buffers), *facts.frozen])
         is_new = not (is_begun(run.slices) or run.members or others or run.anew.before)
         if self.server.model is None or is_new:
             self.lay_out(member)
@@ -2766,7 +2773,7 @@ class Gate:
         jobs = self.store.compare(facts.frozen)
         hashing = "the server, which compares the frozen weights with those of -m"
         self.server.wait(conn, lambda: all(j.done() for j in jobs.values()), lambda: hashing)
-        facts.differs = self.store.differing(facts.frozen, jobs)
+        facts.differs = [n for n, job in jobs.items() if job.result() != facts.frozen[n][1]]
 
     def introduced(self, conn, message):
         """The Member that a join describes. Raises ProtocolError where the description is malformed,
@@ -2813,8 +2820,7 @@ class Gate:
         self.layouts.check(member)
 
     def check_settings(self, member):
-        """Raise Refused where a setting that all workers of a run need alike differs. Needs the
-        lock."""
+        """Raise Refused where a setting differs that all workers need alike. Needs the lock."""
         others = [*self.run.members.values(), *self.run.waiting.values()]
         others = [other for other in others if other.id != member.id]
         if member.facts.source and len({other.id for other in others}) >= self.server.shares:
@@ -2837,8 +2843,7 @@ class Gate:
                 )
 
     def admit(self, conn, member):
-        """Wait until a worker may enter the run, or is to bring what the server lacks; then answer
-        its join."""
+        """Answer a join, once the worker may enter or is to bring what the server lacks."""
         kind, fields = "compare", {}
         while kind == "compare":
             decide = functools.partial(self.decide, member)
@@ -3104,8 +3109,7 @@ class Rounds:
         conn.send("push", {"taken": is_taken})
 
     def take_push(self, conn, message):
-        """Read a contribution and let the rules count it; returns whether they do. Its memory is
-        given back where they do not."""
+        """Read a contribution, and count it or give its memory back; returns whether it counts."""
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             push, model = self.announced(member, message), self.model
@@ -3348,8 +3352,7 @@ class Rounds:
             self.send_slice(conn, k)
 
     def lists(self, k, id, seq):
-        """The version of slice k whose entry lists a push, or with sequence number 0 the head. Needs
-        the lock."""
+        """The version of slice k whose entry lists a push, the head for seq 0. Needs the lock."""
         if seq == 0:
             return self.run.slices[k].version
         listing = [e for e in self.model.logs[k] if id in e.fates and e.fates[id].seq >= seq]
@@ -3572,8 +3575,7 @@ class Door:
         self.ended.wait(0.1)
 
     def accept(self, listener):
-        """Take visitors in, unread. One that comes when the files are all used up costs a stranger
-        its place."""
+        """Take visitors in, unread. Where the files are used up, each costs a stranger its place."""
         for _ in range(64):  # then it is the turn of others
             try:
                 sock, address = listener.accept()
@@ -4111,8 +4113,7 @@ class Spawn:
             log.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")
 
     def _reap(self):
-        """Note which workers have ended, whatever their exit code: their ids are free, and nobody
-        waits for them."""
+        """Note which workers have ended: their ids are free, and nobody waits for them."""
         for name, process in self.workers.items():
             if name not in self.ended and process.poll() is not None:
                 self.ended.add(name)

@@ -386,6 +386,99 @@ def test_adapters_that_peft_would_not_open_are_named(capsys):
         assert name in capsys.readouterr().err
 
 
+def gpt2_that_peft_prompts():
+    """Prompts, unlike adapters within layers, need to know the model's class and have room to grow."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize(
+    "kind, settings, opens",
+    [
+        ("PromptTuningConfig", {}, True),
+        ("PrefixTuningConfig", {}, True),
+        ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 8}, False),
+        ("PromptEncoderConfig", {"encoder_hidden_size": 8}, False),
+    ],
+)
+def test_prompts_open_where_peft_saves_them_as_they_are(
+    serve, tmp_path, capsys, kind, settings, opens
+):
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+    model = peft.get_peft_model(gpt2_that_peft_prompts(), config)
+    train_one(model, serve("--until-done"))
+    folder = tmp_path / "model"
+    is_said = "PeftModel.from_pretrained cannot open" in capsys.readouterr().err
+    assert is_said != opens and (folder / "adapter_config.json").exists() == opens
+    if opens:
+        opened = peft.PeftModel.from_pretrained(gpt2_that_peft_prompts(), folder)
+        names = dict(opened.named_parameters())
+        assert all(same_bits(names[n], p) for n, p in model.named_parameters())
+    else:
+        fresh = peft.get_peft_model(gpt2_that_peft_prompts(), config)
+        load_weights(fresh, folder)
+        assert all(map(same_bits, fresh.parameters(), model.parameters()))
+
+
+def train_one(model, host, change=None):
+    """Train a model of transformers by itself until the server has written it; `change`: a function
+    of the model and its optimizer that is called in the midst of it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, tokens = torch.optim.SGD(trained, lr=0.1), torch.arange(12)[None]
+    with DiLoCoWorker(model, optimizer, host.address, 2, "a"):
+        for i in range(6):
+            if change and i == 3:
+                change(model, optimizer)
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+    assert host.wait() == 0
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_an_adapter_that_comes_later_is_described_anew(serve, tmp_path, capsys, stays):
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    larger = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)
+
+    def change(model, optimizer):
+        model.add_adapter("two", larger)
+        model.set_adapter("two")
+        if not stays:
+            model.delete_adapter("default")
+        added = [p for n, p in model.named_parameters() if ".two." in n]
+        optimizer.add_param_group({"params": added})
+
+    model = peft.get_peft_model(gpt2(), lora)
+    train_one(model, serve("--until-done", "--save-every", 1), change)
+    folder = tmp_path / "model"
+    is_said = "'two' is not" in capsys.readouterr().err
+    assert is_said == stays and (folder / "adapter_config.json").exists() != stays
+    if not stays:
+        opened = dict(peft.PeftModel.from_pretrained(gpt2(), folder, "two").named_parameters())
+        assert all(same_bits(opened[n], p) for n, p in model.named_parameters())
+
+
+def test_an_adapter_of_which_a_part_is_frozen_later_opens(serve, tmp_path, capsys):
+    import peft
+
+    def change(model, optimizer):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(gpt2(), lora)
+    train_one(model, serve("--until-done"), change)
+    opened = dict(peft.PeftModel.from_pretrained(gpt2(), tmp_path / "model").named_parameters())
+    assert all(same_bits(opened[n], p) for n, p in model.named_parameters())
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def test_a_folder_without_the_frozen_part_is_opened_by_nobody_unawares(serve, tmp_path):
     from transformers import AutoModel, GPT2LMHeadModel
 

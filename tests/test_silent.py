@@ -6,6 +6,7 @@ The server is a real process; workers run in the test's own process. Where a tes
 that two workers come to, both train here, in turn.
 """
 
+import copy
 import gc
 import types
 
@@ -265,6 +266,74 @@ def test_steps_of_another_optimizer_are_an_error_and_nothing_is_overwritten(serv
         step(model, optimizer)
     worker.close()
     assert not torch.equal(flat(model), moved)
+
+
+@pytest.mark.parametrize("counted", [0, 4])
+def test_a_copy_that_is_trained_in_the_models_place_is_told_of(serve, said, counted):
+    model = toy_worker.build((5, 7, 2))
+    optimizer = sgd(model)
+    worker = begun(serve("-n", 1), model, optimizer, sync_every=3)
+    for _ in range(counted):
+        step(model, optimizer)
+    copied = copy.deepcopy(model)
+    other = torch.optim.AdamW(copied.parameters())
+    for _ in range(9):
+        step(copied, other)
+    assert "AdamW" in worker.watch.last_words() and "last 9 steps" in worker.watch.last_words()
+    assert not any("copy.deepcopy" in line for line in said)
+    for _ in range(150):
+        step(copied, other)
+    worker.flush()
+    worker.close()
+    (line,) = [line for line in said if "copy.deepcopy" in line]
+    assert "the last 100 steps are those of AdamW" in line
+
+
+def test_a_copy_that_is_trained_for_a_while_is_told_of_at_the_end(serve, said):
+    model = toy_worker.build((5, 7, 2))
+    optimizer = sgd(model)
+    worker = begun(serve("-n", 1), model, optimizer)
+    step(model, optimizer)
+    for _ in range(3):  # an optimizer anew for each step
+        step(model[:], sgd(copied := copy.deepcopy(model)))
+        step(copied, sgd(copied))
+    worker.flush()
+    assert any("the last 6 steps are those of SGD, which" in line for line in said)
+    step(copied, sgd(copied))  # behind the flush it may be
+    assert not worker.watch.last_words()
+
+
+def test_models_that_are_trained_beside_are_no_copies(serve, said):
+    """A discriminator, a twin of the same shapes that steps more often, and an average."""
+    model, twin = toy_worker.build((5, 7, 2)), toy_worker.build((5, 7, 2))
+    discriminator = torch.nn.Sequential(torch.nn.Linear(2, 7), torch.nn.Linear(7, 1))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer, its, judging = sgd(model), sgd(twin), sgd(discriminator)
+    worker = begun(serve("-n", 1), model, optimizer)
+    for _ in range(250):
+        judging.step()
+    for _ in range(30):
+        step(model, optimizer)
+        for _ in range(5):
+            step(twin, its)
+        average.update_parameters(model)
+    assert its in worker.watch.beside.alike and judging in worker.watch.harmless
+    worker.flush()
+    assert not any("copy.deepcopy" in line for line in said)
+
+
+def test_another_worker_of_this_process_trains_no_copy(serve, said):
+    models = [toy_worker.build((5, 7, 2)) for _ in range(2)]
+    optimizers = [*map(sgd, models)]
+    host = serve("-n", 1)
+    first = begun(host, models[0], optimizers[0], sync_every=200)
+    second = begun(host, models[1], optimizers[1], "b", sync_every=200)
+    for _ in range(150):
+        step(models[1], optimizers[1])
+    assert not first.watch.beside.alike and not first.watch.last_words()
+    first.close()
+    second.close()
+    assert not any("copy.deepcopy" in line for line in said)
 
 
 def test_parameters_that_move_without_any_step_are_an_error(serve):

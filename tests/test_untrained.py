@@ -15,6 +15,7 @@ from peers import Gate, Peer, rounds, together
 from safetensors.torch import load_file, save_file
 
 import protocol
+import server
 from diloco_callback import DiLoCoWorker
 from protocol import Refused, matched
 
@@ -392,6 +393,48 @@ def test_wrong_weights_are_refused_although_an_adapter_may_be_missing(serve, tmp
         worker, _ = adapted(host, "a", 1)
         with pytest.raises(Refused, match=says):
             worker.start()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "model._orig_mod."])
+def test_weights_that_were_saved_from_a_wrapped_model_lose_its_prefix(serve, tmp_path, prefix):
+    right = Adapted(1)
+    for tensors, folder in ((right.state_dict(), "whole"), (base_of(right), "base")):
+        (tmp_path / folder).mkdir()
+        wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+        save_file(wrapped, tmp_path / folder / "model.safetensors")
+        for run in range(2):  # the second goes on from the first one's checkpoint
+            host = serve("-m", tmp_path / folder, "--until-done")
+            worker, net = adapted(host, "a", 2 + run)
+            worker.start()
+            assert same(base_of(net), base_of(right))
+            assert run or folder == "base" or same(net.state_dict(), right.state_dict())
+            net.head.weight.grad = torch.ones(2, 4)
+            worker.trained.optimizers[-1].step()
+            worker.flush()
+            worker.close()
+            assert host.wait() == 0
+            written = load_file(tmp_path / f"{folder}-diloco" / "model.safetensors")
+            assert same(written, net.state_dict())
+
+
+def test_a_prefix_of_all_names_is_named_where_they_do_not_fit_without_it(tmp_path):
+    head = protocol.TensorSpec("head", torch.float32, (2,))
+    for names, is_told in ((["module.x", "module.y"], True), (["module.x", "y"], False)):
+        save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+        store = server.Store(str(tmp_path))
+        store.open("bf16", "bf16", True)
+        server.unwrap(store, ["head"])
+        with pytest.raises(Refused, match="'head'") as error:
+            store.fit([head], [], {})
+        assert ("all names in -m begin with 'module.'" in str(error.value)) == is_told
+    # Once they fit a worker, the names stay as they are for all others.
+    save_file({"model.x": torch.ones(2)}, tmp_path / "model.safetensors")
+    for first, then in ((["model.x"], ["x"]), (["x"], ["model.x"])):
+        store = server.Store(str(tmp_path))
+        store.open("bf16", "bf16", True)
+        server.unwrap(store, first)
+        server.unwrap(store, then)
+        assert [*store.weights] == first
 
 
 def test_names_are_matched_without_the_wrappers_of_adapters_and_of_bare_models():
