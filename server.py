@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -210,19 +210,19 @@ class Round:
         return int(self.before + self.part + 1e-6) > int(self.before + 1e-6)
 
     def weigh(self, members, rules):
-        """Give the pushes their weights, and the round its share: of a member that is missing the
-        weight is what it had last, or the mean of those that are there."""
+        """Give the pushes their weights, and the round its share: a member that is missing counts
+        with its last push, or as the mean of the others where it has made none."""
         counted = [p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]
-        full = weights(counted, rules.weights)
+        there = {push.worker for push in self.pushes}
+        absent = [members[id].last for id in self.members if id in members and id not in there]
+        full = weights([*counted, *filter(None, absent)], rules.weights)
         for push in counted:
-            push.weight = (
-                full[push] * (1 + self.lateness.get(push.worker, 0)) ** -rules.stale_weight
-            )
+            late = self.lateness.get(push.worker, 0)
+            push.weight = full[push] * (1 + late) ** -rules.stale_weight
             if push.worker in members:
-                members[push.worker].weight = full[push]
-        there, whole = {push.worker for push in self.pushes}, sum(full.values())
-        absent = [members[id].weight for id in self.members if id in members and id not in there]
-        whole += sum(weight or whole / len(counted) for weight in absent) if counted else 0
+                members[push.worker].last = replace(push, payload=None)
+        whole = sum(full.values())
+        whole += absent.count(None) * whole / max(1, len(full))
         self.share = sum(push.weight for push in counted) / whole if counted else 0.0
 
 
@@ -408,7 +408,7 @@ class Member:
     cycle: int = 0  # steps of its cycle as it is now
     readings: object = None  # deque of its newest Readings at pushes
     reading: object = None  # its newest Reading
-    weight: float = 0.0  # of its last push
+    last: Push | None = None  # its last push that counted, without the numbers
     lag: int = 0  # versions that its last push was behind
     begun: tuple = (0, 0)  # (step of the run, number of the newest version) when it became a member
     blocked: tuple = ()  # (slice, sequence number) of its own push that its training waits for
@@ -2325,10 +2325,11 @@ def outer_settings(args, saved):
 
 def status_of(member, paces):
     """The fields about one member that status.py shows."""
-    own = ("id", "index", "step", "position", "sync_every", "loss", "lag", "weight")
+    own = ("id", "index", "step", "position", "sync_every", "loss", "lag")
     return {name: getattr(member, name) for name in own} | {
         "host": member.facts.host,
         "ranks": member.facts.ranks,
+        "weight": member.last.weight if member.last else 0.0,
         "pace": member.cycle,
         "waiting": round(paces.waiting(member), 4),
         "address": member.facts.conn.peer,

@@ -440,6 +440,22 @@ def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
     torch.testing.assert_close(slice._predicted(0, 6), own, rtol=1e-5, atol=1e-6)
 
 
+def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
+    run = opened("ada", "bob", count=1, quorum=1, outer="fractional", weights="tokens")
+    for member in run.members.values():
+        member.pace = 100
+    push(run, "ada", steps=20, tokens=2000)
+    assert fold(run).share == 0.5
+    push(run, "bob", steps=20)  # says no tokens: then steps count, hers too
+    assert fold(run).share == 0.5
+    push(run, "bob", seq=2, steps=20, tokens=2000)
+    assert fold(run).share == 0.5
+    push(run, "ada", seq=2, steps=20, tokens=1 << 50)
+    assert fold(run).share == pytest.approx(10 / 11)
+    push(run, "bob", seq=3, steps=20, tokens=2000)
+    assert fold(run).share == pytest.approx(1 / 11)
+
+
 # --- With processes -------------------------------------------------------------------------
 
 
