@@ -341,10 +341,13 @@ class Slice:
         return max(0, self.version.number - push.base.number)
 
     def counting(self, rules):
-        """When the contributions came that count for a quorum: late ones do where the outer step knows
-        how much of a round it folds."""
-        pushes, takes_late = self.pushes.values(), rules.outer != "whole"
-        return sorted(p.arrived for p in pushes if takes_late or not self.lateness(p))
+        """When the workers' contributions came that count for a quorum: late ones do where the outer
+        step knows how much of a round it folds."""
+        came = {}  # worker -> seconds; a new process of a worker is no other worker
+        for push in self.pushes.values():
+            if rules.outer != "whole" or not self.lateness(push):
+                came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))
+        return sorted(came.values())
 
     def grace_ends(self, since, rules):
         """When a quorum that is there since then has waited long enough: with a grace of None when the

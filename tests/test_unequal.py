@@ -456,6 +456,17 @@ def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
     assert fold(run).share == pytest.approx(1 / 11)
 
 
+def test_two_processes_of_a_worker_are_one_of_a_quorum():
+    run = opened("ada", "bob", "cai", count=1, quorum=2, outer="fractional")
+    push(run, "ada")
+    run.remove("ada", ends=False)  # its machine is gone, and starts anew
+    join(run, "ada", session="ada2")
+    push(run, "ada", session="ada2", seq=2, now=1.0)
+    assert run.over(1) == []
+    push(run, "bob", now=2.0)
+    assert run.over(2) == [0]
+
+
 # --- With processes -------------------------------------------------------------------------
 
 
