@@ -351,11 +351,12 @@ class Slice:
 
     def grace_ends(self, since, rules):
         """When a quorum that is there since then has waited long enough: with a grace of None when the
-        first contributor is about to adopt, or after a tenth of a round where they wait at once."""
+        first contributor is about to adopt, or after a tenth of a round, the last one or this one,
+        where they wait at once."""
         if rules.grace is not None:
             return since + rules.grace
         adopts = min(push.adopts for push in self.pushes.values())
-        return max(since, adopts) if adopts else since + self.took / 10
+        return max(since, adopts) if adopts else since + max(self.took, since - self.closed_at) / 10
 
     def close(self, version, indices, pushing, now, rules):
         """Make a Round that leads to `version` of what has been contributed; pushes that are too
@@ -3123,9 +3124,11 @@ class Rounds:
             self.check_room(push)
             if message.specs:
                 push.payload = model.payload(push.k)
-        unused = push.payload
+        unused, began = push.payload, now()
         try:
             self.read_push(conn, push)
+            if push.adopts:  # the reply will take about as long as this
+                push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
             with self.lock:
                 if self.model is not model:
                     raise Refused("rejoin", "the run has other tensors since; join again")
@@ -3180,7 +3183,6 @@ class Rounds:
         if push.payload is None:
             return
         codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
-        began = now()
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
             if squares < math.inf:
@@ -3189,8 +3191,6 @@ class Rounds:
             push.refused = "the pseudo-gradient is not finite"
         elif push.k < self.model.num_fragments:
             push.norm = squares**0.5
-        if push.adopts:  # the reply will take about as long
-            push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
 
     def turn(self):
         """Close every round that is over. Called after each event, and several times a second."""

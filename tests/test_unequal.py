@@ -4,6 +4,7 @@ python -m pytest tests/test_unequal.py
 """
 
 import json
+import time
 
 import pytest
 import torch
@@ -465,6 +466,24 @@ def test_two_processes_of_a_worker_are_one_of_a_quorum():
     assert run.over(1) == []
     push(run, "bob", now=2.0)
     assert run.over(2) == [0]
+
+
+def test_the_first_round_has_an_automatic_grace_too():
+    run = opened("ada", "bob", count=1, quorum=1, grace=None)
+    push(run, "ada", now=40.0)
+    assert run.over(43.9) == [] and run.over(44) == [0]
+
+
+def test_an_empty_push_does_not_end_the_grace(serve):
+    """The times of its message are worked out as those of a push with numbers."""
+    server = serve("-n", 3, "--quorum", 2, "--outer", "fractional")
+    a, b, c = join_all(*(Peer(server, name) for name in "abc"))
+    for peer in (a, b):
+        peer.send(None, adopts_in=30.0)
+    time.sleep(0.5)
+    assert ask(server)["round"] == 0  # until one of them is about to adopt
+    c.send(None)
+    until(lambda: ask(server)["round"] == 1, "all are in")
 
 
 # --- With processes -------------------------------------------------------------------------
