@@ -1019,7 +1019,8 @@ class Paces:
         """The Reading of what a member has done over its last cycles."""
         if not member.readings:
             return Reading(0, 0.0, 0.0)
-        return Reading(*(b - a for a, b in zip(member.readings[0], member.reading, strict=True)))
+        pairs = zip(member.readings[0], member.reading, strict=True)
+        return Reading(*(max(0, b - a) for a, b in pairs))  # what a liar says may go back
 
     def speeds(self):
         """{id: steps per second of training, without waiting} of the members of which it is known: at
@@ -4276,7 +4277,7 @@ def parse_args(argv=None):
     add("--outer", choices=["whole", "fractional", "delayed"],
         help="outer step of a round that only a part of the workers is in (whole; with a quorum "
         "fractional)")
-    add("--stale-weight", type=real, metavar="A",
+    add("--stale-weight", type=number(float, 0, 10), metavar="A",
         help="a push S rounds late weighs (1 + S) to the power of -A as much (0; with a quorum 0.5)")
     add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
         help="give up a worker that lives but for which a round has waited so long (0: never)")

@@ -486,6 +486,15 @@ def test_an_empty_push_does_not_end_the_grace(serve):
     until(lambda: ask(server)["round"] == 1, "all are in")
 
 
+def test_a_worker_whose_times_go_back_breaks_nothing():
+    run = opened("ada", "bob", count=1)
+    ada = run.members["ada"]
+    run.paces.note(ada, Reading(1, 10.0, 0.0), is_push=True)
+    ada.readings.popleft()
+    run.paces.note(ada, Reading(2, 5.0, 5.0), is_push=True)
+    assert run.paces.waiting(ada) == 1.0 and run.paces.speeds() == {}
+
+
 # --- With processes -------------------------------------------------------------------------
 
 
