@@ -930,7 +930,8 @@ class Anew:
             self.held, self.before = min(run.versions), max(run.versions)
         fates = last_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
-        run.slices = [Slice(version, dict(fates)) for _ in range(count)]
+        missed = max(slice.missed for slice in run.slices)
+        run.slices = [Slice(version, dict(fates), missed=missed) for _ in range(count)]
 
     def first(self, version):
         """The version of a slice when the run opens. One that was cut anew gets a name of its own, also

@@ -495,6 +495,15 @@ def test_a_worker_whose_times_go_back_breaks_nothing():
     assert run.paces.waiting(ada) == 1.0 and run.paces.speeds() == {}
 
 
+def test_the_outer_steps_left_out_stay_where_the_tensors_change():
+    run = opened("ada", "bob", count=1, quorum=1, outer="fractional")
+    for seq in (1, 2, 3):
+        push(run, "ada", seq=seq)
+        fold(run)
+    run.anew.lay_out("others", 2, is_whole=True)
+    assert [slice.made for slice in run.slices] == [1.5, 1.5]
+
+
 # --- With processes -------------------------------------------------------------------------
 
 
