@@ -1045,16 +1045,17 @@ class Paces:
         return max(1, member.fragments, steps)
 
     def ahead(self, member, now):
-        """The part of a cycle, up to a half, by which a member comes to the end of its own before the
-        first member does, or less than 0 by which it comes behind: where rounds close without waiting
-        for it, nothing else would bring it back in step. A tenth does no harm."""
+        """The part of a cycle of the first member, up to a half, by which a member comes to the end
+        of its own before that one does, or less than 0 by which it comes behind: where rounds close
+        without waiting for it, nothing else would bring it back in step. A tenth does no harm."""
         rules = self.run.rules
         recently = 2 * rules.heartbeat_seconds
         heard = [m for m in self.run.members.values() if now - m.heard <= recently and m.speed]
         if not (rules.quorum and heard and member.speed):
             return 0.0
         first = min(heard, key=lambda other: other.index)
-        ahead = (first.to_go(0, now, rules) - member.to_go(0, now, rules) + 0.5) % 1 - 0.5
+        seconds = [m.to_go(0, now, rules) * m.cycle / m.speed for m in (first, member)]
+        ahead = ((seconds[0] - seconds[1]) * first.speed / first.cycle + 0.5) % 1 - 0.5
         return ahead if abs(ahead) > 0.1 else 0.0
 
     def waiting(self, member):

@@ -226,8 +226,8 @@ def faster(run, **speeds):
             run.paces.note(member, before, is_push=True)
 
 
-def paces(run):
-    return [run.paces.of(member, 0.0) for member in run.members.values()]
+def paces(run, now=0.0):
+    return [run.paces.of(member, now) for member in run.members.values()]
 
 
 def test_each_takes_the_steps_that_it_makes_while_the_fastest_makes_those_of_the_run():
@@ -259,6 +259,16 @@ def test_who_is_out_of_step_has_one_cycle_of_another_length(position, steps):
     assert run.paces.of(run.members["bob"], 200.0) == 20  # nobody has been heard of for a while
     run.rules.quorum = 0
     assert run.paces.of(run.members["bob"], 100.0) == 20  # who comes first waits
+
+
+def test_who_comes_back_in_step_within_a_longer_cycle_keeps_its_pace_afterwards():
+    """Both have fifteen steps to go, bob in a cycle of thirty that brings him back."""
+    run = at_speeds({"ada": 1.0, "bob": 1.0})
+    run.rules.quorum = 1
+    for id, position, cycle in (("ada", 5, 20), ("bob", 15, 30)):
+        member = run.members[id]
+        member.heard, member.speed, member.position, member.cycle = 100.0, 1.0, position, cycle
+    assert paces(run, 100.0) == [20, 20]
 
 
 def test_a_pace_has_a_step_for_every_fragment_and_one_at_least():
