@@ -4288,8 +4288,9 @@ def parse_args(argv=None):
         "the worker timeout (%(default)g; 0: never)")
     add("--min-workers", type=number(int, 1), default=1,
         help="rounds wait for more workers below so many (%(default)s)")
-    add("--max-staleness", type=count, default=10, metavar="ROUNDS",
-        help="a push so late still counts; one that is later is dropped (%(default)s)")
+    add("--max-staleness", type=count, metavar="ROUNDS",
+        help="a push so late still counts; one that is later is dropped (10; with a quorum 10 for each "
+        "of the -n workers, which may each close a round)")
     add("--max-push-ratio", type=real, default=100.0, metavar="RATIO",
         help="a push counts up to so many times the median norm a step of the last rounds "
         "(%(default)s; 0: whatever its norm)")
@@ -4303,6 +4304,8 @@ def parse_args(argv=None):
         args.outer = "fractional" if args.quorum else "whole"
     if args.weights is None:
         args.weights = "tokens" if args.own_pace or args.quorum else "equal"
+    if args.max_staleness is None:
+        args.max_staleness = 10 * (args.n if args.quorum else 1)
     if args.stale_weight is None:
         args.stale_weight = 0.5 if args.quorum else 0.0
     if args.spawn and not os.path.isfile(args.spawn):

@@ -200,6 +200,19 @@ def test_round_timeout_is_a_quorum_of_one_and_its_grace(capsys):
     assert "give these or that" in capsys.readouterr().err
 
 
+def test_a_slow_one_among_many_is_not_too_late_where_each_push_closes_a_round():
+    rules = rules_of(parse_args(["-m", "x", "-n", "8", "--quorum", "1", "--grace", "0"]))
+    run = opened(*"abcdefgh", count=1, **vars(rules))
+    base = run.slices[0].version
+    for seq in range(1, 5):
+        for id in "abcdefg":
+            push(run, id, seq=seq)
+            fold(run)
+    push(run, "h", base=base)  # at a quarter of the others' speed
+    assert run.slices[0].version.number == 28 and not fold(run).pushes[0].refused
+    assert rules_of(parse_args(["-m", "x", "-n", "8"])).max_staleness == 10
+
+
 # --- Own paces ------------------------------------------------------------------------------
 
 
