@@ -1063,6 +1063,14 @@ class Paces:
         done = self.since(member)
         return done.waited / (done.trained + done.waited) if done.waited > 0 else 0.0
 
+    def report(self):
+        """By member, the steps of its cycle and the share of its time that it waits."""
+        members = self.run.members.items()
+        return {
+            "paces": {id: member.cycle for id, member in members},
+            "waiting": {id: round(self.waiting(member), 4) for id, member in members},
+        }
+
     def costs(self):
         """[(id, share of its time that it waits, id of whom it mostly waits for)] of the members that
         wait much for one that is slow, where all are awaited."""
@@ -3234,6 +3242,7 @@ class Rounds:
             self.warn_of_twins(closed)
             with self.lock:
                 before = self.server.round
+                line |= self.run.paces.report()
                 self.audit_fold(closed, counted, entry)
                 self.run.publish(closed.k)
                 self.last, every = line, self.args.save_every

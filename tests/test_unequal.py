@@ -545,6 +545,8 @@ def test_half_of_the_workers_make_half_a_step_on_all_replicas(serve, tmp_path):
     assert [line["share"] for line in lines] == [0.5, 0.25]
     assert [line["weights"] for line in lines] == [{"a": 5.0}, {"b": 2.5}]
     assert [line["quorum"] for line in lines] == [1, 1]
+    assert lines[1]["paces"] == {"a": 5, "b": 5} and lines[1]["waiting"] == {"a": 0, "b": 0}
+    assert lines[1]["staleness"] == {"b": 1}
 
 
 MODES = {
