@@ -13,7 +13,7 @@ Notable:
 A malformed message is answered with an `error` message that names the broken rule, and then the
 connection ends. The rules stand in `parse_header` and `Message.field`, one line each.
 
-The requests of version 4, in which a Version travels as [life, number] and a Fate as a list too:
+The requests of version 5, in which a Version travels as [life, number] and a Fate as a list too:
 
     request    carries                                     reply
     hello      protocol version, worker id, session,       hello: protocol version, session; or

@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -205,18 +205,19 @@ class Round:
         return int(self.before + self.part + 1e-6) > int(self.before + 1e-6)
 
     def weigh(self, members, rules):
-        """Give the pushes their weights, and the round its share: of a member that is missing the
-        weight is what it had last, or the mean of those that are there."""
+        """Give the pushes their weights, and the round its share: a member that is missing counts
+        with its last push, or as the mean of the others where it has made none."""
         counted = [p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]
-        full = weights(counted, rules.weights)
+        there = {push.worker for push in self.pushes}
+        absent = [members[id].last for id in self.members if id in members and id not in there]
+        full = weights([*counted, *filter(None, absent)], rules.weights)
         for push in counted:
             late = self.lateness.get(push.worker, 0)
             push.weight = full[push] * (1 + late) ** -rules.stale_weight
             if push.worker in members:
-                members[push.worker].weight = full[push]
-        there, whole = {push.worker for push in self.pushes}, sum(full.values())
-        absent = [members[id].weight for id in self.members if id in members and id not in there]
-        whole += sum(weight or whole / len(counted) for weight in absent) if counted else 0
+                members[push.worker].last = replace(push, payload=None)
+        whole = sum(full.values())
+        whole += absent.count(None) * whole / max(1, len(full))
         self.share = sum(push.weight for push in counted) / whole if counted else 0.0
 
 
@@ -335,18 +336,22 @@ class Slice:
         return max(0, self.version.number - push.base.number)
 
     def counting(self, rules):
-        """When the contributions came that count for a quorum: late ones do where the outer step knows
-        how much of a round it folds."""
-        pushes, takes_late = self.pushes.values(), rules.outer != "whole"
-        return sorted(p.arrived for p in pushes if takes_late or not self.lateness(p))
+        """When the workers' contributions came that count for a quorum: late ones do where the outer
+        step knows how much of a round it folds."""
+        came = {}  # worker -> seconds; a new process of a worker is no other worker
+        for push in self.pushes.values():
+            if rules.outer != "whole" or not self.lateness(push):
+                came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))
+        return sorted(came.values())
 
     def grace_ends(self, since, rules):
         """When a quorum that is there since then has waited long enough: with a grace of None when the
-        first contributor is about to adopt, or after a tenth of a round where they wait at once."""
+        first contributor is about to adopt, or after a tenth of a round, the last one or this one,
+        where they wait at once."""
         if rules.grace is not None:
             return since + rules.grace
         adopts = min(push.adopts for push in self.pushes.values())
-        return max(since, adopts) if adopts else since + self.took / 10
+        return max(since, adopts) if adopts else since + max(self.took, since - self.closed_at) / 10
 
     def close(self, version, indices, pushing, now, rules):
         """Make a Round that leads to `version` of what has been contributed; pushes that are too
@@ -402,7 +407,7 @@ class Member:
     cycle: int = 0  # steps of its cycle as it is now
     readings: object = None  # deque of its newest Readings at pushes
     reading: object = None  # its newest Reading
-    weight: float = 0.0  # of its last push
+    last: Push | None = None  # its last push that counted, without the numbers
     lag: int = 0  # versions that its last push was behind
     begun: tuple = (0, 0)  # (step of the run, number of the newest version) when it became a member
     blocked: tuple = ()  # (slice, sequence number) of its own push that its training waits for
@@ -915,7 +920,8 @@ class Anew:
             self.held, self.before = min(run.versions), max(run.versions)
         fates = last_fates(slice.folded for slice in run.slices)
         self.layout, version = layout, self.held if is_whole else NONE
-        run.slices = [Slice(version, dict(fates)) for _ in range(count)]
+        missed = max(slice.missed for slice in run.slices)
+        run.slices = [Slice(version, dict(fates), missed=missed) for _ in range(count)]
 
     def first(self, version):
         """The version of a slice when the run opens. One that was cut anew gets a name of its own, also
@@ -1004,7 +1010,8 @@ class Paces:
         """The Reading of what a member has done over its last cycles."""
         if not member.readings:
             return Reading(0, 0.0, 0.0)
-        return Reading(*(b - a for a, b in zip(member.readings[0], member.reading, strict=True)))
+        pairs = zip(member.readings[0], member.reading, strict=True)
+        return Reading(*(max(0, b - a) for a, b in pairs))  # what a liar says may go back
 
     def speeds(self):
         """{id: steps per second of training, without waiting} of the members of which it is known: at
@@ -1033,20 +1040,29 @@ class Paces:
         return [m for m in self.run.members.values() if m.speed and now - m.heard <= recently]
 
     def ahead(self, member, now):
-        """The part of a cycle, up to a half, by which a member comes to the end of its own before the
-        first member does, or less than 0 by which it comes behind: where rounds close without waiting
-        for it, nothing else would bring it back in step. A tenth does no harm."""
+        """The part of a cycle of the first member, up to a half, by which a member comes to the end
+        of its own before that one does, or less than 0 by which it comes behind: where rounds close
+        without waiting for it, nothing else would bring it back in step. A tenth does no harm."""
         rules, heard = self.run.rules, self.heard(now)
         if not rules.quorum or member not in heard:
             return 0.0
         first = min(heard, key=lambda other: other.index)
-        ahead = (first.to_go(0, now, rules) - member.to_go(0, now, rules) + 0.5) % 1 - 0.5
+        seconds = [m.to_go(0, now, rules) * m.cycle / m.speed for m in (first, member)]
+        ahead = ((seconds[0] - seconds[1]) * first.speed / first.cycle + 0.5) % 1 - 0.5
         return ahead if abs(ahead) > 0.1 else 0.0
 
     def waiting(self, member):
         """The share of its time in which a member's training has waited, over its last cycles."""
         done = self.since(member)
         return done.waited / (done.trained + done.waited) if done.waited > 0 else 0.0
+
+    def report(self):
+        """By member, the steps of its cycle and the share of its time that it waits."""
+        members = self.run.members.items()
+        return {
+            "paces": {id: member.cycle for id, member in members},
+            "waiting": {id: round(self.waiting(member), 4) for id, member in members},
+        }
 
     def costs(self):
         """[(id, share of its time that it waits, id of whom it mostly waits for)] of the members that
@@ -2325,10 +2341,11 @@ def outer_settings(args, saved):
 
 def status_of(member, paces):
     """The fields about one member that status.py shows."""
-    own = ("id", "index", "step", "position", "sync_every", "loss", "lag", "weight")
+    own = ("id", "index", "step", "position", "sync_every", "loss", "lag")
     return {name: getattr(member, name) for name in own} | {
         "host": member.facts.host,
         "ranks": member.facts.ranks,
+        "weight": member.last.weight if member.last else 0.0,
         "pace": member.cycle,
         "waiting": round(paces.waiting(member), 4),
         "address": member.facts.conn.peer,
@@ -3116,9 +3133,11 @@ class Rounds:
             self.check_room(push)
             if message.specs:
                 push.payload = model.payload(push.k)
-        unused = push.payload
+        unused, began = push.payload, now()
         try:
             self.read_push(conn, push)
+            if push.adopts:  # the reply will take about as long as this
+                push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
             with self.lock:
                 if self.model is not model:
                     raise Refused("rejoin", "the run has other tensors since; join again")
@@ -3173,7 +3192,6 @@ class Rounds:
         if push.payload is None:
             return
         codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
-        began = now()
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
             if squares < math.inf:
@@ -3182,8 +3200,6 @@ class Rounds:
             push.refused = "the pseudo-gradient is not finite"
         elif push.k < self.model.num_fragments:
             push.norm = squares**0.5
-        if push.adopts:  # the reply will take about as long
-            push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
 
     def turn(self):
         """Close every round that is over. Called after each event, and several times a second."""
@@ -3224,6 +3240,7 @@ class Rounds:
             self.warn_of_twins(closed)
             with self.lock:
                 before = self.server.round
+                line |= self.run.paces.report()
                 self.audit_fold(closed, counted, entry)
                 self.run.publish(closed.k)
                 self.last, every = line, self.args.save_every
@@ -4266,7 +4283,7 @@ def parse_args(argv=None):
     add("--outer", choices=["whole", "fractional", "delayed"],
         help="outer step of a round that only a part of the workers is in (whole; with a quorum "
         "fractional)")
-    add("--stale-weight", type=real, metavar="A",
+    add("--stale-weight", type=number(float, 0, 10), metavar="A",
         help="a push S rounds late weighs (1 + S) to the power of -A as much (0; with a quorum 0.5)")
     add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
         help="give up a worker that lives but for which a round has waited so long (0: never)")
@@ -4275,8 +4292,9 @@ def parse_args(argv=None):
         "the worker timeout (%(default)g; 0: never)")
     add("--min-workers", type=number(int, 1), default=1,
         help="rounds wait for more workers below so many (%(default)s)")
-    add("--max-staleness", type=count, default=10, metavar="ROUNDS",
-        help="a push so late still counts; one that is later is dropped (%(default)s)")
+    add("--max-staleness", type=count, metavar="ROUNDS",
+        help="a push so late still counts; one that is later is dropped (10; with a quorum 10 for each "
+        "of the -n workers, which may each close a round)")
     add("--max-push-ratio", type=real, default=100.0, metavar="RATIO",
         help="a push counts up to so many times the median norm a step of the last rounds "
         "(%(default)s; 0: whatever its norm)")
@@ -4290,6 +4308,8 @@ def parse_args(argv=None):
         args.outer = "fractional" if args.quorum else "whole"
     if args.weights is None:
         args.weights = "tokens" if args.own_pace or args.quorum else "equal"
+    if args.max_staleness is None:
+        args.max_staleness = 10 * (args.n if args.quorum else 1)
     if args.stale_weight is None:
         args.stale_weight = 0.5 if args.quorum else 0.0
     if args.spawn and not os.path.isfile(args.spawn):

@@ -82,8 +82,8 @@ MUTATIONS = {
     ),
     "pushes from before a change are forgotten": (
         "server",
-        "run.slices = [Slice(version, dict(fates)) for _ in range(count)]",
-        "run.slices = [Slice(version) for _ in range(count)]",
+        "run.slices = [Slice(version, dict(fates), missed=missed) for _ in range(count)]",
+        "run.slices = [Slice(version, missed=missed) for _ in range(count)]",
     ),
     "slices that are cut anew keep their version": (
         "server",

@@ -4,6 +4,7 @@ python -m pytest tests/test_unequal.py
 """
 
 import json
+import time
 
 import pytest
 import torch
@@ -199,6 +200,19 @@ def test_round_timeout_is_a_quorum_of_one_and_its_grace(capsys):
     assert "give these or that" in capsys.readouterr().err
 
 
+def test_a_slow_one_among_many_is_not_too_late_where_each_push_closes_a_round():
+    rules = rules_of(parse_args(["-m", "x", "-n", "8", "--quorum", "1", "--grace", "0"]))
+    run = opened(*"abcdefgh", count=1, **vars(rules))
+    base = run.slices[0].version
+    for seq in range(1, 5):
+        for id in "abcdefg":
+            push(run, id, seq=seq)
+            fold(run)
+    push(run, "h", base=base)  # at a quarter of the others' speed
+    assert run.slices[0].version.number == 28 and not fold(run).pushes[0].refused
+    assert rules_of(parse_args(["-m", "x", "-n", "8"])).max_staleness == 10
+
+
 # --- Own paces ------------------------------------------------------------------------------
 
 
@@ -225,8 +239,8 @@ def faster(run, **speeds):
             run.paces.note(member, before, is_push=True)
 
 
-def paces(run):
-    return [run.paces.of(member, 0.0) for member in run.members.values()]
+def paces(run, now=0.0):
+    return [run.paces.of(member, now) for member in run.members.values()]
 
 
 def test_each_takes_the_steps_that_it_makes_while_the_fastest_makes_those_of_the_run():
@@ -258,6 +272,16 @@ def test_who_is_out_of_step_has_one_cycle_of_another_length(position, steps):
     assert run.paces.of(run.members["bob"], 200.0) == 20  # nobody has been heard of for a while
     run.rules.quorum = 0
     assert run.paces.of(run.members["bob"], 100.0) == 20  # who comes first waits
+
+
+def test_who_comes_back_in_step_within_a_longer_cycle_keeps_its_pace_afterwards():
+    """Both have fifteen steps to go, bob in a cycle of thirty that brings him back."""
+    run = at_speeds({"ada": 1.0, "bob": 1.0})
+    run.rules.quorum = 1
+    for id, position, cycle in (("ada", 5, 20), ("bob", 15, 30)):
+        member = run.members[id]
+        member.heard, member.speed, member.position, member.cycle = 100.0, 1.0, position, cycle
+    assert paces(run, 100.0) == [20, 20]
 
 
 def test_a_pace_has_a_step_for_every_fragment_and_one_at_least():
@@ -440,6 +464,69 @@ def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
     torch.testing.assert_close(slice._predicted(0, 6), own, rtol=1e-5, atol=1e-6)
 
 
+def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
+    run = opened("ada", "bob", count=1, quorum=1, outer="fractional", weights="tokens")
+    for member in run.members.values():
+        member.pace = 100
+    push(run, "ada", steps=20, tokens=2000)
+    assert fold(run).share == 0.5
+    push(run, "bob", steps=20)  # says no tokens: then steps count, hers too
+    assert fold(run).share == 0.5
+    push(run, "bob", seq=2, steps=20, tokens=2000)
+    assert fold(run).share == 0.5
+    push(run, "ada", seq=2, steps=20, tokens=1 << 50)
+    assert fold(run).share == pytest.approx(10 / 11)
+    push(run, "bob", seq=3, steps=20, tokens=2000)
+    assert fold(run).share == pytest.approx(1 / 11)
+
+
+def test_two_processes_of_a_worker_are_one_of_a_quorum():
+    run = opened("ada", "bob", "cai", count=1, quorum=2, outer="fractional")
+    push(run, "ada")
+    run.remove("ada", ends=False)  # its machine is gone, and starts anew
+    join(run, "ada", session="ada2")
+    push(run, "ada", session="ada2", seq=2, now=1.0)
+    assert run.over(1) == []
+    push(run, "bob", now=2.0)
+    assert run.over(2) == [0]
+
+
+def test_the_first_round_has_an_automatic_grace_too():
+    run = opened("ada", "bob", count=1, quorum=1, grace=None)
+    push(run, "ada", now=40.0)
+    assert run.over(43.9) == [] and run.over(44) == [0]
+
+
+def test_an_empty_push_does_not_end_the_grace(serve):
+    """The times of its message are worked out as those of a push with numbers."""
+    server = serve("-n", 3, "--quorum", 2, "--outer", "fractional")
+    a, b, c = join_all(*(Peer(server, name) for name in "abc"))
+    for peer in (a, b):
+        peer.send(None, adopts_in=30.0)
+    time.sleep(0.5)
+    assert ask(server)["round"] == 0  # until one of them is about to adopt
+    c.send(None)
+    until(lambda: ask(server)["round"] == 1, "all are in")
+
+
+def test_a_worker_whose_times_go_back_breaks_nothing():
+    run = opened("ada", "bob", count=1)
+    ada = run.members["ada"]
+    run.paces.note(ada, Reading(1, 10.0, 0.0), is_push=True)
+    ada.readings.popleft()
+    run.paces.note(ada, Reading(2, 5.0, 5.0), is_push=True)
+    assert run.paces.waiting(ada) == 1.0 and run.paces.speeds() == {}
+
+
+def test_the_outer_steps_left_out_stay_where_the_tensors_change():
+    run = opened("ada", "bob", count=1, quorum=1, outer="fractional")
+    for seq in (1, 2, 3):
+        push(run, "ada", seq=seq)
+        fold(run)
+    run.anew.lay_out("others", 2, is_whole=True)
+    assert [slice.made for slice in run.slices] == [1.5, 1.5]
+
+
 # --- With processes -------------------------------------------------------------------------
 
 
@@ -458,6 +545,8 @@ def test_half_of_the_workers_make_half_a_step_on_all_replicas(serve, tmp_path):
     assert [line["share"] for line in lines] == [0.5, 0.25]
     assert [line["weights"] for line in lines] == [{"a": 5.0}, {"b": 2.5}]
     assert [line["quorum"] for line in lines] == [1, 1]
+    assert lines[1]["paces"] == {"a": 5, "b": 5} and lines[1]["waiting"] == {"a": 0, "b": 0}
+    assert lines[1]["staleness"] == {"b": 1}
 
 
 MODES = {
