@@ -171,8 +171,8 @@ MUTATIONS = {
     ),
     "late ones count for the quorum of a whole step": (
         "server",
-        "if takes_late or not self.lateness(p)",
-        "if True",
+        'if rules.outer != "whole" or not self.lateness(push):',
+        "if True:",
     ),
     "a quorum waits for no grace": (
         "server",
