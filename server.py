@@ -353,6 +353,15 @@ class Slice:
         adopts = min(push.adopts for push in self.pushes.values())
         return max(since, adopts) if adopts else since + max(self.took, since - self.closed_at) / 10
 
+    def is_over_without(self, now, rules):
+        """Whether the open round is over without those that are missing. One that has late contributions
+        only waits for the others' next round, but not for ever."""
+        counting = self.counting(rules)
+        if 0 < rules.quorum <= len(counting):
+            return now >= self.grace_ends(counting[rules.quorum - 1], rules)
+        ends = self.grace_ends(self.closed_at + self.took, rules)
+        return rules.quorum > 0 and not counting and now >= ends
+
     def close(self, version, indices, pushing, now, rules):
         """Make a Round that leads to `version` of what has been contributed; pushes that are too
         large for it are refused. `pushing`: the ids of the workers that push the slice."""
@@ -769,17 +778,10 @@ class Run:
     def is_over(self, k, now):
         """Whether the open round of slice k is over. Full sync, stragglers, quorum and asynchronous
         training differ in `quorum` and `grace` and in nothing else."""
-        slice, rules = self.slices[k], self.rules
+        slice = self.slices[k]
         if not slice.pushes or slice.folding or not self.has_enough(k):
             return False
-        if not rules.quorum or not self.missing(k):
-            return not self.missing(k)
-        counting = slice.counting(rules)
-        if rules.quorum <= len(counting):
-            return now >= slice.grace_ends(counting[rules.quorum - 1], rules)
-        # A round that has late contributions only waits for the others' next round, but not for ever.
-        ends = slice.grace_ends(slice.closed_at + slice.took, rules)
-        return not counting and now >= ends
+        return not self.missing(k) or slice.is_over_without(now, self.rules)
 
     def has_enough(self, k):
         """Whether --min-workers is met, which does not bind workers that end their part."""
@@ -4240,34 +4242,9 @@ def add_guard_options(parser):
         help="let this network in besides private ones, for example 203.0.113.0/24; repeatable")
 
 
-def parse_args(argv=None):
-    """The command line; every option has a word on what it does."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_round_options(parser):
+    """Options that say when a round closes and what becomes of a push."""
     add, count, real = parser.add_argument, number(int, 0), number(float, 0)
-    add("-m", "--model", required=True, metavar="DIR",
-        help="the run's folder, a pretrained model (folder or file), or a new folder")
-    add("-n", type=number(int, 1), default=1, help="workers that a new run starts with")
-    add("--spawn", metavar="CONFIG", help="start the -n workers here too, and end with them")
-    add("--host", default="", help="address to listen on (all interfaces)")
-    add("--port", type=number(int, 0, 65535), default=protocol.PORT, help="(%(default)s)")
-    add_guard_options(parser)
-    add("--output-dir", metavar="DIR", help="where checkpoints go (-m itself, or DIR-diloco where "
-        "-m holds weights that this program did not write)")
-    add("--outer-lr", type=real, help="(0.7, or the resumed run's)")
-    add("--outer-momentum", type=number(float, 0, 0.9999), help="(0.9, or the resumed run's)")
-    add("--no-nesterov", dest="nesterov", action="store_false", default=None, help="plain momentum")
-    add("--no-momentum-warmup", dest="momentum_warmup", action="store_false", default=None,
-        help="full momentum from the first round on, as in the paper")
-    add("--upload-codec", choices=protocol.CODECS, default="bf16",
-        help="of pseudo-gradients (%(default)s)")
-    add("--download-codec", choices=protocol.CODECS, default="bf16",
-        help="of updates (%(default)s)")
-    add("--no-error-feedback", dest="error_feedback", action="store_false",
-        help="do not add what rounding lost to the next message (to measure what that is worth)")
-    add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
-    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only where it must be")
-    add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
-    add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
     add("--worker-timeout", type=number(float, 1), default=30.0, metavar="SECONDS",
         help="a worker not heard of for so long is no longer waited for (%(default)s)")
     add("--quorum", type=quorum, default=0, metavar="K|all",
@@ -4298,20 +4275,60 @@ def parse_args(argv=None):
     add("--max-push-ratio", type=real, default=100.0, metavar="RATIO",
         help="a push counts up to so many times the median norm a step of the last rounds "
         "(%(default)s; 0: whatever its norm)")
-    add("--until-done", action="store_true", help="end when the last worker has left")
-    args = parser.parse_args(argv)
+
+
+def settle(args, parser):
+    """Work out the settings that follow from others, where they are not given."""
     if args.round_timeout and (args.quorum or args.grace is not None):
         parser.error("--round-timeout is --quorum 1 with that --grace: give these or that")
+    if args.grace is not None and not args.quorum:
+        parser.error("--grace is the time that a --quorum waits: give that too")
     if args.round_timeout:
         args.quorum, args.grace = 1, args.round_timeout
-    if args.outer is None:
-        args.outer = "fractional" if args.quorum else "whole"
-    if args.weights is None:
-        args.weights = "tokens" if args.own_pace or args.quorum else "equal"
-    if args.max_staleness is None:
-        args.max_staleness = 10 * (args.n if args.quorum else 1)
-    if args.stale_weight is None:
-        args.stale_weight = 0.5 if args.quorum else 0.0
+    is_part = args.quorum > 0
+    own = {
+        "outer": "fractional" if is_part else "whole",
+        "weights": "tokens" if is_part or args.own_pace else "equal",
+        "max_staleness": 10 * (args.n if is_part else 1),
+        "stale_weight": 0.5 if is_part else 0.0,
+    }
+    for name, value in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def parse_args(argv=None):
+    """The command line; every option has a word on what it does."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, count, real = parser.add_argument, number(int, 0), number(float, 0)
+    add("-m", "--model", required=True, metavar="DIR",
+        help="the run's folder, a pretrained model (folder or file), or a new folder")
+    add("-n", type=number(int, 1), default=1, help="workers that a new run starts with")
+    add("--spawn", metavar="CONFIG", help="start the -n workers here too, and end with them")
+    add("--host", default="", help="address to listen on (all interfaces)")
+    add("--port", type=number(int, 0, 65535), default=protocol.PORT, help="(%(default)s)")
+    add_guard_options(parser)
+    add("--output-dir", metavar="DIR", help="where checkpoints go (-m itself, or DIR-diloco where "
+        "-m holds weights that this program did not write)")
+    add("--outer-lr", type=real, help="(0.7, or the resumed run's)")
+    add("--outer-momentum", type=number(float, 0, 0.9999), help="(0.9, or the resumed run's)")
+    add("--no-nesterov", dest="nesterov", action="store_false", default=None, help="plain momentum")
+    add("--no-momentum-warmup", dest="momentum_warmup", action="store_false", default=None,
+        help="full momentum from the first round on, as in the paper")
+    add("--upload-codec", choices=protocol.CODECS, default="bf16",
+        help="of pseudo-gradients (%(default)s)")
+    add("--download-codec", choices=protocol.CODECS, default="bf16",
+        help="of updates (%(default)s)")
+    add("--no-error-feedback", dest="error_feedback", action="store_false",
+        help="do not add what rounding lost to the next message (to measure what that is worth)")
+    add("--max-model-gb", type=real, default=16.0, help="largest model, as float32 (%(default)s)")
+    add("--save-every", type=count, default=10, metavar="ROUNDS", help="(10) 0: only where it must be")
+    add("--save-total-limit", type=number(int, 1), default=3, help="checkpoints kept (%(default)s)")
+    add("--shares", type=number(int, 1), help="parts that the text is cut into (n, at least 8)")
+    add_round_options(parser)
+    add("--until-done", action="store_true", help="end when the last worker has left")
+    args = parser.parse_args(argv)
+    settle(args, parser)
     if args.spawn and not os.path.isfile(args.spawn):
         parser.error(f"--spawn: there is no file {args.spawn}")
     return args

@@ -176,15 +176,19 @@ MUTATIONS = {
     ),
     "a quorum waits for no grace": (
         "server",
-        "return now >= slice.grace_ends(counting[rules.quorum - 1], rules)",
+        "return now >= self.grace_ends(counting[rules.quorum - 1], rules)",
         "return True",
     ),
     "a grace has no end": (
         "server",
-        "return now >= slice.grace_ends(counting[rules.quorum - 1], rules)",
+        "return now >= self.grace_ends(counting[rules.quorum - 1], rules)",
         "return False",
     ),
-    "late ones alone close a round at once": ("server", "not counting and now >= ends", "True"),
+    "late ones alone close a round at once": (
+        "server",
+        "rules.quorum > 0 and not counting and now >= ends",
+        "rules.quorum > 0",
+    ),
     "who is missing has no share": ("server", "if id in members and id not in there]", "if False]"),
     "a refused push has a weight": (
         "server",
