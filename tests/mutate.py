@@ -225,6 +225,46 @@ MUTATIONS = {
         "self.begun[0] + self.pace * (rounds + LEAD)",
         "self.begun[0] + self.pace * rounds",
     ),
+    "a quorum does not wait for its grace": (
+        "server",
+        "return since + rules.grace\n",
+        "return since\n",
+    ),
+    "a grace never ends": (
+        "server",
+        "return since + rules.grace\n",
+        "return since + rules.grace + 1e9\n",
+    ),
+    "late ones count for a quorum of whole steps": (
+        "server",
+        'if rules.outer != "whole" or not self.lateness(push):',
+        "if True:",
+    ),
+    "two processes of a worker are two of a quorum": (
+        "server",
+        "came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))",
+        "came[push.worker, push.seq] = push.arrived",
+    ),
+    "late ones alone are never over": (
+        "server",
+        "return not counting and now >= ends",
+        "return False",
+    ),
+    "who is missing has no share of a round": (
+        "server",
+        "if id in members and id not in there]",
+        "if False]",
+    ),
+    "who has made no push has no share of a round": (
+        "server",
+        "whole += absent.count(None) * whole / max(1, len(full))",
+        "pass",
+    ),
+    "steps at an own pace are not believed": (
+        "server",
+        "member.pace = 2 * run.pace",
+        "member.pace = run.pace // 2",
+    ),
     "pushes are not judged by their norm": (
         "server",
         "if not push.refused and norm > ratio * usual and push.norm > whole",
