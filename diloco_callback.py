@@ -2493,6 +2493,7 @@ class Admission:
             "ranks": worker.ranks.count,
             "step": worker.step,
             "position": worker.schedule.position,
+            "cycle": worker.schedule.every,
             "run": worker.run,
             "versions": [place.version for place in places] or [FRESH] * count,
             "folded": [place.folded for place in places],

@@ -993,9 +993,10 @@ class Paces:
         self.last = collections.deque(maxlen=20)
 
     def begin(self, member):
-        """A worker has become a member, in a cycle of its own sync_every, or of what it was told."""
+        """A worker has become a member, in a cycle of its own sync_every, or of what it was told: by a
+        server before this one, where it says so."""
         run, member.readings = self.run, collections.deque(maxlen=5)
-        member.cycle = member.sync_every
+        member.cycle = member.cycle or member.sync_every
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
             member.pace = 2 * run.pace  # a slower one goes on from the step of the furthest
@@ -2820,6 +2821,7 @@ class Gate:
             fragments=fragments,
             step=field("step", int, 0),
             position=field("position", int, 0),
+            cycle=field("cycle", int, 0, high=MOST_STEPS),
         )
 
     def check(self, member):

@@ -13,11 +13,12 @@ from conftest import status as ask
 from peers import Peer, join_all, same_bits
 from test_global_model import closed, made, numbers, state_of
 from test_global_model import push as push_of
-from test_rules import fold, join, opened, push
+from test_rules import fold, join, opened, push, start
+from test_rules import member as member_of
 
 from diloco_callback import Schedule, Slice
 from protocol import CODECS, FlatModel, Version
-from server import Outer, Reading, Store, parse_args, rules_of
+from server import Outer, Reading, Rules, Run, Store, parse_args, rules_of
 
 FP32 = ["--upload-codec", "fp32", "--download-codec", "fp32"]
 SGD = ["--outer-lr", 1, "--outer-momentum", 0]
@@ -304,6 +305,14 @@ def test_who_comes_back_goes_on_at_its_pace():
     run.remove("bob", ends=False)
     join(run, "bob", session="bob2", sync_every=20)
     assert run.members["bob"].cycle == 5 and run.paces.of(run.members["bob"], 0.0) == 5
+
+
+def test_who_comes_back_to_another_server_goes_on_at_its_pace():
+    run = Run(Rules(workers=2, own_pace=True), 0.0)
+    for id, cycle in (("ada", 20), ("bob", 5)):
+        run.ask(member_of(id, 1, sync_every=20, cycle=cycle), 0.0)
+    start(run, "ada", 0.0)
+    assert paces(run) == [20, 5]
 
 
 def test_a_push_that_is_sent_again_is_no_news_of_a_speed():
