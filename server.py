@@ -126,15 +126,11 @@ class Rules:
 
     workers: int = 1  # workers that a new run starts with
     quorum: int = 0  # contributions that close a round after `grace`; 0: those of all awaited
-    grace: float | None = (
-        0.0  # seconds that a quorum waits; None: while it keeps nobody from training
-    )
+    grace: float | None = 0.0  # seconds that a quorum waits; None: as long as it costs no training
     outer: str = "whole"  # outer step of a part of the members: whole, fractional or delayed
     weights: str = "equal"  # by which pushes count: equal, steps or tokens
     stale_weight: float = 0.0  # a push s rounds late weighs (1 + s) ** -stale_weight
-    own_pace: bool = (
-        False  # whether each worker takes the steps that it makes while others make theirs
-    )
+    own_pace: bool = False  # whether a worker's cycles are as long as its speed asks for
     min_workers: int = 1  # workers below which no round closes
     max_staleness: int = 10  # versions that a counted push may be behind
     max_push_ratio: float = 100.0  # most that a push's norm may be, over the median; 0: anything
@@ -675,11 +671,8 @@ class Run:
         for k, slice in enumerate(self.slices):
             if slice.pushes and id not in self.missing(k):
                 turns[k] += len(self.slices)
-        me, k, recently = (
-            self.members[id],
-            turns.index(min(turns)),
-            2 * self.rules.heartbeat_seconds,
-        )
+        me, k = self.members[id], turns.index(min(turns))
+        recently = 2 * self.rules.heartbeat_seconds
         heard = [m for m in self.members.values() if m is not me and now - m.heard <= recently]
         left = [member.to_go(k, now, self.rules) for member in heard if member.speed]
         return turns, max(1, round(min(left) * me.cycle)) if left else None
@@ -4311,6 +4304,8 @@ def parse_args(argv=None):
         parser.error("--round-timeout is --quorum 1 with that --grace: give these or that")
     if args.round_timeout:
         args.quorum, args.grace = 1, args.round_timeout
+    if args.grace is not None and not args.quorum:
+        parser.error("--grace is the time that a --quorum of K waits: without one all are awaited")
     if args.outer is None:
         args.outer = "fractional" if args.quorum else "whole"
     if args.weights is None:

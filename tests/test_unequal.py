@@ -195,7 +195,12 @@ def test_round_timeout_is_a_quorum_of_one_and_its_grace(capsys):
         0,
     )
     assert rules_of(parse_args(["-m", "x", "--dylu"])).weights == "tokens"
-    for wrong in (["--quorum", "0"], ["--grace", "-1"], ["--quorum", "2", "--round-timeout", "3"]):
+    for wrong in (
+        ["--quorum", "0"],
+        ["--grace", "-1"],
+        ["--grace", "5"],
+        ["--quorum", "2", "--round-timeout", "3"],
+    ):
         with pytest.raises(SystemExit):
             parse_args(["-m", "x", *wrong])
     assert "give these or that" in capsys.readouterr().err
