@@ -2529,6 +2529,7 @@ class Admission:
             "ranks": worker.ranks.count,
             "step": worker.step,
             "position": worker.schedule.position,
+            "cycle": worker.schedule.every,
             "run": worker.run,
             "versions": [place.version for place in places] or [FRESH] * count,
             "folded": [place.folded for place in places],
@@ -2926,11 +2927,8 @@ class Leader:
             with self.replica.changed:
                 push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
             if push:  # else the one before is still out, and these steps go with the next
-                facts = self.facts()
-                adopts_in = (
-                    delay * facts["trained"] / facts["made"]
-                )  # seconds, as far as it can tell
-                facts |= {"adopts_in": min(adopts_in, protocol.MAX_ABS)}
+                facts = self.facts()  # and in how many seconds it adopts, as far as it can tell
+                facts["adopts_in"] = delay * facts["trained"] / facts["made"]
                 self.replica.push(push, goes_on=delay > 0, facts=facts)
         for k in due if delay == 0 else ():
             if self.is_due(k):

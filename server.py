@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -83,6 +84,7 @@ MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
 LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
 HISTORY = 10  # closed rounds whose norms a push is compared with
 LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
+MOST_PARTS = 1000  # rounds whose parts of an outer step are known, to tell how late a push is
 MANY_ROUNDS = 5  # after which it can be told who holds up the others
 MUCH_WAITING = 0.1  # share of its time from which on it is said that a worker waits
 MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
@@ -129,7 +131,7 @@ class Rules:
     grace: float | None = 0.0  # seconds that a quorum waits; None: see Slice.grace_ends
     outer: str = "whole"  # outer step of a part of the members: whole, fractional or delayed
     weights: str = "equal"  # by which pushes count: equal, steps or tokens
-    stale_weight: float = 0.0  # a push s rounds late weighs (1 + s) ** -stale_weight
+    stale_weight: float = 0.0  # a push s outer steps late weighs (1 + s) ** -stale_weight
     own_pace: bool = False  # whether workers have rounds of as many steps as they can make
     min_workers: int = 1  # workers below which no round closes
     max_staleness: int = 10  # versions that a counted push may be behind
@@ -176,6 +178,7 @@ class Round:
     version: Version  # version that it leads to
     pushes: list  # contributions in the order of (worker index, sequence number)
     lateness: dict  # worker -> versions that its push is behind; late ones only
+    stale: dict = field(default_factory=dict)  # worker -> outer steps made in these versions
     members: list  # ids of those that push the slice
     plain: bool  # whether it has closing contributions only: a plain mean, no momentum
     share: float = 1.0  # weight of what it folds, over that with those who are not in it
@@ -212,8 +215,8 @@ class Round:
         absent = [members[id].last for id in self.members if id in members and id not in there]
         full = weights([*counted, *filter(None, absent)], rules.weights)
         for push in counted:
-            late = self.lateness.get(push.worker, 0)
-            push.weight = full[push] * (1 + late) ** -rules.stale_weight
+            stale = self.stale.get(push.worker, 0)
+            push.weight = full[push] * (1 + stale) ** -rules.stale_weight
             if push.worker in members:
                 members[push.worker].last = replace(push, payload=None)
         whole = sum(full.values())
@@ -299,6 +302,7 @@ class Slice:
     closed_at: float = 0.0  # seconds, when the last round was closed
     took: float = 0.0  # seconds that the last round was open
     missed: float = 0.0  # outer steps that rounds with a part of the members have left out
+    parts: deque = field(default_factory=lambda: deque(maxlen=MOST_PARTS))  # of the last rounds
 
     @property
     def made(self):
@@ -335,6 +339,11 @@ class Slice:
         """Versions that a push is behind the head."""
         return max(0, self.version.number - push.base.number)
 
+    def staleness(self, late):
+        """The outer steps that the last `late` rounds have made; of rounds before a crash whole ones."""
+        parts = list(self.parts)[-late:]
+        return sum(parts) + late - len(parts)
+
     def counting(self, rules):
         """When the workers' contributions came that count for a quorum: late ones do where the outer
         step knows how much of a round it folds."""
@@ -370,14 +379,16 @@ class Slice:
         for push, why in judged.items():
             push.refused = why
         self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
-        counting = self.counting(rules)
+        counting, lateness = self.counting(rules), {p.worker: self.lateness(p) for p in pushes}
+        lateness = {worker: late for worker, late in lateness.items() if late}
         is_quorum = 0 < rules.quorum <= len(counting)
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
             version=version,
             pushes=pushes,
-            lateness={p.worker: late for p in pushes if (late := self.lateness(p))},
+            lateness=lateness,
+            stale={worker: self.staleness(late) for worker, late in lateness.items()},
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
             mode=rules.outer,
@@ -820,6 +831,7 @@ class Run:
         closed, slice.folding = slice.folding, None
         slice.version = closed.version
         slice.missed += 1 - closed.part
+        slice.parts.append(closed.part)
         self.step = max([self.step, *(push.step for push in closed.pushes)])
         here = self.members.keys() | self.waiting.keys() | self.expected.keys()
         slice.folded = recent(slice.folded | closed.fates, closed.version, most, here)
@@ -982,12 +994,13 @@ class Paces:
 
     def __init__(self, run):
         self.run, self.told = run, {}
-        self.last = collections.deque(maxlen=20)
+        self.last = deque(maxlen=20)
 
     def begin(self, member):
-        """A worker has become a member, in a cycle of its own sync_every, or of what it was told."""
-        run, member.readings = self.run, collections.deque(maxlen=5)
-        member.cycle = member.sync_every
+        """A worker has become a member, in a cycle of its own sync_every, or of what it was told: by a
+        server before this one, where it says so."""
+        run, member.readings = self.run, deque(maxlen=5)
+        member.cycle = member.cycle or member.sync_every
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
             member.pace = 2 * run.pace  # a slower one goes on from the step of the furthest
@@ -1088,7 +1101,7 @@ class Stalls:
 
     def __init__(self, run):
         self.run = run
-        self.lengths = collections.deque(maxlen=20)  # seconds, of the rounds that were closed last
+        self.lengths = deque(maxlen=20)  # seconds, of the rounds that were closed last
         self.oldest = None, 0.0  # (slice, version) of the open round at the lowest turn, since when
 
     @property
@@ -1368,7 +1381,7 @@ class GlobalModel:
         self.values = torch.zeros(sum(spec.numel for spec in self.buffers))  # of the buffers
         self.count = num_fragments + bool(self.buffers)
         self.sizes = [self.vectors(k)[0].numel() for k in range(self.count)]
-        self.logs = [collections.deque() for _ in range(self.count)]
+        self.logs = [deque() for _ in range(self.count)]
         self.idle = [[] for _ in range(self.count)]  # by slice, payloads for the next pushes
         self.payloads = [weakref.WeakSet() for _ in range(self.count)]  # those, and the ones in use
         self.spares = [None] * self.count  # by slice, a payload for the next entry
@@ -2373,7 +2386,7 @@ class Clerk:
         self.server, self.store, self.lock = server, server.store, server.lock
         self.asked = self.done = 0  # requests to write the names: made, and answered
         self.named = None  # names of the members as they are on disk
-        self.lines = collections.deque(maxlen=MAX_UNWRITTEN)  # of rounds.jsonl, to be written
+        self.lines = deque(maxlen=MAX_UNWRITTEN)  # of rounds.jsonl, to be written
 
     def keep_names(self):
         """Have the names written. Returns a function, which needs the lock: whether they are on disk, or
@@ -2823,6 +2836,7 @@ class Gate:
             fragments=fragments,
             step=field("step", int, 0),
             position=field("position", int, 0),
+            cycle=field("cycle", int, 0, high=MOST_STEPS),
         )
 
     def check(self, member):
@@ -3104,7 +3118,7 @@ class Rounds:
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
         self.store, self.args = server.store, server.args
-        self.unfolded = collections.deque()  # (Round, Entry) whose thread is still to be started
+        self.unfolded = deque()  # (Round, Entry) whose thread is still to be started
         self.last = None  # line of rounds.jsonl of the round that was closed last
         self.has_twins = False  # whether two workers were seen to train on the same data
 
@@ -4261,7 +4275,7 @@ def add_round_options(parser):
         help="outer step of a round that only a part of the workers is in (whole; with a quorum "
         "fractional)")
     add("--stale-weight", type=number(float, 0, 10), metavar="A",
-        help="a push S rounds late weighs (1 + S) to the power of -A as much (0; with a quorum 0.5)")
+        help="a push S outer steps late weighs (1 + S) to the power of -A as much (0; with a quorum 1)")
     add("--drop-stuck", type=real, default=0.0, metavar="SECONDS",
         help="give up a worker that lives but for which a round has waited so long (0: never)")
     add("--min-rate", type=real, default=protocol.LEAST_RATE / 1024, metavar="KIB",
@@ -4290,7 +4304,7 @@ def settle(args, parser):
         "outer": "fractional" if is_part else "whole",
         "weights": "tokens" if is_part or args.own_pace else "equal",
         "max_staleness": 10 * (args.n if is_part else 1),
-        "stale_weight": 0.5 if is_part else 0.0,
+        "stale_weight": 1.0 if is_part else 0.0,
     }
     for name, value in own.items():
         if getattr(args, name) is None:

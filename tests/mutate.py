@@ -195,7 +195,7 @@ MUTATIONS = {
         "[p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]",
         "[p for p in self.pushes if p.steps or p.nbytes]",
     ),
-    "late work weighs as much": ("server", "* (1 + late) ** -rules.stale_weight", ""),
+    "late work weighs as much": ("server", "* (1 + stale) ** -rules.stale_weight", ""),
     "a part of an outer step counts as a whole one": ("server", "1 - closed.part", "0"),
     "a pace changes within a cycle": (
         "diloco_callback",
@@ -257,6 +257,46 @@ MUTATIONS = {
         "server",
         "self.begun[0] + self.pace * (rounds + LEAD)",
         "self.begun[0] + self.pace * rounds",
+    ),
+    "a quorum does not wait for its grace": (
+        "server",
+        "return since + rules.grace\n",
+        "return since\n",
+    ),
+    "a grace never ends": (
+        "server",
+        "return since + rules.grace\n",
+        "return since + rules.grace + 1e9\n",
+    ),
+    "late ones count for a quorum of whole steps": (
+        "server",
+        'if rules.outer != "whole" or not self.lateness(push):',
+        "if True:",
+    ),
+    "two processes of a worker are two of a quorum": (
+        "server",
+        "came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))",
+        "came[push.worker, push.seq] = push.arrived",
+    ),
+    "late ones alone are never over": (
+        "server",
+        "return not counting and now >= ends",
+        "return False",
+    ),
+    "who is missing has no share of a round": (
+        "server",
+        "if id in members and id not in there]",
+        "if False]",
+    ),
+    "who has made no push has no share of a round": (
+        "server",
+        "whole += absent.count(None) * whole / max(1, len(full))",
+        "pass",
+    ),
+    "steps at an own pace are not believed": (
+        "server",
+        "member.pace = 2 * run.pace",
+        "member.pace = run.pace // 2",
     ),
     "pushes are not judged by their norm": (
         "server",

@@ -156,11 +156,12 @@ class Server:
         self.checkpoint()
 
     def counting(self, k):
-        """When the contributions came that count for the quorum of slice k."""
+        """When the workers' contributions came that count for the quorum of slice k."""
         slice, is_whole = self.run.slices[k], self.world.rules.outer == "whole"
         head = slice.version.number
         pushes = [p for p in slice.pushes.values() if not is_whole or p.base.number >= head]
-        return sorted(push.arrived for push in pushes)
+        workers = {push.worker for push in pushes}
+        return sorted(min(p.arrived for p in pushes if p.worker == w) for w in workers)
 
     def check_closing(self, k):
         """The open round of slice k is about to close."""
@@ -1075,13 +1076,20 @@ class World:
                     self.note("needless", k, missing)
 
     def overdue(self, run):
-        """A round that has its quorum closes when the grace is over."""
+        """A round that has its quorum closes when the grace is over, and one that has late ones only
+        after the length of the last one too."""
         quorum, grace = self.rules.quorum, self.rules.grace
         for k, slice in enumerate(run.slices):
             counting = self.server.counting(k)
-            if grace is not None and len(counting) >= quorum and not slice.folding:
+            if grace is None or not slice.pushes or slice.folding or not run.has_enough(k):
+                continue
+            if len(counting) >= quorum:
                 since = self.now - counting[quorum - 1] - grace
-                assert since <= 1 or not run.has_enough(k), f"slice {k}: {since} s over the grace"
+                assert since <= 1, f"slice {k}: {since} s over the grace"
+            elif not counting:
+                first = min(push.arrived for push in slice.pushes.values())
+                since = min(self.now - slice.closed_at - slice.took - grace, self.now - first)
+                assert since <= 1, f"slice {k}: late ones only, {since} s over their time"
 
     def may_come(self, run, id, k):
         """Whether a member will push slice k before a push of a later turn."""

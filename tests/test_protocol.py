@@ -748,7 +748,7 @@ def test_hello_refuses_strangers_versions_and_anything_else(pair):
             Refused,
             "neither a loopback",
         ),
-        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 4 of the protocol, you 99"),
+        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 5 of the protocol, you 99"),
         ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
         ("::1", "hello", {}, ProtocolError, "'protocol'"),
         (

@@ -235,6 +235,21 @@ def test_our_worker_with_two_ranks_is_one_worker_of_a_run(ours, serve, tmp_path)
     assert len(list((tmp_path / "two").glob("step-*"))) == 1
 
 
+def test_all_ranks_of_a_slow_worker_go_on_from_the_step_of_the_fastest(ours, serve, tmp_path):
+    host = serve("-n", 2, "--until-done", "--own-pace")
+    options = ["--server", host.address, "--sync-every=10", "--max-steps=150", "--worker-id"]
+    slow = ours("two", *options, "w0", "--set=train.batch_size=64")
+    fast = ours("one", *options, "w1", ranks=1)
+    for process in (slow, fast):
+        assert process.wait() == 0, process.output
+    assert host.wait() == 0, host.output
+    final = load_file(tmp_path / "model" / "model.safetensors")
+    mine = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(mine[key], final[key]) for key in final)
+    lines = map(json.loads, (tmp_path / "model" / "rounds.jsonl").read_text().splitlines())
+    assert min(line["paces"]["w0"] for line in lines if "w0" in line["paces"]) < 10
+
+
 def test_ranks_stop_together_and_go_on_together(ours, serve, tmp_path):
     host = serve("--until-done")
     options = ["--server", host.address, "--sync-every=4", "--worker-id=w0"]

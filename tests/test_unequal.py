@@ -13,11 +13,12 @@ from conftest import status as ask
 from peers import Peer, join_all, same_bits
 from test_global_model import closed, made, numbers, state_of
 from test_global_model import push as push_of
-from test_rules import fold, join, opened, push
+from test_rules import fold, join, opened, push, start
+from test_rules import member as member_of
 
 from diloco_callback import Schedule, Slice
 from protocol import CODECS, FlatModel, Version
-from server import Outer, Reading, Store, parse_args, rules_of
+from server import Outer, Reading, Rules, Run, Store, parse_args, rules_of
 
 FP32 = ["--upload-codec", "fp32", "--download-codec", "fp32"]
 SGD = ["--outer-lr", 1, "--outer-momentum", 0]
@@ -96,8 +97,10 @@ def test_late_work_weighs_less_the_later_it_is():
         fold(run)
     push(run, "bob", base=base)
     round = fold(run)
-    assert weights_of(round) == {"bob": (1 + 3) ** -0.5}
-    assert round.share == 0.5 / 2  # of what ada and bob weigh when they are not late
+    assert round.lateness == {"bob": 3}
+    weight = (1 + 3 * 0.5) ** -0.5  # three halves of an outer step
+    assert weights_of(round) == {"bob": weight}
+    assert round.share == weight / 2  # of what ada and bob weigh when they are not late
     assert run.members["bob"].lag == 3
 
 
@@ -185,7 +188,7 @@ def test_round_timeout_is_a_quorum_of_one_and_its_grace(capsys):
         "tokens",
     )
     rules = rules_of(parse_args(["-m", "x", "--quorum", "2", "--outer", "delayed"]))
-    assert (rules.quorum, rules.grace, rules.outer, rules.stale_weight) == (2, None, "delayed", 0.5)
+    assert (rules.quorum, rules.grace, rules.outer, rules.stale_weight) == (2, None, "delayed", 1.0)
     rules = rules_of(parse_args(["-m", "x", "--quorum", "all"]))
     assert (rules.quorum, rules.outer, rules.weights, rules.stale_weight) == (
         0,
@@ -309,6 +312,14 @@ def test_who_comes_back_goes_on_at_its_pace():
     run.remove("bob", ends=False)
     join(run, "bob", session="bob2", sync_every=20)
     assert run.members["bob"].cycle == 5 and run.paces.of(run.members["bob"], 0.0) == 5
+
+
+def test_who_comes_back_to_another_server_goes_on_at_its_pace():
+    run = Run(Rules(workers=2, own_pace=True), 0.0)
+    for id, cycle in (("ada", 20), ("bob", 5)):
+        run.ask(member_of(id, 1, sync_every=20, cycle=cycle), 0.0)
+    start(run, "ada", 0.0)
+    assert paces(run) == [20, 5]
 
 
 def test_a_push_that_is_sent_again_is_no_news_of_a_speed():
@@ -541,14 +552,14 @@ def test_half_of_the_workers_make_half_a_step_on_all_replicas(serve, tmp_path):
     start = a.slice(0).clone()
     a.push(torch.full((17,), 8.0))
     assert torch.equal(a.slice(0), start - 4.0)  # half of the members
-    b.push(torch.full((17,), 8.0))  # a round late: half of the half
-    assert torch.equal(b.slice(0), start - 6.0)
+    b.push(torch.full((17,), 8.0))  # half an outer step late: two thirds of the half
+    torch.testing.assert_close(b.slice(0), start - 4.0 - 8.0 / 3)
     a.pull(0, 0)
     assert same_bits(a.slice(0), b.slice(0))
     text = (tmp_path / "model" / "rounds.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["share"] for line in lines] == [0.5, 0.25]
-    assert [line["weights"] for line in lines] == [{"a": 5.0}, {"b": 2.5}]
+    assert [line["share"] for line in lines] == [0.5, 0.3333]
+    assert [line["weights"] for line in lines] == [{"a": 5.0}, {"b": 3.3333}]
     assert [line["quorum"] for line in lines] == [1, 1]
     assert lines[1]["paces"] == {"a": 5, "b": 5} and lines[1]["waiting"] == {"a": 0, "b": 0}
     assert lines[1]["staleness"] == {"b": 1}
