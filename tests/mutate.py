@@ -169,27 +169,11 @@ MUTATIONS = {
         'self.life, self.pace = names.get("life", ""), names.get("pace", 0)',
         'self.life, self.pace = "0" * 20, names.get("pace", 0)',
     ),
-    "late ones count for the quorum of a whole step": (
-        "server",
-        'if rules.outer != "whole" or not self.lateness(push):',
-        "if True:",
-    ),
-    "a quorum waits for no grace": (
-        "server",
-        "return now >= self.grace_ends(counting[rules.quorum - 1], rules)",
-        "return True",
-    ),
-    "a grace has no end": (
-        "server",
-        "return now >= self.grace_ends(counting[rules.quorum - 1], rules)",
-        "return False",
-    ),
     "late ones alone close a round at once": (
         "server",
         "rules.quorum > 0 and not counting and now >= ends",
         "rules.quorum > 0",
     ),
-    "who is missing has no share": ("server", "if id in members and id not in there]", "if False]"),
     "a refused push has a weight": (
         "server",
         "[p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]",
@@ -280,7 +264,7 @@ MUTATIONS = {
     ),
     "late ones alone are never over": (
         "server",
-        "return not counting and now >= ends",
+        "return rules.quorum > 0 and not counting and now >= ends",
         "return False",
     ),
     "who is missing has no share of a round": (
