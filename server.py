@@ -217,8 +217,11 @@ class Round:
         for push in counted:
             stale = self.stale.get(push.worker, 0)
             push.weight = full[push] * (1 + stale) ** -rules.stale_weight
-            if push.worker in members:
-                members[push.worker].last = replace(push, payload=None)
+            if (
+                member := members.get(push.worker)
+            ) is not None:  # of a cycle, whatever it caught up
+                counted_once = min(push.counted, member.cycle)
+                member.last = replace(push, payload=None, counted=counted_once)
         whole = sum(full.values())
         whole += absent.count(None) * whole / max(1, len(full))
         self.share = sum(push.weight for push in counted) / whole if counted else 0.0

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -362,6 +363,53 @@ def test_two_trainers_unfreeze_a_layer_at_a_step_and_end_alike(serve, start, tmp
     assert all(same(load_file(tmp_path / f"{n}.safetensors"), served) for n in ("ada", "bob"))
     assert sum(line["steps"] for line in rounds(tmp_path)) == 2 * STEPS
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) is GPT2LMHeadModel
+
+
+OWN_PACE = """
+import sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import hf_worker, torch, transformers
+from diloco_callback import TransformersCallback
+
+address, name, pause, path = sys.argv[1:]
+torch.set_num_threads(1)
+
+
+class Slow(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, **more):
+        time.sleep(float(pause))
+
+
+diloco = TransformersCallback(address, 20, name)
+settings = {{**hf_worker.DEFAULTS, "report_to": "none", "num_train_epochs": 100}}
+trainer = transformers.Trainer(
+    hf_worker.build(0, False),
+    transformers.TrainingArguments(path, **settings, max_steps=100),
+    train_dataset=hf_worker.sentences(64, ord(name[0])),
+    callbacks=[diloco, Slow()],
+)
+trainer.train()
+print(f"made {{diloco.worker.local_step}} steps, the run is at {{diloco.worker.step}}")
+"""
+
+
+def test_a_slow_trainer_makes_fewer_steps_and_ends_with_the_fast_one(serve, start, tmp_path):
+    server = serve("-n", 2, "--own-pace", "--worker-timeout", 4, "--until-done")
+    script = tmp_path / "own_pace.py"
+    script.write_text(OWN_PACE.format(root=ROOT))
+    pauses = {"ada": 0.02, "bob": 0.1}
+    runs = [
+        start(script, server.address, name, pause, tmp_path / name, imports=TRAINER)
+        for name, pause in pauses.items()
+    ]
+    made = []
+    for run in runs:
+        assert run.wait(180) == 0, run.output
+        found = re.search(r"made (\d+) steps, the run is at (\d+)", run.output)
+        made.append((int(found[1]), int(found[2])))
+    assert made[0] == (100, 100)
+    assert 20 < made[1][0] < 70 and made[1][1] == 100
+    assert server.wait() == 0
 
 
 # --- Lightning -----------------------------------------------------------------------------------
