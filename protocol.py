@@ -23,13 +23,13 @@ The requests of version 5, in which a Version travels as [life, number] and a Fa
                version held and what is folded in it       turns by slice, and steps to the first push;
                                                            or bring: slices that it shall upload
     bring      those slices in full, descriptive files     as join
-    push       slice, seq, base, steps, closing; the       push: taken, or listed already
-               encoded pseudo-gradient or nothing
-    pull       slice, version held, seq of the push that   entry (each with its checksum, all but the
-               is waited for, or 0 to catch up             last with `more`), slice, again or current
+    push       slice, seq, base, steps, tokens, closing,   push: taken, or listed already
+               when it adopts; the pseudo-gradient, if any
+    pull       slice, version held, seq of the push that   entry (with checksum, part of a step, all
+               is waited for, or 0 to catch up             but the last with `more`), slice, again, current
     fetch      names of frozen tensors, or `files`         fetch: those
-    heartbeat  step, position, speed, loss, the push       heartbeat: round, rank, world, members,
-               that training waits for                     orders
+    heartbeat  step, place in the cycle, loss, what it     heartbeat: round, rank, world, members,
+               has made and waited, the push it waits for  orders, steps of the next cycle
     leave, status, save, stop                              an answer of the same name
 
 While a join or pull has to wait, the server sends `wait` messages that say for whom. A push, pull,
