@@ -516,8 +516,7 @@ class Run:
     that have asked to; expected: {id: seconds when heard of} of members from before a crash, or a
     change of tensors, that the run waits for; indices: {id: index} that ids have had, in the order of
     last use; sessions: {id: session} of the process that had the id last; away: ids that were given up
-    and may come back; stopping: ids that are to finish and have not left yet; anew: Anew;
-    paces: Paces.
+    and may come back; stopping: ids that are to finish and have not yet; anew: Anew; paces: Paces.
     """
 
     def __init__(self, rules, now, count=0):
@@ -804,9 +803,8 @@ class Run:
         return there >= (1 if is_ending else self.rules.min_workers)
 
     def over(self, now):
-        """The slices whose round is over. Where none is, none is being folded, and the training of
-        every member waits for a push of its own in an open round, nobody can come: then the oldest
-        of these rounds is."""
+        """The slices whose round is over. Where none is, none is being folded, and all members wait for
+        pushes of their own in open rounds, nobody can come: then the oldest of these rounds is."""
         found = [k for k in range(len(self.slices)) if self.is_over(k, now)]
         if found or not self.members or any(slice.folding for slice in self.slices):
             return found
