@@ -580,7 +580,8 @@ class Leech:
 
     def pull(self, conn, message):
         values = torch.zeros(8)
-        fields = {"slice": 0, "version": ["0" * 20, 0], "folded": {}, "step": 0, "more": False}
+        fields = {"slice": 0, "version": ["0" * 20, 0], "folded": {}, "step": 0}
+        fields |= {"made": 0.0, "more": False}
         specs = [TensorSpec("slice", torch.float32, (8,)), protocol.Checksum.SPEC]
         conn.send("slice", fields, specs, [values, protocol.checksum_of(values)])
 
