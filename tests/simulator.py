@@ -108,6 +108,7 @@ class Server:
         self.known = [set() for _ in world.slices]  # by slice: (session, seq) ever taken
         self.turns = {}  # session -> latest turn that it has contributed to
         self.forced = 0  # rounds that were forced, as Run counts them
+        self.parts = [[] for _ in world.slices]  # by slice: parts of an outer step of the rounds
 
     def point(self):
         """A place at which the server may crash."""
@@ -183,11 +184,13 @@ class Server:
         """A round's share of an outer step."""
         counted = [push for push in round.pushes if push.steps and not push.refused]
         is_late = self.world.rules.stale_weight and round.lateness
-        fresh = [push for push in counted if push.worker not in round.lateness]
-        late = [push for push in counted if push.worker in round.lateness]
-        if is_late and self.world.rules.weights == "equal" and fresh and late:
-            most = max(push.weight for push in late)
-            assert most < min(push.weight for push in fresh), "late work weighs as much"
+        for push in counted if self.world.rules.weights == "equal" else ():
+            late = round.lateness.get(push.worker, 0)
+            known = (
+                self.parts[round.k][-late:] if late else []
+            )  # of rounds before a crash: whole ones
+            weight = (1 + sum(known) + late - len(known)) ** -self.world.rules.stale_weight
+            assert abs(push.weight - weight) < 1e-6, f"a push weighs {push.weight}, not {weight}"
         absent = set(round.members) - {push.worker for push in round.pushes}
         assert all(push.weight > 0 for push in counted), "a push that counts has no weight"
         if counted and not absent and not is_late:
@@ -218,6 +221,7 @@ class Server:
         )
         self.run.publish(k)
         made += part
+        self.parts[k].append(part)
         assert abs(self.run.slices[k].made - made) < 1e-6, f"slice {k}: not {made} outer steps"
         self.log[k].append((round.base, round.version, names, round.fates, self.run.step))
         del self.log[k][: -self.world.kept]
@@ -317,6 +321,7 @@ class Server:
         run.anew.lay_out(member.layout, len(run.slices), world.has_all)
         world.note("lays out anew", member.id, tuple(run.anew.before))
         self.log, self.snapshot = [[] for _ in world.slices], None
+        self.parts = [[] for _ in world.slices]
         self.taken = [set() for _ in world.slices]
 
     def recall(self, member):
