@@ -426,7 +426,8 @@ class Member:
     index: int = -1
     since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
     passed: int = -1  # highest turn that it has contributed to
-    pace: int = 1  # steps of its cycle that count at most
+    pace: int = 1  # steps by which a cycle brings it forward at most
+    most: int = 1  # steps of its cycle that count at most
     cycle: int = 0  # steps of its cycle as it is now
     readings: object = None  # deque of its newest Readings at pushes
     reading: object = None  # its newest Reading
@@ -459,7 +460,7 @@ class Member:
         """Become a member, perhaps in the place of `old`, when a run has come to the step `furthest`
         and the version `number`, and a cycle counts for `pace` steps at most."""
         self.begun = (min(self.step, furthest) if self.was_in else furthest), number
-        self.pace = min(self.sync_every, pace)
+        self.pace = self.most = min(self.sync_every, pace)
         if old is not None and old.session == self.session:
             self.closed |= old.closed
             self.passed, self.begun = old.passed, old.begun
@@ -751,7 +752,7 @@ class Run:
         if push.seq > (most := slice.most_seq(push.worker)):
             raise Refused("protocol", f"push: the sequence number {push.seq} is over {most}")
         push.step, member.lag = member.reach(push.step, newest(self.slices)), slice.lateness(push)
-        push.counted = min(push.steps, member.pace * slice.cycles(member))
+        push.counted = min(push.steps, member.most * slice.cycles(member))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
@@ -1004,7 +1005,8 @@ class Paces:
         member.cycle = member.cycle or member.sync_every
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
-            member.pace = 2 * run.pace  # a slower one goes on from the step of the furthest
+            member.pace = run.pace  # a slower one goes on from the step of the furthest
+            member.most = 2 * run.pace  # see `ahead`
 
     def note(self, member, reading, is_push):
         """A worker has said how far it is, in a push or between two."""

@@ -279,8 +279,8 @@ MUTATIONS = {
     ),
     "steps at an own pace are not believed": (
         "server",
-        "member.pace = 2 * run.pace",
-        "member.pace = run.pace // 2",
+        "member.pace = run.pace ",
+        "member.pace = run.pace // 2 ",
     ),
     "pushes are not judged by their norm": (
         "server",
