@@ -1121,7 +1121,7 @@ class Run:
         self.output.save_final(self.model, self.files)
 
     def log(self):
-        """Write a line about the steps since the last one, with the callback's metrics."""
+        """Write a line about the steps since the last one, with the worker's metrics."""
         loss = float(sum(self.losses)) / len(self.losses)
         seconds = time.monotonic() - self.logged
         rate = learning_rate(self.step - 1, self.settings.train)
@@ -1130,9 +1130,9 @@ class Run:
         self.callback.on_log(self.args, self.state, self.control, logs=logs)
         text = f"step {self.step}/{self.settings.train.max_steps}  loss {loss:.4f}  "
         text += f"lr {rate:.2e}  {speed:,.0f} tokens/s"
-        if "diloco/sync_count" in logs:
+        if worker := self.callback.worker:  # all of its metrics: `logs` has those that have changed
             names = ("sync_count", "last_sync_time", "last_send_mb", "last_recv_mb")
-            values = [logs.get(f"diloco/{name}") or 0 for name in names]
+            values = [worker.metrics()[f"diloco/{name}"] for name in names]
             text += "  syncs {:.0f}, last {:.2f} s, {:.2f} MB up, {:.2f} MB down".format(*values)
         self.output.line(text)
         if not math.isfinite(loss):

@@ -50,6 +50,14 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     assert losses[-1] < 0.7 * losses[0], losses
     assert re.search(r"worker-0: final validation loss [\d.]+", run.output)
 
+    synced = re.findall(
+        r"worker-0: step .* syncs [1-9]\d*, .* ([\d.]+) MB up, ([\d.]+)", run.output
+    )
+    assert len(synced) > 3, run.output
+    assert all(float(up) and float(down) for up, down in synced[:-1]), (
+        synced
+    )  # the last may be empty
+
     final = load_file(tmp_path / "model" / "model.safetensors")
     for name in ("worker-0", "worker-1"):
         replica = load_file(tmp_path / "worker-out" / name / "model.safetensors")
