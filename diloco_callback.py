@@ -2197,7 +2197,7 @@ class Watch:
             )
         elif worker.stop_ordered:
             log(f"{worker.worker_id} ends training: the server says so")
-        else:
+        elif worker.step < max_steps:
             log(f"{worker.worker_id} ends training: the run is at step {worker.run_step}")
 
     # --- Frozen parameters ---

@@ -49,6 +49,7 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     ]
     assert losses[-1] < 0.7 * losses[0], losses
     assert re.search(r"worker-0: final validation loss [\d.]+", run.output)
+    assert "ends training" not in run.output  # none ends before its time
 
     synced = re.findall(
         r"worker-0: step .* syncs [1-9]\d*, .* ([\d.]+) MB up, ([\d.]+)", run.output
