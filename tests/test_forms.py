@@ -89,6 +89,15 @@ def test_what_the_readme_says_of_attach_is_there_with_and_without_a_server():
                for each in (worker, DiLoCoWorker.attach(model, optimizer)))  # fmt: skip
 
 
+def test_a_worker_that_attach_has_started_may_be_used_in_a_with_block(serve):
+    model, optimizer = made()
+    with DiLoCoWorker.attach(model, optimizer, serve().address, 2) as diloco:
+        list(toy_worker.train(model, optimizer, 5, 0))
+        assert (diloco.local_step, diloco.sync_count, diloco.joins) == (5, 2, 1)
+    with pytest.raises(RuntimeError, match="has left the run"):
+        diloco.start()
+
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, os.environ["OWN"])
