@@ -23,6 +23,7 @@ from diloco_callback import (
     DiLoCoCallback,
     DiLoCoWorker,
     Refused,
+    Slice,
     Trained,
     Watch,
     own_modes,
@@ -779,6 +780,35 @@ def test_inference_mode_around_a_call_does_no_harm(serve):
     assert worker.sync_count >= 1 and worker.replica.mismatches == 0
     with own_modes():
         assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_push_waits_for_the_stream_that_training_uses(serve, monkeypatch, delay):
+    """With a stream that is no GPU's. The thread that uploads has another current stream."""
+    done = []
+
+    class Stream:
+        def record_event(self):
+            done.append("recorded")
+            return self
+
+        def synchronize(self):
+            done.append("awaited")
+
+    def encode(slice, start, stop, before=Slice._encode):
+        done.append("read")
+        before(slice, start, stop)
+
+    monkeypatch.setattr(protocol.FlatModel, "streams", lambda _: [Stream()])
+    monkeypatch.setattr(Slice, "_encode", encode)
+    model = toy_worker.build((5, 7, 2))
+    optimizer = sgd(model)
+    with begun(serve("-n", 1), model, optimizer, fragment_sync_delay=delay):
+        for _ in range(3):
+            step(model, optimizer)
+        first = done[: done.index("read")]
+    # Where training goes on, its numbers of that moment have been copied before.
+    assert first == ["awaited"] * delay + ["recorded", "awaited"]
 
 
 def test_float64_is_refused_by_name():
