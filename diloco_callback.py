@@ -136,12 +136,9 @@ def check_settings(worker):
             "so the number lies between 1 and sync_every"
         )
     if not 0 <= worker.delay <= every:
-        raise ValueError(
-            f"fragment_sync_delay must be within 0 and sync_every ({every}), not {worker.delay}"
-        )
+        raise ValueError(f"fragment_sync_delay is 0 to sync_every ({every}), not {worker.delay}")
     if worker.fragment_update not in ("predict", "rebase", "mix"):
-        update = worker.fragment_update
-        raise ValueError(f"fragment_update is predict, rebase or mix, not {update!r}")
+        raise ValueError(f"fragment_update: predict, rebase or mix, not {worker.fragment_update!r}")
     if not 0 <= worker.alpha <= 1:
         raise ValueError(f"fragment_update_alpha must be within 0 and 1, not {worker.alpha}")
 
@@ -2423,9 +2420,9 @@ class Jumps:
         return back.float().masked_fill(apart(before, adopted) == 0, -1.0)
 
 
-def say_unstarted(worker_id, pid, parameters, versions):
+def say_unstarted(worker_id, pid, held):  # held: {parameter: its version when the worker was made}
     """Where a worker goes, or process `pid` ends, say that it was never started, if it was to train."""
-    if os.getpid() == pid and [parameter._version for parameter in parameters] != versions:
+    if os.getpid() == pid and any(parameter._version != held[parameter] for parameter in held):
         log(
             f"WARNING: DiLoCoWorker {worker_id!r} was made but never started: what this process has "
             "trained is its own. Use it in a `with` statement, or call start()"
@@ -3437,9 +3434,8 @@ class DiLoCoWorker:
         self.closed = threading.Event()
         self.started = time.monotonic()
         self.leader, self.watch = Leader(self), Watch(self)
-        held = [*self.trained.named.values()]
-        held = held, [parameter._version for parameter in held]
-        self.unstarted = weakref.finalize(self, say_unstarted, self.worker_id, os.getpid(), *held)
+        held = {parameter: parameter._version for parameter in self.trained.named.values()}
+        self.unstarted = weakref.finalize(self, say_unstarted, self.worker_id, os.getpid(), held)
 
     # --- Beginning and ending ---
 
@@ -3447,6 +3443,10 @@ class DiLoCoWorker:
 
     def start(self):
         """Join the run (waits until it starts), take its parameters and hook into the optimizer."""
+        if self.closed.is_set():
+            raise RuntimeError(f"{self.worker_id} has left the run: make a new DiLoCoWorker")
+        if self in STARTED:  # as in `with DiLoCoWorker.attach(...)`
+            return self
         self.unstarted.detach()
         try:
             check_process(self)

@@ -38,6 +38,7 @@ RUNS = {
     "cut": {"max_steps": 12},
     "stopped": {"max_epochs": -1, "limit_val_batches": 0},
     "preempted": {"max_epochs": -1, "limit_val_batches": 0},  # by SIGTERM
+    "ddp": {"max_steps": 12, "devices": 2, "strategy": "ddp"},  # in which w0 and w1 are one worker
 }
 
 
@@ -189,6 +190,9 @@ def main():
         os.environ["DILOCO_SERVER"] = address
         os.environ["DILOCO_NUM_FRAGMENTS"] = "4" if run == "several" else "1"
         folder, ckpt_path = os.path.join(args.out, run, args.name), None
+        if run == "ddp":  # as torchrun would start both; the test says where the first one listens
+            os.environ |= {"RANK": str(seed), "LOCAL_RANK": str(seed), "WORLD_SIZE": "2"}
+            os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
         if run == "cut":
             try:
                 train(run, folder, seed, breaks=True)

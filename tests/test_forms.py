@@ -89,6 +89,15 @@ def test_what_the_readme_says_of_attach_is_there_with_and_without_a_server():
                for each in (worker, DiLoCoWorker.attach(model, optimizer)))  # fmt: skip
 
 
+def test_a_worker_that_attach_has_started_may_be_used_in_a_with_block(serve):
+    model, optimizer = made()
+    with DiLoCoWorker.attach(model, optimizer, serve().address, 2) as diloco:
+        list(toy_worker.train(model, optimizer, 5, 0))
+        assert (diloco.local_step, diloco.sync_count, diloco.joins) == (5, 2, 1)
+    with pytest.raises(RuntimeError, match="has left the run"):
+        diloco.start()
+
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, os.environ["OWN"])
@@ -143,63 +152,106 @@ import toy_worker, torch
 from safetensors.torch import save_file
 
 max_steps, hold = map(int, sys.argv[1:])
-model = toy_worker.build((5, 7, 2))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
 def batch_of(step, index):
     print("batch", step, flush=True)
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(1000 * step + index))
-
-def train_step(batch):
     if step == hold:
         print("holding", flush=True)
         threading.Event().wait()
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(1000 * step + index))
+"""
+PLAIN = """
+model = toy_worker.build((5, 7, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+def train_step(batch):
     loss = (model(batch) - batch[:, :2]).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 """
+# What nanoGPT's train.py has: a compiled model with a tied head, groups with and without decay, a
+# scaler, parts of a batch, clipped gradients.
+NANOGPT = """
+class GPT(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.wpe = torch.nn.Embedding(11, 8), torch.nn.Embedding(5, 8)
+        self.norm, self.qkv = torch.nn.LayerNorm(8, bias=False), torch.nn.Linear(8, 24)
+        self.lm_head = torch.nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens[:, :-1]) + self.wpe.weight[: tokens.shape[1] - 1]
+        qkv = self.qkv(self.norm(x)).chunk(3, 2)
+        x = x + torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        logits = self.lm_head(x)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+torch.manual_seed(1337)
+model = GPT()
+kinds = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (True, False)]
+groups = [{"params": p, "weight_decay": w} for p, w in zip(kinds, (0.1, 0.0))]
+optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
+scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+model = torch.compile(model, backend="eager")
+
+def train_step(batch):
+    tokens = (batch.abs() * 5).long().clamp(max=10)
+    for part in tokens.chunk(2):
+        scaler.scale(model(part) / 2).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+"""
 AFTER = """
-save_file(dict(model.named_parameters()), "out.safetensors")
+save_file(dict(getattr(model, "_orig_mod", model).named_parameters()), "out.safetensors")
 print("made", diloco.local_step)
 """
 
 
 @pytest.fixture
 def resuming(start, tmp_path):
-    """resuming(host, name, steps, hold): the README's loop that resumes, in a folder of its own."""
+    """resuming(host, name, steps, hold): the README's loop that resumes, in a folder of its own;
+    kind: the code for its model and a step."""
 
-    def run(host, name, steps, hold=-1):
+    def run(host, name, steps, hold=-1, kind=PLAIN):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         snippet = RESUME.replace("host:8512", host.address).replace("% 100", "% 4")
-        code = BEFORE + snippet.replace(", 500,", ", 5,") + AFTER
+        code = BEFORE + kind + snippet.replace(", 500,", ", 5,") + AFTER
         env = {"DILOCO_WORKER_ID": name, "OWN": TESTS}
         return start("-c", code, steps, hold, env=env, cwd=folder)
 
     return run
 
 
-def test_the_readmes_loop_goes_on_after_kill_9_and_ends_with_the_run(serve, resuming, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "names"), [(PLAIN, ["ada", "bob"]), (NANOGPT, ["ada"])], ids=["plain", "nanogpt"]
+)
+def test_the_readmes_loop_goes_on_after_kill_9_and_ends_with_the_run(
+    serve, resuming, tmp_path, model, names
+):
     """At step 9 the checkpoint of step 8 has three steps that no round has, and rounding's losses."""
     assert len(RESUME.split("diloco.flush")[0].splitlines()) <= 20
     finals = []
     for kind in ("whole", "cut"):
         folder = tmp_path / kind / "model"
         folder.parent.mkdir()
-        host = serve("-m", folder, "-n", 2, "--until-done")
-        workers = [resuming(host, f"{name}-{kind}", 14, 9 if kind == "cut" else -1)
-                   for name in ("ada", "bob")]  # fmt: skip
+        host = serve("-m", folder, "-n", len(names), "--until-done")
+        hold = 9 if kind == "cut" else -1
+        workers = [resuming(host, f"{name}-{kind}", 14, hold, model) for name in names]
         for k, worker in enumerate(workers if kind == "cut" else ()):
             worker.wait_for("holding")
             worker.kill()
-            workers[k] = resuming(host, f"{('ada', 'bob')[k]}-{kind}", 14)
+            workers[k] = resuming(host, f"{names[k]}-{kind}", 14, kind=model)
         assert all(worker.wait() == 0 for worker in workers) and host.wait() == 0
-        assert [worker.lines[-1] for worker in workers] == [
-            f"made {6 if kind == 'cut' else 14}"
-        ] * 2
+        made = 6 if kind == "cut" else 14
+        assert [worker.lines[-1] for worker in workers] == [f"made {made}"] * len(names)
         finals.append(load_file(folder / "model.safetensors"))
-        for name in ("ada", "bob"):
+        for name in names:
             own = load_file(tmp_path / f"{name}-{kind}" / "out.safetensors")
             assert all(same_bits(own[tensor], values) for tensor, values in finals[-1].items())
     assert all(same_bits(finals[0][name], finals[1][name]) for name in finals[0])

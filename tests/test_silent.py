@@ -8,6 +8,7 @@ that two workers come to, both train here, in turn.
 
 import copy
 import gc
+import re
 import types
 
 import pytest
@@ -22,6 +23,7 @@ from diloco_callback import (
     DiLoCoCallback,
     DiLoCoWorker,
     Refused,
+    Slice,
     Trained,
     Watch,
     own_modes,
@@ -348,6 +350,31 @@ def test_parameters_that_move_without_any_step_are_an_error(serve):
     assert torch.equal(flat(model), moved)
 
 
+STRAYED = """
+import sys, torch
+from diloco_callback import DiLoCoWorker
+model = torch.nn.Linear(2, 2)
+optimizer, other = torch.optim.SGD(model.parameters()), torch.optim.AdamW(model.parameters())
+if sys.argv[2] == "attach":
+    worker = DiLoCoWorker.attach(model, optimizer, sys.argv[1], 2)
+else:
+    worker = DiLoCoWorker(model, optimizer, sys.argv[1], 2).start()
+for _ in range(3):
+    model(torch.ones(2)).sum().backward()
+    other.step()
+"""
+
+
+@pytest.mark.parametrize(
+    "way, said",
+    [("start", "ERROR: .*no step of the SGD"), ("attach", "steps are not sent: .*AdamW, an opt")],
+)
+def test_a_process_that_ends_tells_of_the_steps_of_another_optimizer(serve, start, way, said):
+    process = start("-c", STRAYED, serve("-n", 1).address, way)
+    assert process.wait() == 0
+    assert re.search(said, process.output)
+
+
 def test_what_moves_behind_the_last_step_is_sent(serve, said):
     model = toy_worker.build((5, 7, 2))
     optimizer = sgd(model)
@@ -652,6 +679,9 @@ def test_deepspeed_is_refused_by_name():
     for optimizer in (zero, types.SimpleNamespace(optimizer=zero)):
         with pytest.raises(ValueError, match=r"DeepSpeed \(DeepSpeedZeroOptimizer\) cannot"):
             Trained(model, optimizer)
+    engine = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})
+    with pytest.raises(ValueError, match=r"DeepSpeed \(DeepSpeedEngine\) cannot"):
+        Trained(engine(), sgd(model))
     model[0].weight.ds_id = 0
     with pytest.raises(ValueError, match=r"DeepSpeed \(ZeRO-3\) cannot"):
         Trained(model, sgd(model))
@@ -750,6 +780,35 @@ def test_inference_mode_around_a_call_does_no_harm(serve):
     assert worker.sync_count >= 1 and worker.replica.mismatches == 0
     with own_modes():
         assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_push_waits_for_the_stream_that_training_uses(serve, monkeypatch, delay):
+    """With a stream that is no GPU's. The thread that uploads has another current stream."""
+    done = []
+
+    class Stream:
+        def record_event(self):
+            done.append("recorded")
+            return self
+
+        def synchronize(self):
+            done.append("awaited")
+
+    def encode(slice, start, stop, before=Slice._encode):
+        done.append("read")
+        before(slice, start, stop)
+
+    monkeypatch.setattr(protocol.FlatModel, "streams", lambda _: [Stream()])
+    monkeypatch.setattr(Slice, "_encode", encode)
+    model = toy_worker.build((5, 7, 2))
+    optimizer = sgd(model)
+    with begun(serve("-n", 1), model, optimizer, fragment_sync_delay=delay):
+        for _ in range(3):
+            step(model, optimizer)
+        first = done[: done.index("read")]
+    # Where training goes on, its numbers of that moment have been copied before.
+    assert first == ["awaited"] * delay + ["recorded", "awaited"]
 
 
 def test_float64_is_refused_by_name():

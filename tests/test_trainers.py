@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 
@@ -420,17 +421,20 @@ def lightning(start, serve, tmp_path):
     """What two workers have made of all runs of tests/lightning_worker.py, each with a server of
     its own: (ends of the workers, {run: folder}). In two processes, as it takes long to import
     Lightning."""
-    runs = ("plain", "accumulated", "several", "cut", "stopped", "preempted")
+    runs = ("plain", "accumulated", "several", "cut", "stopped", "preempted", "ddp")
     folders = {run: tmp_path / run for run in runs}
     hosts = {}
     for run, folder in folders.items():
         folder.mkdir()
         # Workers that have failed come back one after the other, and must not go on alone.
         more = ["--min-workers", 2] if run == "cut" else ["--until-done"]
-        hosts[run] = serve("-n", 2, "-m", folder / "model", *more)
+        hosts[run] = serve("-n", 1 if run == "ddp" else 2, "-m", folder / "model", *more)
     chosen = [f"{run}={host.address}" for run, host in hosts.items()]
     script = os.path.join(ROOT, "tests", "lightning_worker.py")
-    workers = [start(script, tmp_path, name, *chosen) for name in NAMES]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    workers = [start(script, tmp_path, name, *chosen, env=env) for name in NAMES]
 
     for name in NAMES:  # while the process lives on
         hosts["cut"].wait_for(f"{name} leaves: 'RuntimeError: no sample of that name", 4 * DEADLINE)
@@ -462,6 +466,13 @@ def test_lightning(lightning):
         for end in ends:
             saved = torch.load(end[run]["checkpoint"])["state_dict"]
             assert same({name: saved[name] for name in served}, served), run
+        if run == "ddp":  # two ranks are one worker, and validate different batches
+            assert [(line["steps"], len(line["norms"])) for line in rounds(folder)] == [
+                (5, 1),
+                (5, 1),
+                (2, 1),
+            ]
+            continue
         first, second = (end[run]["metrics"]["val_loss"] for end in ends)
         assert first == second
         if run == "several":
@@ -474,6 +485,7 @@ def test_lightning(lightning):
     assert same(cut, plain)
 
     counted = {"plain": (12, 12), "accumulated": (12, 12), "several": (24, 12), "cut": (12, 4)}
+    counted["ddp"] = (12, 12)
     for run, (steps, local) in counted.items():
         assert [end[run]["step"] for end in ends] == [steps] * 2  # as Lightning counts
         assert [end[run]["metrics"]["diloco/local_step"] for end in ends] == [local] * 2
