@@ -90,7 +90,7 @@ RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
 MAX_REFUSALS = 3  # drops in a row after which training is broken
 # Attributes of a worker that the other ranks take over from rank 0.
 TOLD = (
-    "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
+    "ahead", "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
     "dropped_steps", "kept_local", "fetched", "skipped",
 )  # fmt: skip
 
@@ -1085,7 +1085,7 @@ class Replica:
     slices: [Slice]; outbox: Outbox; listed: {slice: (Pending, reason of a refusal or "", step of the
     run)} for pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
     numbers were not finite; error: exception that ended a request for good. `changed` guards all of
-    these and is notified when one of them changes. step: local steps so far, which the worker counts.
+    these and is notified when one of them changes. step: local steps so far; the hook counts them.
     """
 
     def __init__(self, worker_id, link):
@@ -2066,9 +2066,7 @@ class Watch:
         if doubtful and self.worker.ranks.leads:
             worker, none = self.worker, int(torch.stack(doubtful).count_nonzero())
             worker.skipped += none
-            worker.local_step -= none
-            worker.step -= none
-            worker.replica.step = worker.local_step
+            worker.replica.step -= none
             worker.schedule.left += none
 
     # --- At boundaries ---
@@ -2184,7 +2182,7 @@ class Watch:
 
     def tell_over(self, max_steps):
         """Say once why training ends before its time."""
-        worker, begun = self.worker, self.worker.step - self.worker.local_step
+        worker, begun = self.worker, self.worker.ahead
         if self.has_told_over:
             return
         self.has_told_over = True
@@ -2680,12 +2678,12 @@ class Admission:
     def resume(self, joined):
         """After the first join, go on where the checkpoint was, if the run is still there."""
         worker = self.worker
-        worker.step = worker.run_step = joined.step
+        worker.ahead = worker.run_step = joined.step
         if worker.saved:
             self.load_residual()
         worker.kept_local = bool(self.kept)
         if self.kept:
-            worker.step = worker.saved["step"]
+            worker.ahead = worker.saved["step"]
         elif worker.saved:
             log("the server has moved on since the checkpoint: took the global model")
         if len(self.kept) == worker.num_fragments:  # the others wait for it just there
@@ -2904,8 +2902,8 @@ class Leader:
         """Whether slice k is to be adopted now; a late push is when an entry lists it."""
         if k in self.replica.listed:
             push, *_ = self.replica.listed[k]
-            return push.late or self.worker.local_step >= push.adopt_at
-        return self.replica.outbox.is_due(k, self.worker.local_step)
+            return push.late or self.replica.step >= push.adopt_at
+        return self.replica.outbox.is_due(k, self.replica.step)
 
     def work(self):
         """Adopt what is due after a step, then push what is due. Only if `is_busy`, else `tick`."""
@@ -2967,7 +2965,7 @@ class Leader:
             push, refused, step = replica.listed.pop(k)
         worker.run_step = max(worker.run_step, step)
         if worker.pace:  # a slower worker goes on from the step of the furthest one
-            worker.step = max(worker.step, worker.run_step)
+            worker.ahead = max(worker.ahead, worker.run_step - worker.local_step)
         alpha = worker.alpha if worker.fragment_update == "mix" and not push.late else None
         with uninterrupted():
             is_finite = replica.slices[k].adopt(alpha)
@@ -3146,9 +3144,7 @@ class Leader:
 def count_step(worker):
     """Count a step of the optimizer, and do what is due after it."""
     watch = worker.watch
-    worker.local_step += 1
-    worker.step += 1
-    worker.replica.step = worker.local_step
+    worker.replica.step += 1
     watch.note_scaler(worker.optimizer)
     if watch.jumps.records:
         watch.jumps.follow()
@@ -3381,8 +3377,10 @@ class DiLoCoWorker:
     # Where the worker is before it has joined. What its arguments decide is made in `__init__`.
     ranks = None  # the processes of this worker, from `start` on
     index, rank, world, num_shares = 0, 0, 1, 1
-    step = run_step = 0  # this worker's step of the run, and the furthest worker's
-    local_step = 0  # optimizer steps of this process
+    local_step = property(operator.attrgetter("replica.step"))  # optimizer steps of this process
+    ahead = 0  # steps of the run that this process has not made itself
+    step = property(lambda self: self.local_step + self.ahead)  # this worker's step of the run
+    run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
     pace = None  # steps of its next cycle, where the server tells them (--own-pace)
     tokens, loss, stall_time = 0, None, 0.0
@@ -3562,16 +3560,16 @@ class DiLoCoWorker:
         """Rank 0 tells the other ranks where the worker is, and they take it over."""
         vars(self).update(self.leader.heard)
         facts = {name: getattr(self, name) for name in TOLD}
-        facts |= {"ahead": self.step - self.local_step, "clearings": self.trained.clearings}
-        told = self.ranks.tell({**facts, "error": "", **more})
+        facts |= {"clearings": self.trained.clearings, "error": ""}
+        told = self.ranks.tell({**facts, **more})
         if told["error"]:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
         if not self.ranks.leads:
             if told["clearings"] != self.trained.clearings:
                 self.trained.clear_moments()
-            self.local_step -= told["skipped"] - self.skipped
+            self.replica.step -= told["skipped"] - self.skipped
             vars(self).update((name, told[name]) for name in TOLD)
-            self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
+            self.trained.clearings = told["clearings"]
         return told
 
     _after_step = count_step
