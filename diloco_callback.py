@@ -1042,7 +1042,9 @@ class Link:
         if self.control_lock.acquire(timeout=LEAVE_SECONDS):
             try:
                 if self.control and was_member:
-                    self._say_leave(reason)
+                    self.control.deadline = time.monotonic() + LEAVE_SECONDS
+                    with contextlib.suppress(OSError, ProtocolError, Refused):
+                        self.control.request("leave", {"reason": reason[:200]})
             finally:
                 self.control_lock.release()
         for conn in filter(None, {control, self.control}):
@@ -1055,11 +1057,6 @@ class Link:
             threads = [*self.threads, *filter(None, [self.heart])]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _say_leave(self, reason):
-        with contextlib.suppress(OSError, ProtocolError, Refused):
-            self.control.deadline = time.monotonic() + LEAVE_SECONDS
-            self.control.request("leave", {"reason": reason[:200]})
 
     def disown(self):
         """In a process forked from the worker's: close its copies of the sockets, so that the server
@@ -1152,10 +1149,10 @@ class Replica:
             self.is_uploading = True
         self.link.submit(lambda: self._deliver(made))
 
-    def resend(self):
-        """Have all pushes sent again, after a join, that no entry lists, in their order."""
+    def resend(self, push=None):
+        """Have one push sent again, or after a join all that no entry lists, in their order."""
         with self.changed:
-            self.outbox.resend()
+            self.outbox.resend(push)
         self.kick()
 
     def _deliver(self, made):
@@ -1164,9 +1161,7 @@ class Replica:
             is_sent = self._upload(made)
             self.kick()
             if is_sent and not self.link.exchange(lambda conn: self.pull(conn, made.k, made.seq)):
-                with self.changed:
-                    self.outbox.resend(made)
-                self.kick()
+                self.resend(made)
         except Interrupted:
             return
         except BaseException as error:  # a request has ended for good: training raises its error
@@ -1458,13 +1453,13 @@ class Ranks:
                 self._spread_whole(name, own) if self.is_sharded else self._send(own)
 
     def _spread_whole(self, name, own):
-        part = own.to_local() if is_sharded(own) else own
+        part = part_of(own)
         if self.leads:
             whole = self.mirror[name].to(part.device)
         else:
             whole = torch.empty(own.shape, dtype=own.dtype, device=part.device)
         self._send(whole)
-        part.copy_(_part_of(whole, own) if is_sharded(own) else whole)
+        part.copy_(cut_like(whole, own) if is_sharded(own) else whole)
 
     @torch.no_grad()
     def broadcast(self, tensors):
@@ -1483,13 +1478,6 @@ class Ranks:
         if dense is not own:
             own.copy_(dense)
 
-    @staticmethod
-    def reshard(modules):
-        """Free the whole parameters that a forward pass without a backward pass has left in modules,
-        as `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
-        for module in modules:
-            module.reshard()
-
 
 def end_groups(groups):
     """End process groups, with gloo's threads. A thread that lets go of a tensor takes Python's lock
@@ -1506,7 +1494,12 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def _part_of(whole, tensor):
+def part_of(tensor):
+    """What this rank has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def cut_like(whole, tensor):
     """Return the rows of a whole tensor that belong in this rank's part of the DTensor `tensor`.
     fully_shard cuts as torch.chunk does, in the order of the mesh's process group, by rank."""
     for dim, placement in enumerate(tensor.placements):
@@ -1540,6 +1533,13 @@ def fsdp_modules(model):
     """Return the modules of a model that fully_shard has been applied to."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def reshard(modules):
+    """Free the whole parameters that a forward pass without a backward pass has left in modules, as
+    `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
+    for module in modules:
+        module.reshard()
 
 
 # --- What is trained ----------------------------------------------------------------------------
@@ -1586,7 +1586,7 @@ class Trained:
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
         self.model, self.fsdp_modules = innermost(model), fsdp_modules(model)
-        self.reshard()
+        reshard(self.fsdp_modules)
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
         self.foreign = set()  # ids of the optimizers' parameters that the model lacks
@@ -1608,7 +1608,8 @@ class Trained:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
         for name, parameter in self.named.items():
             check_parameter(name, parameter)
-        self.check_optimizers(known)
+        self.check_optimizers()
+        self.say_foreign(known)
         self.frozen = {n: p for n, p in frozen.items() if n not in self.later}
         plain = plain_names(self.model)
         self.places = {plain(name): place for name, place in floating_buffers(self.model)}
@@ -1628,9 +1629,8 @@ class Trained:
         plain = plain_names(self.model)
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
-    def check_optimizers(self, known):
-        """Raise ValueError where a trained parameter is in none of the optimizers, and say which of
-        theirs are not among {name: parameter} of the whole model, `known`."""
+    def check_optimizers(self):
+        """Raise ValueError where a trained parameter is in none of the optimizers."""
         held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, parameter in self.named.items():
             if hasattr(parameter, "_in_backward_optimizers"):
@@ -1647,7 +1647,6 @@ class Trained:
                     "in which they step; else freeze the parameter with requires_grad_(False), or "
                     "name it in local=[...] if it is to be this worker's own"
                 )
-        self.say_foreign(known)
 
     def say_foreign(self, known):
         """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
@@ -1672,10 +1671,6 @@ class Trained:
         self.clearings += 1
         for optimizer in self.optimizers:
             optimizer.state.clear()
-
-    def reshard(self):
-        """Free whole parameters that a forward pass has left in modules of a sharded model."""
-        Ranks.reshard(self.fsdp_modules)
 
 
 # Classes that wrap a module, and the attribute that it is in. They are known by name, since an import
@@ -1870,16 +1865,15 @@ def description_of(model, trained, frozen, buffers):
     """{name: text} of the files that let others open what the server writes; trained, frozen,
     buffers: names of the tensors that a run knows. config.json, if transformers builds a model of these
     names from it; of a peft model adapter_config.json and adapter_names.json; else nothing."""
-    inner = innermost(model)
     peft, transformers = map(sys.modules.get, ("peft", "transformers.modeling_utils"))
-    if peft and isinstance(inner, peft.PeftModel):
-        return adapter_files(inner, peft, {*trained}, {*buffers})
-    every, plain = inner.named_parameters(), plain_names(inner)
+    if peft and isinstance(model, peft.PeftModel):
+        return adapter_files(model, peft, {*trained}, {*buffers})
+    every, plain = model.named_parameters(), plain_names(model)
     is_known = all(plain(name) in trained or plain(name) in frozen for name, _ in every)
-    if transformers and isinstance(inner, transformers.PreTrainedModel) and is_known:
-        if is_as_built(inner, plain):
-            return {"config.json": inner.config.to_json_string()}
-        log(f"{type(inner).__name__} is not what its config describes: it gets no config.json")
+    if transformers and isinstance(model, transformers.PreTrainedModel) and is_known:
+        if is_as_built(model, plain):
+            return {"config.json": model.config.to_json_string()}
+        log(f"{type(model).__name__} is not what its config describes: it gets no config.json")
     return {}
 
 
@@ -2216,11 +2210,6 @@ class Watch:
         return flat[:: max(1, flat.numel() // 16)].clone()
 
 
-def part_of(tensor):
-    """What this rank has of a tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
 class Copies:
     """Second copies of parameters that optimizers keep in their state and write over them at each
     step, such as float32 masters and schedule-free's z. They move as the parameters move when the
@@ -2445,11 +2434,6 @@ def check_process(worker):
             )
 
 
-def namesakes(worker):
-    """The other workers of this process with a worker's id."""
-    return [w for w in STARTED if w is not worker and w.worker_id == worker.worker_id]
-
-
 # --- Joining ------------------------------------------------------------------------------------
 
 
@@ -2531,7 +2515,7 @@ class Admission:
             "run": worker.run,
             "versions": [place.version for place in places] or [FRESH] * count,
             "folded": [place.folded for place in places],
-            "closed": [k for k, place in enumerate(places) if place.is_closed],
+            "closed": self.replica.outbox.closed,
             "adapter": "adapter_config.json" in self.trained.files,
             "resumes": [] if places else self.resumable(),
             "process": protocol.identity(),
@@ -2587,7 +2571,9 @@ class Admission:
             return False
         if holder[0] != os.getpid():
             return protocol.has_ended(*holder)
-        return all(other.link.closed.is_set() for other in namesakes(self.worker))
+        me = self.worker
+        same = [w for w in STARTED if w is not me and w.worker_id == me.worker_id]
+        return all(other.link.closed.is_set() for other in same)
 
     def bring(self, conn, reply):
         """Upload the slices that the server asks for: of the anchor, or the model at the start."""
@@ -2783,7 +2769,7 @@ class Anew:
                 worker.flushed = True  # it was told to leave, and its steps are sent
             found = worker.trained.parameters()
         elif is_replaced:
-            worker.trained.check_optimizers(found)
+            worker.trained.check_optimizers()
         watch.note(found)
 
     def replace(self, found):
@@ -2920,7 +2906,8 @@ class Leader:
         for k in range(self.schedule.count):
             if self.is_due(k):
                 self.adopt(k)
-        due, delay = self.schedule.tick(), worker.own_delay
+        due = self.schedule.tick()
+        delay = -(-worker.delay * self.schedule.every // worker.sync_every)  # in this cycle's steps
         for k in due:
             with self.replica.changed:
                 push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
@@ -3176,7 +3163,7 @@ def showing_global(worker):
     try:
         yield
     finally:
-        trained.reshard()
+        reshard(trained.fsdp_modules)
         with own_modes():
             for tensor, values in zip(tensors, local, strict=True):
                 tensor.copy_(values)
@@ -3534,7 +3521,7 @@ class DiLoCoWorker:
             with uninterrupted():
                 is_busy = self._report(is_busy=is_busy)["is_busy"]
                 if is_busy:
-                    self.trained.reshard()
+                    reshard(self.trained.fsdp_modules)
                     ranks.gather(self.trained.named, frozen, self.leader.admission.note_frozen)
             yield is_busy
         except BaseException as error:
@@ -3623,11 +3610,6 @@ class DiLoCoWorker:
         """Seconds in which training has waited for entries."""
         since = self.stalled_since
         return self.stall_time + (0.0 if since is None else time.monotonic() - since)
-
-    @property
-    def own_delay(self):
-        """The steps from a push to its adoption, in a cycle of a length of its own."""
-        return -(-self.delay * self.schedule.every // self.sync_every)
 
     @property
     def overlap(self):
