@@ -451,6 +451,14 @@ class TensorSpec(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+def byte_ranges(specs, start=0):
+    """The (spec, start, stop) of each tensor's bytes, which lie end to end from `start` on."""
+    for spec in specs:
+        stop = start + spec.nbytes
+        yield spec, start, stop
+        start = stop
+
+
 def payload_bytes(specs):
     """The bytes that follow a header with these tensors."""
     return sum(spec.nbytes for spec in specs)
@@ -463,15 +471,9 @@ def encode_header(fields, specs, **metadata):
     ProtocolError when the header would be longer than MAX_HEADER_BYTES.
     """
     header = {"__metadata__": {"diloco": json.dumps(fields, allow_nan=False), **metadata}}
-    start = 0
-    for spec in specs:
-        end = start + spec.nbytes
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+    for spec, *offsets in byte_ranges(specs):
+        dtype, shape = DTYPE_NAMES[spec.dtype], list(spec.shape)
+        header[spec.name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
@@ -542,19 +544,6 @@ def parse_entry(name, entry):
     return offsets[0], offsets[1], spec
 
 
-def check_ranges(entries):
-    """Check that tensors, as (first byte, last byte, spec), fill a payload in their order. Raises
-    ProtocolError."""
-    end = 0
-    for first, last, spec in entries:
-        if first != end:
-            raise ProtocolError(
-                f"tensor {quoted(spec.name)}: its bytes begin at {first}, not where the one before "
-                f"ends, at {end}: ranges must be in order, without overlap or gap"
-            )
-        end = last
-
-
 def parse_header(raw, in_order=True):
     """Check a header and return (fields, specs), the specs in the order of their bytes.
 
@@ -571,7 +560,14 @@ def parse_header(raw, in_order=True):
     entries = [parse_entry(name, entry) for name, entry in header.items()]
     if not in_order:
         entries.sort(key=lambda entry: entry[:2])
-    check_ranges(entries)
+    end = 0
+    for first, last, spec in entries:
+        if first != end:
+            raise ProtocolError(
+                f"tensor {quoted(spec.name)}: its bytes begin at {first}, not where the one before "
+                f"ends, at {end}: ranges must be in order, without overlap or gap"
+            )
+        end = last
     return fields, [spec for _, _, spec in entries]
 
 
@@ -609,12 +605,10 @@ class Payload:
         size = payload_bytes(self.specs)
         # Zeros make the system hand out the memory now and not in the midst of a round.
         self.raw = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.tensors = {}
-        start = 0
-        for spec in self.specs:
-            part = self.raw[start : start + spec.nbytes]
-            self.tensors[spec.name] = part.view(spec.dtype).view(spec.shape)
-            start += spec.nbytes
+        self.tensors = {
+            spec.name: self.raw[start:stop].view(spec.dtype).view(spec.shape)
+            for spec, start, stop in byte_ranges(self.specs)
+        }
 
 
 # --- Files ----------------------------------------------------------------------------------
@@ -833,16 +827,15 @@ def load_file(path):
     """
     with open(path, "rb") as file:
         fields, specs = read_file_header(file)
-        start = file.tell()
-    size = start + payload_bytes(specs)
+        payload = file.tell()
+    size = payload + payload_bytes(specs)
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
-    for spec in specs:
-        raw = mapped[start : start + spec.nbytes]
+    for spec, start, stop in byte_ranges(specs, payload):
+        raw = mapped[start:stop]
         if start % spec.dtype.itemsize:  # other programs may lay tensors at any byte
             raw = raw.clone()
         tensors[spec.name] = raw.view(spec.dtype).view(spec.shape)
-        start += spec.nbytes
     return fields, tensors
 
 
