@@ -158,12 +158,13 @@ class Schedule:
     (k + 1) * every // fragments of the cycle. Slices beyond these, up to `count` (a model's
     buffers), are pushed with the last fragment.
 
-    next: slice that is pushed next; left: steps until that push; pace: steps of the next cycle.
+    next: slice pushed next; left: steps until then; pace: steps of the next cycle, None for `whole`.
     """
 
     def __init__(self, every, fragments, count=None):
-        self.every, self.fragments, self.count = every, fragments, count or fragments
-        self.next, self.left, self.pace = 0, self.due(0), every
+        self.every = self.whole = every
+        self.fragments, self.count = fragments, count or fragments
+        self.next, self.left, self.pace = 0, self.due(0), None
 
     def due(self, k):
         """The step of the cycle after which slice k is pushed."""
@@ -186,7 +187,7 @@ class Schedule:
             due.append(self.next)
             self.next = (self.next + 1) % self.count
             if self.next == 0:
-                self.every = max(self.pace, self.fragments)
+                self.every = max(self.pace or self.whole, self.fragments)
             self.left = self.interval(self.next)
         return due
 
@@ -2644,8 +2645,7 @@ class Admission:
         self.fetch_frozen(joined.frozen)
         self.leader.heard = {}
         worker.index, worker.rank, worker.world = joined.index, joined.rank, joined.world
-        worker.num_shares, worker.pace = joined.num_shares, joined.pace
-        worker.schedule.pace = joined.pace or worker.sync_every
+        worker.num_shares, worker.schedule.pace = joined.num_shares, joined.pace
         if is_first:
             self.resume(joined)
 
@@ -2677,7 +2677,7 @@ class Admission:
                 worker.saved["position"], worker.saved.get("cycle", worker.sync_every)
             )
         else:
-            worker.schedule.every = max(worker.schedule.pace, worker.num_fragments)
+            worker.schedule.every = max(joined.pace or worker.sync_every, worker.num_fragments)
             worker.schedule.align(joined.turns, joined.steps)
 
     def load_residual(self):
@@ -2951,7 +2951,7 @@ class Leader:
         with replica.changed:
             push, refused, step = replica.listed.pop(k)
         worker.run_step = max(worker.run_step, step)
-        if worker.pace:  # a slower worker goes on from the step of the furthest one
+        if self.schedule.pace:  # a slower worker goes on from the step of the furthest one
             worker.ahead = max(worker.ahead, worker.run_step - worker.local_step)
         alpha = worker.alpha if worker.fragment_update == "mix" and not push.late else None
         with uninterrupted():
@@ -3100,8 +3100,8 @@ class Leader:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
-        self.hear(rank=beat.rank, world=beat.world, pace=beat.pace)
-        self.schedule.pace = beat.pace or worker.sync_every
+        self.hear(rank=beat.rank, world=beat.world)
+        self.schedule.pace = beat.pace
         if "stop" in beat.orders:
             self.hear(stop_ordered=True)
 
@@ -3369,7 +3369,6 @@ class DiLoCoWorker:
     step = property(lambda self: self.local_step + self.ahead)  # this worker's step of the run
     run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
-    pace = None  # steps of its next cycle, where the server tells them (--own-pace)
     tokens, loss, stall_time = 0, None, 0.0
     stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
