@@ -824,9 +824,8 @@ class Link:
         self.session = secrets.token_hex(8)  # name of this process
         self.control, self.control_lock = None, threading.RLock()
         self.idle, self.used = [], set()  # data connections
-        self.bytes_out = self.bytes_in = 0  # traffic of the data connections that are closed
         self.threads = set()  # threads of tasks, one each
-        self.rested = threading.Condition()  # guards the lines above; notified when a task ends
+        self.rested = threading.Condition()  # guards the line above; notified when a task ends
         self.joining = None  # control connection while the worker joins
         self.is_leaving = False  # whether no join is worth waiting for any more
         self.lost = threading.Event()  # set while the server does not know this worker any more
@@ -892,16 +891,10 @@ class Link:
             yield conn
             self.idle.append(conn)
         except BaseException:
-            self._drop(conn)
+            conn.close()
             raise
         finally:
             self.used.discard(conn)
-
-    def _drop(self, conn):
-        with self.rested:
-            self.bytes_out += conn.bytes_out
-            self.bytes_in += conn.bytes_in
-        conn.close()
 
     def note_outage(self, error):
         """Note that a request has failed. Idle connections have most likely died with it."""
@@ -913,7 +906,7 @@ class Link:
     def drop_idle(self):
         while self.idle:
             with contextlib.suppress(IndexError):
-                self._drop(self.idle.pop())
+                self.idle.pop().close()
 
     def reached(self):
         """Note that the server has answered."""
