@@ -1056,14 +1056,6 @@ PRIVATE = tuple(
 )  # fmt: skip
 
 
-def is_within(address, networks):
-    """Whether an address, as text, lies in one of the networks. An IPv4 address that is written as
-    an IPv6 one counts as IPv4."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return any(found in network for network in networks)
-
-
 def proof_of(token, role, nonces, worker, session):
     """The proof, as hexadecimal text, that the "client" or the "server" knows the token. `nonces`:
     the client's, then the server's; `worker`, `session`: what the client has said hello with."""
@@ -1118,8 +1110,13 @@ class Guard:
         return bool(self.token and self.context)
 
     def check(self, address):
-        """Raise Refused where a peer with this address may not speak."""
-        if not self.admits_all and not is_within(address, (*PRIVATE, *self.allow)):
+        """Raise Refused where a peer with this address may not speak. An IPv4 address that is
+        written as an IPv6 one counts as IPv4."""
+        if self.admits_all:
+            return
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        if not any(found in network for network in (*PRIVATE, *self.allow)):
             raise Refused(
                 "address",
                 f"{address} is neither a loopback nor a private address: this server needs a token "
@@ -2060,26 +2057,20 @@ def checksum_of(numbers):
 # its residual and adds it to the next message.
 
 
-class Scratch(threading.local):
-    """Memory that a thread works in, chunk after chunk: asking the system for fresh memory each
-    time would take longer than the work."""
-
-    def __init__(self):
-        self.kept = {}
-
-
-SCRATCH = Scratch()
+# By thread, the memory that it works in, chunk after chunk: asking the system for fresh memory each
+# time would take longer than the work.
+SCRATCH = threading.local()
 
 
 def scratch(use, like, count):
     """An uninitialized tensor that belongs to this thread: `count` elements of the dtype and on the
     device of `like`. The next call with the same `use` may give the same memory."""
-    key = use, like.dtype, like.device
-    if key not in SCRATCH.kept or SCRATCH.kept[key].numel() < count:
+    kept, key = vars(SCRATCH), (use, like.dtype, like.device)
+    if key not in kept or kept[key].numel() < count:
         with torch.inference_mode(False):  # the program may be in it now and not at the next call
             room = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
-        SCRATCH.kept[key] = room
-    return SCRATCH.kept[key][:count]
+        kept[key] = room
+    return kept[key][:count]
 
 
 class Codec:

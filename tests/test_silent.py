@@ -739,7 +739,7 @@ def test_inference_mode_around_a_call_does_no_harm(serve):
     optimizer, server = sgd(model), serve("-n", 1)
     with torch.inference_mode():
         worker = begun(server, model, optimizer)
-    protocol.SCRATCH.kept.clear()
+    vars(protocol.SCRATCH).clear()
     for _ in range(3):
         with torch.inference_mode(), worker.global_model():
             model(torch.zeros(1, 5))
