@@ -91,7 +91,7 @@ MAX_REFUSALS = 3  # drops in a row after which training is broken
 # Attributes of a worker that the other ranks take over from rank 0.
 TOLD = (
     "ahead", "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
-    "dropped_steps", "kept_local", "fetched", "skipped",
+    "dropped_steps", "clearings", "kept_local", "fetched", "skipped",
 )  # fmt: skip
 
 
@@ -1565,11 +1565,10 @@ class Trained:
 
     named: {name: synchronized parameter}; later: names of those that are frozen now and trained
     later in the run, and `patterns` that name them; dropped: names that were trained once, then not;
-    frozen: {name: parameter that is not trained, and can be compared with other
-    workers'}; buffers: {name: (module, attribute)}; optimizers: the innermost ones; clearings: how
-    often their state has been cleared; files: {name: text} of descriptive files. Names that a
-    pattern in `local` fits are in none of these. Raises ValueError where a parameter cannot be
-    synchronized.
+    frozen: {name: parameter that is not trained, and can be compared with other workers'}; buffers:
+    {name: (module, attribute)}; optimizers: the innermost ones; files: {name: text} of descriptive
+    files. Names that a pattern in `local` fits are in none of these. Raises ValueError where a
+    parameter cannot be synchronized.
     """
 
     def __init__(self, model, optimizer, files=None, local=(), trained=()):
@@ -1584,7 +1583,7 @@ class Trained:
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
         self.foreign = set()  # ids of the optimizers' parameters that the model lacks
-        self.clearings, self.given_files = 0, files
+        self.given_files = files
         self.read()
 
     def read(self):
@@ -1662,7 +1661,6 @@ class Trained:
 
     def clear_moments(self):
         """Forget the optimizers' state: it belongs to parameters that are gone."""
-        self.clearings += 1
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
@@ -3040,6 +3038,7 @@ class Leader:
             steps[k] += last - first
         worker.dropped_steps += max(steps)
         self.refusals += 1
+        worker.clearings += 1
         worker.trained.clear_moments()
         log(
             f"WARNING: {why}: dropped {max(steps)} steps, took the global model, and cleared the "
@@ -3365,6 +3364,7 @@ class DiLoCoWorker:
     tokens, loss, stall_time = 0, None, 0.0
     stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
+    clearings = 0  # how often the optimizers' state has been cleared
     kept_local = flushed = stop_ordered = is_server_away = False
     leave_by = None  # seconds when a worker that was told to leave waits no longer
 
@@ -3539,16 +3539,14 @@ class DiLoCoWorker:
         """Rank 0 tells the other ranks where the worker is, and they take it over."""
         vars(self).update(self.leader.heard)
         facts = {name: getattr(self, name) for name in TOLD}
-        facts |= {"clearings": self.trained.clearings, "error": ""}
         told = self.ranks.tell({**facts, **more})
-        if told["error"]:
+        if "error" in told:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
         if not self.ranks.leads:
-            if told["clearings"] != self.trained.clearings:
+            if told["clearings"] != self.clearings:
                 self.trained.clear_moments()
             self.replica.step -= told["skipped"] - self.skipped
             vars(self).update((name, told[name]) for name in TOLD)
-            self.trained.clearings = told["clearings"]
         return told
 
     _after_step = count_step
