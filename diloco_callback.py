@@ -1106,10 +1106,6 @@ class Replica:
             has_residual = feedback and not carries_values
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
 
-    def renew(self, count, tokens):
-        """Put `count` slices in place of these, which are closed. What is known of pushes stays so."""
-        self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
-
     def outer_at(self, made, part):
         """Return (lr, momentum, nesterov, part) of an outer step behind so many, or of a part of one.
         Delayed momentum comes with few of the parts: a prediction leaves it out."""
@@ -2805,7 +2801,8 @@ class Anew:
         self.leader.admission.fingerprints.clear()
         worker.watch.jumps.records.clear()
         with replica.changed:
-            replica.renew(worker.schedule.count, worker.tokens)
+            outbox = replica.outbox.renewed(worker.schedule.count, replica.step, worker.tokens)
+            replica.slices, replica.outbox = [], outbox
         self.count += 1
         self.leader.join(worker.reconnect_timeout)
         worker.watch.copies.move()
@@ -3050,15 +3047,8 @@ class Leader:
                 "lower the learning rate, clip gradients, or check its data and hardware"
             )
 
-    def close_run(self):
-        """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
-        self.worker.watch.settle()
-        self.worker.watch.check()
-        self.worker.watch.beside.tell()
-        self.close_slices()
-
     def close_slices(self):
-        """The pushes of `close_run`."""
+        """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
         worker = self.worker
         outbox, self.link.outage = self.replica.outbox, None
         while self.replica.slices and (not outbox.is_closed or self.replica.listed):
@@ -3465,7 +3455,10 @@ class DiLoCoWorker:
             return
         with own_modes(), self._together():
             if self.ranks.leads:
-                self.leader.close_run()
+                self.watch.settle()
+                self.watch.check()
+                self.watch.beside.tell()
+                self.leader.close_slices()
         self.flushed = True
 
     def part(self, seconds=PARTING_SECONDS):
