@@ -90,8 +90,8 @@ RESIDUAL_FILE = "diloco_residual.safetensors"  # beside a checkpoint
 MAX_REFUSALS = 3  # drops in a row after which training is broken
 # Attributes of a worker that the other ranks take over from rank 0.
 TOLD = (
-    "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
-    "dropped_steps", "kept_local", "fetched", "skipped",
+    "ahead", "run_step", "stop_ordered", "index", "rank", "world", "num_shares", "fragment_syncs",
+    "dropped_steps", "clearings", "kept_local", "fetched", "skipped",
 )  # fmt: skip
 
 
@@ -155,12 +155,13 @@ class Schedule:
     (k + 1) * every // fragments of the cycle. Slices beyond these, up to `count` (a model's
     buffers), are pushed with the last fragment.
 
-    next: slice that is pushed next; left: steps until that push; pace: steps of the next cycle.
+    next: slice pushed next; left: steps until then; pace: steps of the next cycle, None for `whole`.
     """
 
     def __init__(self, every, fragments, count=None):
-        self.every, self.fragments, self.count = every, fragments, count or fragments
-        self.next, self.left, self.pace = 0, self.due(0), every
+        self.every = self.whole = every
+        self.fragments, self.count = fragments, count or fragments
+        self.next, self.left, self.pace = 0, self.due(0), None
 
     def due(self, k):
         """The step of the cycle after which slice k is pushed."""
@@ -183,7 +184,7 @@ class Schedule:
             due.append(self.next)
             self.next = (self.next + 1) % self.count
             if self.next == 0:
-                self.every = max(self.pace, self.fragments)
+                self.every = max(self.pace or self.whole, self.fragments)
             self.left = self.interval(self.next)
         return due
 
@@ -820,9 +821,8 @@ class Link:
         self.session = secrets.token_hex(8)  # name of this process
         self.control, self.control_lock = None, threading.RLock()
         self.idle, self.used = [], set()  # data connections
-        self.bytes_out = self.bytes_in = 0  # traffic of the data connections that are closed
         self.threads = set()  # threads of tasks, one each
-        self.rested = threading.Condition()  # guards the lines above; notified when a task ends
+        self.rested = threading.Condition()  # guards the line above; notified when a task ends
         self.joining = None  # control connection while the worker joins
         self.is_leaving = False  # whether no join is worth waiting for any more
         self.lost = threading.Event()  # set while the server does not know this worker any more
@@ -888,16 +888,10 @@ class Link:
             yield conn
             self.idle.append(conn)
         except BaseException:
-            self._drop(conn)
+            conn.close()
             raise
         finally:
             self.used.discard(conn)
-
-    def _drop(self, conn):
-        with self.rested:
-            self.bytes_out += conn.bytes_out
-            self.bytes_in += conn.bytes_in
-        conn.close()
 
     def note_outage(self, error):
         """Note that a request has failed. Idle connections have most likely died with it."""
@@ -909,7 +903,7 @@ class Link:
     def drop_idle(self):
         while self.idle:
             with contextlib.suppress(IndexError):
-                self._drop(self.idle.pop())
+                self.idle.pop().close()
 
     def reached(self):
         """Note that the server has answered."""
@@ -1039,7 +1033,9 @@ class Link:
         if self.control_lock.acquire(timeout=LEAVE_SECONDS):
             try:
                 if self.control and was_member:
-                    self._say_leave(reason)
+                    self.control.deadline = time.monotonic() + LEAVE_SECONDS
+                    with contextlib.suppress(OSError, ProtocolError, Refused):
+                        self.control.request("leave", {"reason": reason[:200]})
             finally:
                 self.control_lock.release()
         for conn in filter(None, {control, self.control}):
@@ -1052,11 +1048,6 @@ class Link:
             threads = [*self.threads, *filter(None, [self.heart])]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _say_leave(self, reason):
-        with contextlib.suppress(OSError, ProtocolError, Refused):
-            self.control.deadline = time.monotonic() + LEAVE_SECONDS
-            self.control.request("leave", {"reason": reason[:200]})
 
     def disown(self):
         """In a process forked from the worker's: close its copies of the sockets, so that the server
@@ -1082,7 +1073,7 @@ class Replica:
     slices: [Slice]; outbox: Outbox; listed: {slice: (Pending, reason of a refusal or "", step of the
     run)} for pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
     numbers were not finite; error: exception that ended a request for good. `changed` guards all of
-    these and is notified when one of them changes. step: local steps so far, which the worker counts.
+    these and is notified when one of them changes. step: local steps so far; the hook counts them.
     """
 
     def __init__(self, worker_id, link):
@@ -1111,10 +1102,6 @@ class Replica:
                 up = down = CODECS["fp32"]
             has_residual = feedback and not carries_values
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
-
-    def renew(self, count, tokens):
-        """Put `count` slices in place of these, which are closed. What is known of pushes stays so."""
-        self.slices, self.outbox = [], self.outbox.renewed(count, self.step, tokens)
 
     def outer_at(self, made, part):
         """Return (lr, momentum, nesterov, part) of an outer step behind so many, or of a part of one.
@@ -1149,10 +1136,10 @@ class Replica:
             self.is_uploading = True
         self.link.submit(lambda: self._deliver(made))
 
-    def resend(self):
-        """Have all pushes sent again, after a join, that no entry lists, in their order."""
+    def resend(self, push=None):
+        """Have one push sent again, or after a join all that no entry lists, in their order."""
         with self.changed:
-            self.outbox.resend()
+            self.outbox.resend(push)
         self.kick()
 
     def _deliver(self, made):
@@ -1161,9 +1148,7 @@ class Replica:
             is_sent = self._upload(made)
             self.kick()
             if is_sent and not self.link.exchange(lambda conn: self.pull(conn, made.k, made.seq)):
-                with self.changed:
-                    self.outbox.resend(made)
-                self.kick()
+                self.resend(made)
         except Interrupted:
             return
         except BaseException as error:  # a request has ended for good: training raises its error
@@ -1455,13 +1440,13 @@ class Ranks:
                 self._spread_whole(name, own) if self.is_sharded else self._send(own)
 
     def _spread_whole(self, name, own):
-        part = own.to_local() if is_sharded(own) else own
+        part = part_of(own)
         if self.leads:
             whole = self.mirror[name].to(part.device)
         else:
             whole = torch.empty(own.shape, dtype=own.dtype, device=part.device)
         self._send(whole)
-        part.copy_(_part_of(whole, own) if is_sharded(own) else whole)
+        part.copy_(cut_like(whole, own) if is_sharded(own) else whole)
 
     @torch.no_grad()
     def broadcast(self, tensors):
@@ -1480,13 +1465,6 @@ class Ranks:
         if dense is not own:
             own.copy_(dense)
 
-    @staticmethod
-    def reshard(modules):
-        """Free the whole parameters that a forward pass without a backward pass has left in modules,
-        as `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
-        for module in modules:
-            module.reshard()
-
 
 def end_groups(groups):
     """End process groups, with gloo's threads. A thread that lets go of a tensor takes Python's lock
@@ -1503,7 +1481,12 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def _part_of(whole, tensor):
+def part_of(tensor):
+    """What this rank has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def cut_like(whole, tensor):
     """Return the rows of a whole tensor that belong in this rank's part of the DTensor `tensor`.
     fully_shard cuts as torch.chunk does, in the order of the mesh's process group, by rank."""
     for dim, placement in enumerate(tensor.placements):
@@ -1539,6 +1522,13 @@ def fsdp_modules(model):
     return [module for module in model.modules() if isinstance(module, fsdp)]
 
 
+def reshard(modules):
+    """Free the whole parameters that a forward pass without a backward pass has left in modules, as
+    `fsdp_modules` lists them: the next pass would use old values, whatever the shards say."""
+    for module in modules:
+        module.reshard()
+
+
 # --- What is trained ----------------------------------------------------------------------------
 
 
@@ -1568,11 +1558,10 @@ class Trained:
 
     named: {name: synchronized parameter}; later: names of those that are frozen now and trained
     later in the run, and `patterns` that name them; dropped: names that were trained once, then not;
-    frozen: {name: parameter that is not trained, and can be compared with other
-    workers'}; buffers: {name: (module, attribute)}; optimizers: the innermost ones; clearings: how
-    often their state has been cleared; files: {name: text} of descriptive files. Names that a
-    pattern in `local` fits are in none of these. Raises ValueError where a parameter cannot be
-    synchronized.
+    frozen: {name: parameter that is not trained, and can be compared with other workers'}; buffers:
+    {name: (module, attribute)}; optimizers: the innermost ones; files: {name: text} of descriptive
+    files. Names that a pattern in `local` fits are in none of these. Raises ValueError where a
+    parameter cannot be synchronized.
     """
 
     def __init__(self, model, optimizer, files=None, local=(), trained=()):
@@ -1583,11 +1572,11 @@ class Trained:
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: its last one's steps are to be counted")
         self.model, self.fsdp_modules = innermost(model), fsdp_modules(model)
-        self.reshard()
+        reshard(self.fsdp_modules)
         self.local, self.patterns = patterns(local), patterns(trained or thawed_later(model))
         self.named, self.dropped = {}, set()
         self.foreign = set()  # ids of the optimizers' parameters that the model lacks
-        self.clearings, self.given_files = 0, files
+        self.given_files = files
         self.read()
 
     def read(self):
@@ -1605,7 +1594,8 @@ class Trained:
             raise ValueError("the model has no parameter that requires grad: nothing to train")
         for name, parameter in self.named.items():
             check_parameter(name, parameter)
-        self.check_optimizers(known)
+        self.check_optimizers()
+        self.say_foreign(known)
         self.frozen = {n: p for n, p in frozen.items() if n not in self.later}
         plain = plain_names(self.model)
         self.places = {plain(name): place for name, place in floating_buffers(self.model)}
@@ -1625,9 +1615,8 @@ class Trained:
         plain = plain_names(self.model)
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
-    def check_optimizers(self, known):
-        """Raise ValueError where a trained parameter is in none of the optimizers, and say which of
-        theirs are not among {name: parameter} of the whole model, `known`."""
+    def check_optimizers(self):
+        """Raise ValueError where a trained parameter is in none of the optimizers."""
         held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, parameter in self.named.items():
             if hasattr(parameter, "_in_backward_optimizers"):
@@ -1644,7 +1633,6 @@ class Trained:
                     "in which they step; else freeze the parameter with requires_grad_(False), or "
                     "name it in local=[...] if it is to be this worker's own"
                 )
-        self.say_foreign(known)
 
     def say_foreign(self, known):
         """Say which parameters of the optimizers the model lacks, which has the `known` ones."""
@@ -1666,13 +1654,8 @@ class Trained:
 
     def clear_moments(self):
         """Forget the optimizers' state: it belongs to parameters that are gone."""
-        self.clearings += 1
         for optimizer in self.optimizers:
             optimizer.state.clear()
-
-    def reshard(self):
-        """Free whole parameters that a forward pass has left in modules of a sharded model."""
-        Ranks.reshard(self.fsdp_modules)
 
 
 # Classes that wrap a module, and the attribute that it is in. They are known by name, since an import
@@ -1867,16 +1850,15 @@ def description_of(model, trained, frozen, buffers):
     """{name: text} of the files that let others open what the server writes; trained, frozen,
     buffers: names of the tensors that a run knows. config.json, if transformers builds a model of these
     names from it; of a peft model adapter_config.json and adapter_names.json; else nothing."""
-    inner = innermost(model)
     peft, transformers = map(sys.modules.get, ("peft", "transformers.modeling_utils"))
-    if peft and isinstance(inner, peft.PeftModel):
-        return adapter_files(inner, peft, {*trained}, {*buffers})
-    every, plain = inner.named_parameters(), plain_names(inner)
+    if peft and isinstance(model, peft.PeftModel):
+        return adapter_files(model, peft, {*trained}, {*buffers})
+    every, plain = model.named_parameters(), plain_names(model)
     is_known = all(plain(name) in trained or plain(name) in frozen for name, _ in every)
-    if transformers and isinstance(inner, transformers.PreTrainedModel) and is_known:
-        if is_as_built(inner, plain):
-            return {"config.json": inner.config.to_json_string()}
-        log(f"{type(inner).__name__} is not what its config describes: it gets no config.json")
+    if transformers and isinstance(model, transformers.PreTrainedModel) and is_known:
+        if is_as_built(model, plain):
+            return {"config.json": model.config.to_json_string()}
+        log(f"{type(model).__name__} is not what its config describes: it gets no config.json")
     return {}
 
 
@@ -2063,9 +2045,7 @@ class Watch:
         if doubtful and self.worker.ranks.leads:
             worker, none = self.worker, int(torch.stack(doubtful).count_nonzero())
             worker.skipped += none
-            worker.local_step -= none
-            worker.step -= none
-            worker.replica.step = worker.local_step
+            worker.replica.step -= none
             worker.schedule.left += none
 
     # --- At boundaries ---
@@ -2181,7 +2161,7 @@ class Watch:
 
     def tell_over(self, max_steps):
         """Say once why training ends before its time."""
-        worker, begun = self.worker, self.worker.step - self.worker.local_step
+        worker, begun = self.worker, self.worker.ahead
         if self.has_told_over:
             return
         self.has_told_over = True
@@ -2213,11 +2193,6 @@ class Watch:
     def few(parameter):
         flat = part_of(parameter.detach()).reshape(-1)
         return flat[:: max(1, flat.numel() // 16)].clone()
-
-
-def part_of(tensor):
-    """What this rank has of a tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 class Copies:
@@ -2444,11 +2419,6 @@ def check_process(worker):
             )
 
 
-def namesakes(worker):
-    """The other workers of this process with a worker's id."""
-    return [w for w in STARTED if w is not worker and w.worker_id == worker.worker_id]
-
-
 # --- Joining ------------------------------------------------------------------------------------
 
 
@@ -2530,7 +2500,7 @@ class Admission:
             "run": worker.run,
             "versions": [place.version for place in places] or [FRESH] * count,
             "folded": [place.folded for place in places],
-            "closed": [k for k, place in enumerate(places) if place.is_closed],
+            "closed": self.replica.outbox.closed,
             "adapter": "adapter_config.json" in self.trained.files,
             "resumes": [] if places else self.resumable(),
             "process": protocol.identity(),
@@ -2586,7 +2556,9 @@ class Admission:
             return False
         if holder[0] != os.getpid():
             return protocol.has_ended(*holder)
-        return all(other.link.closed.is_set() for other in namesakes(self.worker))
+        me = self.worker
+        same = [w for w in STARTED if w is not me and w.worker_id == me.worker_id]
+        return all(other.link.closed.is_set() for other in same)
 
     def bring(self, conn, reply):
         """Upload the slices that the server asks for: of the anchor, or the model at the start."""
@@ -2657,8 +2629,7 @@ class Admission:
         self.fetch_frozen(joined.frozen)
         self.leader.heard = {}
         worker.index, worker.rank, worker.world = joined.index, joined.rank, joined.world
-        worker.num_shares, worker.pace = joined.num_shares, joined.pace
-        worker.schedule.pace = joined.pace or worker.sync_every
+        worker.num_shares, worker.schedule.pace = joined.num_shares, joined.pace
         if is_first:
             self.resume(joined)
 
@@ -2677,12 +2648,12 @@ class Admission:
     def resume(self, joined):
         """After the first join, go on where the checkpoint was, if the run is still there."""
         worker = self.worker
-        worker.step = worker.run_step = joined.step
+        worker.ahead = worker.run_step = joined.step
         if worker.saved:
             self.load_residual()
         worker.kept_local = bool(self.kept)
         if self.kept:
-            worker.step = worker.saved["step"]
+            worker.ahead = worker.saved["step"]
         elif worker.saved:
             log("the server has moved on since the checkpoint: took the global model")
         if len(self.kept) == worker.num_fragments:  # the others wait for it just there
@@ -2690,7 +2661,7 @@ class Admission:
                 worker.saved["position"], worker.saved.get("cycle", worker.sync_every)
             )
         else:
-            worker.schedule.every = max(worker.schedule.pace, worker.num_fragments)
+            worker.schedule.every = max(joined.pace or worker.sync_every, worker.num_fragments)
             worker.schedule.align(joined.turns, joined.steps)
 
     def load_residual(self):
@@ -2782,7 +2753,7 @@ class Anew:
                 worker.flushed = True  # it was told to leave, and its steps are sent
             found = worker.trained.parameters()
         elif is_replaced:
-            worker.trained.check_optimizers(found)
+            worker.trained.check_optimizers()
         watch.note(found)
 
     def replace(self, found):
@@ -2827,7 +2798,8 @@ class Anew:
         self.leader.admission.fingerprints.clear()
         worker.watch.jumps.records.clear()
         with replica.changed:
-            replica.renew(worker.schedule.count, worker.tokens)
+            outbox = replica.outbox.renewed(worker.schedule.count, replica.step, worker.tokens)
+            replica.slices, replica.outbox = [], outbox
         self.count += 1
         self.leader.join(worker.reconnect_timeout)
         worker.watch.copies.move()
@@ -2901,8 +2873,8 @@ class Leader:
         """Whether slice k is to be adopted now; a late push is when an entry lists it."""
         if k in self.replica.listed:
             push, *_ = self.replica.listed[k]
-            return push.late or self.worker.local_step >= push.adopt_at
-        return self.replica.outbox.is_due(k, self.worker.local_step)
+            return push.late or self.replica.step >= push.adopt_at
+        return self.replica.outbox.is_due(k, self.replica.step)
 
     def work(self):
         """Adopt what is due after a step, then push what is due. Only if `is_busy`, else `tick`."""
@@ -2919,7 +2891,8 @@ class Leader:
         for k in range(self.schedule.count):
             if self.is_due(k):
                 self.adopt(k)
-        due, delay = self.schedule.tick(), worker.own_delay
+        due = self.schedule.tick()
+        delay = -(-worker.delay * self.schedule.every // worker.sync_every)  # in this cycle's steps
         for k in due:
             with self.replica.changed:
                 push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
@@ -2963,8 +2936,8 @@ class Leader:
         with replica.changed:
             push, refused, step = replica.listed.pop(k)
         worker.run_step = max(worker.run_step, step)
-        if worker.pace:  # a slower worker goes on from the step of the furthest one
-            worker.step = max(worker.step, worker.run_step)
+        if self.schedule.pace:  # a slower worker goes on from the step of the furthest one
+            worker.ahead = max(worker.ahead, worker.run_step - worker.local_step)
         alpha = worker.alpha if worker.fragment_update == "mix" and not push.late else None
         with uninterrupted():
             is_finite = replica.slices[k].adopt(alpha)
@@ -3059,6 +3032,7 @@ class Leader:
             steps[k] += last - first
         worker.dropped_steps += max(steps)
         self.refusals += 1
+        worker.clearings += 1
         worker.trained.clear_moments()
         log(
             f"WARNING: {why}: dropped {max(steps)} steps, took the global model, and cleared the "
@@ -3070,15 +3044,8 @@ class Leader:
                 "lower the learning rate, clip gradients, or check its data and hardware"
             )
 
-    def close_run(self):
-        """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
-        self.worker.watch.settle()
-        self.worker.watch.check()
-        self.worker.watch.beside.tell()
-        self.close_slices()
-
     def close_slices(self):
-        """The pushes of `close_run`."""
+        """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
         worker = self.worker
         outbox, self.link.outage = self.replica.outbox, None
         while self.replica.slices and (not outbox.is_closed or self.replica.listed):
@@ -3112,8 +3079,8 @@ class Leader:
             log(f"server {worker.server} was stopped; it has saved, and is awaited back")
         worker.is_server_away = "away" in beat.orders
         self.say_stalled(beat.stalls)
-        self.hear(rank=beat.rank, world=beat.world, pace=beat.pace)
-        self.schedule.pace = beat.pace or worker.sync_every
+        self.hear(rank=beat.rank, world=beat.world)
+        self.schedule.pace = beat.pace
         if "stop" in beat.orders:
             self.hear(stop_ordered=True)
 
@@ -3143,9 +3110,7 @@ class Leader:
 def count_step(worker):
     """Count a step of the optimizer, and do what is due after it."""
     watch = worker.watch
-    worker.local_step += 1
-    worker.step += 1
-    worker.replica.step = worker.local_step
+    worker.replica.step += 1
     watch.note_scaler(worker.optimizer)
     if watch.jumps.records:
         watch.jumps.follow()
@@ -3177,7 +3142,7 @@ def showing_global(worker):
     try:
         yield
     finally:
-        trained.reshard()
+        reshard(trained.fsdp_modules)
         with own_modes():
             for tensor, values in zip(tensors, local, strict=True):
                 tensor.copy_(values)
@@ -3378,13 +3343,15 @@ class DiLoCoWorker:
     # Where the worker is before it has joined. What its arguments decide is made in `__init__`.
     ranks = None  # the processes of this worker, from `start` on
     index, rank, world, num_shares = 0, 0, 1, 1
-    step = run_step = 0  # this worker's step of the run, and the furthest worker's
-    local_step = 0  # optimizer steps of this process
+    local_step = property(operator.attrgetter("replica.step"))  # optimizer steps of this process
+    ahead = 0  # steps of the run that this process has not made itself
+    step = property(lambda self: self.local_step + self.ahead)  # this worker's step of the run
+    run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
-    pace = None  # steps of its next cycle, where the server tells them (--own-pace)
     tokens, loss, stall_time = 0, None, 0.0
     stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
+    clearings = 0  # how often the optimizers' state has been cleared
     kept_local = flushed = stop_ordered = is_server_away = False
     leave_by = None  # seconds when a worker that was told to leave waits no longer
 
@@ -3488,7 +3455,10 @@ class DiLoCoWorker:
             return
         with own_modes(), self._together():
             if self.ranks.leads:
-                self.leader.close_run()
+                self.watch.settle()
+                self.watch.check()
+                self.watch.beside.tell()
+                self.leader.close_slices()
         self.flushed = True
 
     def part(self, seconds=PARTING_SECONDS):
@@ -3536,7 +3506,7 @@ class DiLoCoWorker:
             with uninterrupted():
                 is_busy = self._report(is_busy=is_busy)["is_busy"]
                 if is_busy:
-                    self.trained.reshard()
+                    reshard(self.trained.fsdp_modules)
                     ranks.gather(self.trained.named, frozen, self.leader.admission.note_frozen)
             yield is_busy
         except BaseException as error:
@@ -3562,16 +3532,14 @@ class DiLoCoWorker:
         """Rank 0 tells the other ranks where the worker is, and they take it over."""
         vars(self).update(self.leader.heard)
         facts = {name: getattr(self, name) for name in TOLD}
-        facts |= {"ahead": self.step - self.local_step, "clearings": self.trained.clearings}
-        told = self.ranks.tell({**facts, "error": "", **more})
-        if told["error"]:
+        told = self.ranks.tell({**facts, **more})
+        if "error" in told:
             raise ConnectionError(f"rank 0 of {self.worker_id}: {told['error']}")
         if not self.ranks.leads:
-            if told["clearings"] != self.trained.clearings:
+            if told["clearings"] != self.clearings:
                 self.trained.clear_moments()
-            self.local_step -= told["skipped"] - self.skipped
+            self.replica.step -= told["skipped"] - self.skipped
             vars(self).update((name, told[name]) for name in TOLD)
-            self.step, self.trained.clearings = self.local_step + told["ahead"], told["clearings"]
         return told
 
     _after_step = count_step
@@ -3625,11 +3593,6 @@ class DiLoCoWorker:
         """Seconds in which training has waited for entries."""
         since = self.stalled_since
         return self.stall_time + (0.0 if since is None else time.monotonic() - since)
-
-    @property
-    def own_delay(self):
-        """The steps from a push to its adoption, in a cycle of a length of its own."""
-        return -(-self.delay * self.schedule.every // self.sync_every)
 
     @property
     def overlap(self):

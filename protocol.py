@@ -451,6 +451,14 @@ class TensorSpec(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+def byte_ranges(specs, start=0):
+    """The (spec, start, stop) of each tensor's bytes, which lie end to end from `start` on."""
+    for spec in specs:
+        stop = start + spec.nbytes
+        yield spec, start, stop
+        start = stop
+
+
 def payload_bytes(specs):
     """The bytes that follow a header with these tensors."""
     return sum(spec.nbytes for spec in specs)
@@ -463,15 +471,9 @@ def encode_header(fields, specs, **metadata):
     ProtocolError when the header would be longer than MAX_HEADER_BYTES.
     """
     header = {"__metadata__": {"diloco": json.dumps(fields, allow_nan=False), **metadata}}
-    start = 0
-    for spec in specs:
-        end = start + spec.nbytes
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+    for spec, *offsets in byte_ranges(specs):
+        dtype, shape = DTYPE_NAMES[spec.dtype], list(spec.shape)
+        header[spec.name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
@@ -542,19 +544,6 @@ def parse_entry(name, entry):
     return offsets[0], offsets[1], spec
 
 
-def check_ranges(entries):
-    """Check that tensors, as (first byte, last byte, spec), fill a payload in their order. Raises
-    ProtocolError."""
-    end = 0
-    for first, last, spec in entries:
-        if first != end:
-            raise ProtocolError(
-                f"tensor {quoted(spec.name)}: its bytes begin at {first}, not where the one before "
-                f"ends, at {end}: ranges must be in order, without overlap or gap"
-            )
-        end = last
-
-
 def parse_header(raw, in_order=True):
     """Check a header and return (fields, specs), the specs in the order of their bytes.
 
@@ -571,7 +560,14 @@ def parse_header(raw, in_order=True):
     entries = [parse_entry(name, entry) for name, entry in header.items()]
     if not in_order:
         entries.sort(key=lambda entry: entry[:2])
-    check_ranges(entries)
+    end = 0
+    for first, last, spec in entries:
+        if first != end:
+            raise ProtocolError(
+                f"tensor {quoted(spec.name)}: its bytes begin at {first}, not where the one before "
+                f"ends, at {end}: ranges must be in order, without overlap or gap"
+            )
+        end = last
     return fields, [spec for _, _, spec in entries]
 
 
@@ -609,12 +605,10 @@ class Payload:
         size = payload_bytes(self.specs)
         # Zeros make the system hand out the memory now and not in the midst of a round.
         self.raw = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        self.tensors = {}
-        start = 0
-        for spec in self.specs:
-            part = self.raw[start : start + spec.nbytes]
-            self.tensors[spec.name] = part.view(spec.dtype).view(spec.shape)
-            start += spec.nbytes
+        self.tensors = {
+            spec.name: self.raw[start:stop].view(spec.dtype).view(spec.shape)
+            for spec, start, stop in byte_ranges(self.specs)
+        }
 
 
 # --- Files ----------------------------------------------------------------------------------
@@ -833,16 +827,15 @@ def load_file(path):
     """
     with open(path, "rb") as file:
         fields, specs = read_file_header(file)
-        start = file.tell()
-    size = start + payload_bytes(specs)
+        payload = file.tell()
+    size = payload + payload_bytes(specs)
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
-    for spec in specs:
-        raw = mapped[start : start + spec.nbytes]
+    for spec, start, stop in byte_ranges(specs, payload):
+        raw = mapped[start:stop]
         if start % spec.dtype.itemsize:  # other programs may lay tensors at any byte
             raw = raw.clone()
         tensors[spec.name] = raw.view(spec.dtype).view(spec.shape)
-        start += spec.nbytes
     return fields, tensors
 
 
@@ -1063,14 +1056,6 @@ PRIVATE = tuple(
 )  # fmt: skip
 
 
-def is_within(address, networks):
-    """Whether an address, as text, lies in one of the networks. An IPv4 address that is written as
-    an IPv6 one counts as IPv4."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return any(found in network for network in networks)
-
-
 def proof_of(token, role, nonces, worker, session):
     """The proof, as hexadecimal text, that the "client" or the "server" knows the token. `nonces`:
     the client's, then the server's; `worker`, `session`: what the client has said hello with."""
@@ -1125,8 +1110,13 @@ class Guard:
         return bool(self.token and self.context)
 
     def check(self, address):
-        """Raise Refused where a peer with this address may not speak."""
-        if not self.admits_all and not is_within(address, (*PRIVATE, *self.allow)):
+        """Raise Refused where a peer with this address may not speak. An IPv4 address that is
+        written as an IPv6 one counts as IPv4."""
+        if self.admits_all:
+            return
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        if not any(found in network for network in (*PRIVATE, *self.allow)):
             raise Refused(
                 "address",
                 f"{address} is neither a loopback nor a private address: this server needs a token "
@@ -2067,26 +2057,20 @@ def checksum_of(numbers):
 # its residual and adds it to the next message.
 
 
-class Scratch(threading.local):
-    """Memory that a thread works in, chunk after chunk: asking the system for fresh memory each
-    time would take longer than the work."""
-
-    def __init__(self):
-        self.kept = {}
-
-
-SCRATCH = Scratch()
+# By thread, the memory that it works in, chunk after chunk: asking the system for fresh memory each
+# time would take longer than the work.
+SCRATCH = threading.local()
 
 
 def scratch(use, like, count):
     """An uninitialized tensor that belongs to this thread: `count` elements of the dtype and on the
     device of `like`. The next call with the same `use` may give the same memory."""
-    key = use, like.dtype, like.device
-    if key not in SCRATCH.kept or SCRATCH.kept[key].numel() < count:
+    kept, key = vars(SCRATCH), (use, like.dtype, like.device)
+    if key not in kept or kept[key].numel() < count:
         with torch.inference_mode(False):  # the program may be in it now and not at the next call
             room = torch.empty(max(count, CHUNK), dtype=like.dtype, device=like.device)
-        SCRATCH.kept[key] = room
-    return SCRATCH.kept[key][:count]
+        kept[key] = room
+    return kept[key][:count]
 
 
 class Codec:

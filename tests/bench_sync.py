@@ -69,8 +69,7 @@ class Nothing(torch.optim.Optimizer):
 
 def moved_by(link):
     """(bytes sent, bytes received) on a link's data connections, all of which are idle."""
-    sent = sum(conn.bytes_out for conn in link.idle) + link.bytes_out
-    return sent, sum(conn.bytes_in for conn in link.idle) + link.bytes_in
+    return [sum(getattr(c, name) for c in link.idle) for name in ("bytes_out", "bytes_in")]
 
 
 def worker_role(args):

@@ -153,29 +153,19 @@ def work(args):
         reconnect_timeout=RECONNECT_SECONDS,
         state=saved.get("worker"),
     )
-    facts = {"worker": args.worker, "session": worker.link.session}
     try:
         worker.start()
     except (ConnectionError, protocol.Refused) as error:
         print(f"could not join: {error}", flush=True)
         sys.exit(NOT_JOINED)
-    if saved:
-        origin = {"from_session": saved["session"], "local_step": saved["local_step"]}
-        protocol.audit("resumed", **facts, **origin, kept=worker.kept_local)
+    note_resumed(worker, saved)
     progress = os.open(args.progress, os.O_WRONLY | os.O_CREAT, 0o644)
     while not leaving and not worker.run_is_over(0):
         time.sleep(args.pause)
         optimizer.step()
         os.pwrite(progress, struct.pack("<qq", os.getpid(), worker.local_step), 0)
         if worker.local_step % args.save_every == 0:
-            state = {
-                "model": model.state_dict(),
-                "worker": worker.state_dict(),
-                "session": worker.link.session,
-                "local_step": worker.local_step,
-            }
-            torch.save(state, args.checkpoint + ".tmp")
-            os.replace(args.checkpoint + ".tmp", args.checkpoint)
+            save(args.checkpoint, worker, model=model)
     try:
         worker.flush()
     except ConnectionError as error:
@@ -183,14 +173,43 @@ def work(args):
         worker.close("no server")
         sys.exit(NOT_FLUSHED)
     worker.close()
+    print(json.dumps({**note_end(worker, model), "metrics": worker.metrics()}), flush=True)
+
+
+def save(path, worker, **parts):
+    """Write a checkpoint of a worker and of further parts by name, whole or not at all."""
+    state = {name: part.state_dict() for name, part in {**parts, "worker": worker}.items()}
+    state |= {"session": worker.link.session, "local_step": worker.local_step}
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def note_resumed(worker, saved):
+    """Write into the trail which process a worker goes on from, if it has a checkpoint of one."""
+    if saved:
+        origin = {"from_session": saved["session"], "local_step": saved["local_step"]}
+        facts = {"worker": worker.worker_id, "session": worker.link.session}
+        protocol.audit("resumed", **facts, **origin, kept=worker.kept_local)
+
+
+def note_end(worker, model):
+    """Write into the trail how many steps a worker has made, and what it ends with; return that."""
     final = flat(model.parameters())
     end = {
         "steps": worker.local_step,
         "digest": digest_of(final),
-        "checksums": checksums_of(final, args.num_fragments),
+        "checksums": checksums_of(final, worker.num_fragments),
     }
-    protocol.audit("end", **facts, **end)
-    print(json.dumps({**end, "metrics": worker.metrics()}), flush=True)
+    protocol.audit("end", worker=worker.worker_id, session=worker.link.session, **end)
+    return end
+
+
+def ask(port, request, seconds):
+    """What the server at a port of this machine replies, if it says something for so many seconds."""
+    sock = socket.create_connection(("127.0.0.1", port), seconds)
+    with contextlib.closing(protocol.Connection(sock, "server", stall=seconds)) as conn:
+        conn.request("hello", {"protocol": protocol.PROTOCOL_VERSION})
+        return conn.request(request).fields
 
 
 def _end_with_parent():
@@ -636,10 +655,7 @@ class Chaos:
 
     def ask(self, request):
         """What the server replies; unlike a worker, this does not wait for one that stands still."""
-        sock = socket.create_connection(("127.0.0.1", self.port), 3)
-        with contextlib.closing(protocol.Connection(sock, "server", stall=3.0)) as conn:
-            conn.request("hello", {"protocol": protocol.PROTOCOL_VERSION})
-            return conn.request(request).fields
+        return ask(self.port, request, 3.0)
 
     def members(self):
         try:

@@ -59,7 +59,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import chaos
-from trail import Trail, check_logs, checksums_of, digest_of, flat, tail
+from trail import Trail, check_logs, tail
 
 import protocol
 from diloco_callback import DiLoCoWorker
@@ -220,24 +220,8 @@ def join(args, model, optimizer):
         state=saved.get("worker"),
     )
     worker.start()
-    if saved:
-        origin = {"from_session": saved["session"], "local_step": saved["local_step"]}
-        facts = {"worker": args.worker, "session": worker.link.session}
-        protocol.audit("resumed", **facts, **origin, kept=worker.kept_local)
+    chaos.note_resumed(worker, saved)
     return worker
-
-
-def save(args, worker, model, optimizer):
-    """Write a checkpoint, whole or not at all."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "worker": worker.state_dict(),
-        "session": worker.link.session,
-        "local_step": worker.local_step,
-    }
-    torch.save(state, args.checkpoint + ".tmp")
-    os.replace(args.checkpoint + ".tmp", args.checkpoint)
 
 
 def work(args):
@@ -264,18 +248,10 @@ def work(args):
         held = time.monotonic() - began  # it also pushes, and waits for others
         due += held
         if args.save_every and worker.local_step % args.save_every == 0:
-            save(args, worker, model, optimizer)
+            chaos.save(args.checkpoint, worker, model=model, optimizer=optimizer)
     worker.flush()
     worker.close()
-    final = flat(model.parameters())
-    protocol.audit(
-        "end",
-        worker=args.worker,
-        session=worker.link.session,
-        steps=worker.local_step,
-        digest=digest_of(final),
-        checksums=checksums_of(final, args.fragments),
-    )
+    chaos.note_end(worker, model)
 
 
 # --- A run -------------------------------------------------------------------------------------------
@@ -401,7 +377,7 @@ class Fleet:
             action(i)
         time.sleep(max(0.0, began + seconds - time.monotonic()))
         self.until(lambda: all(life.steps for life in self.current.values()), START_SECONDS, "back")
-        self.ask("stop")
+        chaos.ask(self.port, "stop", 5.0)
 
     def finish(self, longer):
         """Wait for all to end by themselves."""
@@ -423,12 +399,6 @@ class Fleet:
                 return False
             time.sleep(0.1)
         return True
-
-    def ask(self, request):
-        sock = socket.create_connection(("127.0.0.1", self.port), 5)
-        with contextlib.closing(protocol.Connection(sock, "server", stall=5.0)) as conn:
-            conn.request("hello", {"protocol": protocol.PROTOCOL_VERSION})
-            return conn.request(request).fields
 
     def events(self):
         """The audit trail."""

@@ -595,7 +595,7 @@ class Process:
             self.joined(*rest)
         elif kind == "heartbeat":
             self.ending |= rest[0]
-            self.schedule.pace = rest[1] or self.every
+            self.schedule.pace = rest[1]
         elif kind == "leave":
             self.fate = "parted" if self.parting else "ended"
 
@@ -620,11 +620,11 @@ class Process:
                 self.fate = "replaced"
 
     def joined(self, place, known, versions, step, pace):
-        self.schedule.pace = pace or self.every
+        self.schedule.pace = pace
         if self.ahead is None:
             self.ahead = step
             if not self.step and not any(version > FRESH for version in self.resumes):
-                self.schedule.every = max(self.schedule.pace, self.schedule.fragments)
+                self.schedule.every = max(pace or self.every, self.schedule.fragments)
         self.world.note(self.session, "joined", place, known)
         self.schedule.align(*place, self.outbox.know(known))
         self.outbox.max_staleness = self.world.rules.max_staleness

@@ -177,7 +177,7 @@ def test_a_rank_forgets_its_moments_when_rank_0_does(rank):
     worker._after_step()  # a push was refused, which leaves the moments of rank 0 alone
     assert worker.dropped_steps == 4 and worker.optimizer.state
     worker._after_step()
-    assert not worker.optimizer.state and worker.trained.clearings == 1
+    assert not worker.optimizer.state and worker.clearings == 1
 
 
 def test_what_fails_in_a_turn_fails_on_all_ranks(rank):

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from conftest import until
 
 import protocol
-from diloco_callback import Ranks, fsdp_modules, is_sharded, misplaced
+from diloco_callback import Ranks, fsdp_modules, is_sharded, misplaced, reshard
 
 IMPORTS = ("torch", "torch._dynamo", "torch.distributed.fsdp")
 ODD = torch.tensor([float("nan"), -0.0, 1e-42, float("inf"), -1e30])  # values that a cast may lose
@@ -153,7 +153,7 @@ def check_training(model, ranks, names):
         before = model(torch.ones(1, 5))  # leaves the root's parameters in one piece
     modules = fsdp_modules(model)
     assert len(modules) == 3
-    ranks.reshard(modules)
+    reshard(modules)
     ranks.gather(trained(ranks))
     now = [full(ranks.named[name]) for name in trained(ranks)]
     if ranks.leads:
@@ -172,7 +172,7 @@ def check_training(model, ranks, names):
     with torch.no_grad():
         assert torch.equal(after, model(torch.ones(1, 5)))  # nothing old was left in a module
     assert not torch.equal(before, after)
-    ranks.reshard(modules)
+    reshard(modules)
     whole = torch.cat([full(ranks.named[name]).float().view(-1) for name in names])
     assert torch.equal(whole[1::3], torch.full((len(whole[1::3]),), 0.25))
     assert not (whole[0::3] == 0.25).all()
@@ -360,7 +360,7 @@ def test_one_process_needs_no_torch_distributed():
     before = [tensor.detach().clone() for tensor in named.values()]
     ranks.gather(trained(ranks))
     ranks.spread(trained(ranks))
-    ranks.reshard(fsdp_modules(model))
+    reshard(fsdp_modules(model))
     assert all(map(same, before, (tensor.detach() for tensor in named.values())))
     assert all(whole is named[name] for name, whole in zip(named, ranks.whole(named), strict=True))
 

@@ -654,14 +654,14 @@ def test_weights_that_follow_slowly_move_as_the_parameters_do(serve, said, given
     outer = Following(inner)
     server = serve("-n", 1, *PLAIN_MEAN[:-1], 0.5)
     worker = begun(server, model, inner if given == "inner" else outer, sync_every=8)
-    weight, moves, adopt = model[0].weight, [], worker.leader.adopt
+    weight, moves, work = model[0].weight, [], worker.leader.work
 
-    def note(k):
+    def note():  # before the push, from which on a thread may move the weights
         before = weight.clone(), outer.state[weight]["slow"].clone()
-        adopt(k)
+        work()
         moves.append((before, weight.clone()))
 
-    worker.leader.adopt = note
+    worker.leader.work = note
     for i in range(8):
         step(model, outer, seed=i)
     [((fast, slow), moved)] = moves
@@ -769,7 +769,7 @@ def test_inference_mode_around_a_call_does_no_harm(serve):
     optimizer, server = sgd(model), serve("-n", 1)
     with torch.inference_mode():
         worker = begun(server, model, optimizer)
-    protocol.SCRATCH.kept.clear()
+    vars(protocol.SCRATCH).clear()
     for _ in range(3):
         with torch.inference_mode(), worker.global_model():
             model(torch.zeros(1, 5))
