@@ -1270,15 +1270,25 @@ class Entry:
 
 
 class Snapshot:
-    """Vectors of one slice as they were when the snapshot was taken, for one reader, while folds of
-    the slice go on. A fold that comes to a chunk before the reader leaves a copy of it."""
+    """Vectors of one slice as they were when the snapshot was taken, for readers at their own pace,
+    while folds of the slice go on. A fold that comes to a chunk before a reader leaves a copy of it,
+    one for all: a slow reader costs a slice at most, and the same as many slow ones.
 
-    def __init__(self, vectors):
-        self.vectors = vectors  # views of one length
+    version: of the slice, where all who ask before the next fold share the snapshot; None: it has one
+    reader from the start, None.
+    """
+
+    def __init__(self, vectors, version=None):
+        self.vectors, self.version = vectors, version  # the vectors are views of one length
         self.count = vectors[0].numel()
-        self.taken = 0  # elements that the reader has taken
+        self.places = {None: 0} if version is None else {}  # reader -> elements that it has taken
         self.kept = {}  # start -> copies of that chunk of each vector
-        self.lock = threading.Lock()  # guards `taken` and `kept`
+        self.lock = threading.Lock()  # guards `places` and `kept`
+
+    @property
+    def taken(self):
+        """Elements that all readers have taken; more than there are where nobody reads."""
+        return min(self.places.values(), default=self.count + 1)
 
     def _copy(self, start, stop):
         return [v[start:stop].clone(memory_format=torch.contiguous_format) for v in self.vectors]
@@ -1289,64 +1299,47 @@ class Snapshot:
             if start >= self.taken and start not in self.kept:
                 self.kept[start] = self._copy(start, stop)
 
-    def chunks(self):
+    def chunks(self, reader=None):
         """Yields [chunk of each vector], chunk after chunk."""
         for start, stop in protocol.chunks(self.count):
             with self.lock:
-                if self.taken > start:
+                if self.places.get(reader) != start:
                     raise RuntimeError("a snapshot was read twice, or after it was closed")
-                parts = self.kept.pop(start, None) or self._copy(start, stop)
-                self.taken = stop
+                parts = self.kept.get(start) or self._copy(start, stop)
+                self.places[reader] = stop
+                if self.taken > start:
+                    self.kept.pop(start, None)
             yield parts
 
-    def pieces(self):
+    def pieces(self, reader=None):
         """Yields the chunks of the first vector."""
-        return (parts[0] for parts in self.chunks())
+        return (parts[0] for parts in self.chunks(reader))
 
-    def close(self):
-        """Stop keeping copies."""
+    def close(self, reader=None):
+        """Stop keeping copies for a reader."""
         with self.lock:
-            self.taken, self.kept = self.count + 1, {}
-
-
-class Shared(Snapshot):
-    """The parameters of a slice at one version, for any number of readers at their own pace. What
-    folds leave for them is theirs together: a slow reader costs a slice at most, and the same as
-    many slow ones. Who comes later starts at the beginning, as long as no fold has begun."""
-
-    def __init__(self, vectors, version):
-        super().__init__(vectors)
-        self.version = version
-        self.places = {}  # reader -> elements that it has taken
+            self.places.pop(reader, None)
+            taken = self.taken
+            self.kept = {start: parts for start, parts in self.kept.items() if start >= taken}
 
     @contextlib.contextmanager
     def reading(self):
         """For one more reader: yields what gives it the chunks, then their Checksum. Begun while the
         slice is not being folded."""
-        reader = object()
-        self._move(reader, 0)
-        try:
-            yield self._pieces(reader)
-        finally:
-            self._move(reader, None)
-
-    def _pieces(self, reader):
-        sums = protocol.Checksum()
-        for start, stop in protocol.chunks(self.count):
-            with self.lock:
-                [part] = self.kept.get(start) or self._copy(start, stop)
-            self._move(reader, stop)
-            sums.add(part)
-            yield part
-        yield sums.digest()
-
-    def _move(self, reader, place):
+        reader, sums = object(), protocol.Checksum()
         with self.lock:
-            self.places[reader] = place
-            if place is None:
-                del self.places[reader]
-            self.taken = min(self.places.values(), default=self.count + 1)
-            self.kept = {start: parts for start, parts in self.kept.items() if start >= self.taken}
+            self.places[reader] = 0
+
+        def pieces():
+            for part in self.pieces(reader):
+                sums.add(part)
+                yield part
+            yield sums.digest()
+
+        try:
+            yield pieces()
+        finally:
+            self.close(reader)
 
 
 def interleaved(snapshots):
@@ -1583,24 +1576,20 @@ class GlobalModel:
         each fragment, and the buffers. Called with the lock while nothing is being folded."""
         return [self.snapshot(k, whole=True) for k in range(self.count)]
 
-    def snapshot(self, k, whole=False):
+    def snapshot(self, k, whole=False, version=None):
         """A Snapshot of slice k's parameters, and if `whole` of its other vectors too. Called with
         the lock while slice k is not being folded; the caller closes the snapshot after use."""
-        snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1])
+        snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1], version)
         with self.lock:
             self.snapshots[k].add(snapshot)
         return snapshot
 
     def shared(self, k, version):
-        """The Shared of slice k's parameters, which are at `version`: the same for all who ask before
+        """The Snapshot of slice k's parameters, which are at `version`: the same for all who ask before
         the next fold. Called with the lock while slice k is not being folded."""
         with self.lock:
-            for snapshot in self.snapshots[k]:
-                if getattr(snapshot, "version", None) == version:
-                    return snapshot
-            snapshot = Shared(self.vectors(k)[:1], version)
-            self.snapshots[k].add(snapshot)
-        return snapshot
+            found = [each for each in self.snapshots[k] if each.version == version]
+        return found[0] if found else self.snapshot(k, version=version)
 
     def _keep(self, k, start, stop):
         with self.lock:
