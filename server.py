@@ -163,6 +163,8 @@ class Push:
     norm: float | None = None  # of its numbers; None where there are none to be judged
     tokens: int = 0
     adopts: float = 0.0  # seconds when its training is about to wait for it; 0: at once
+    late: int = 0  # versions that it is behind the head
+    stale: float = 0.0  # outer steps made in these
     weight: float = 1.0  # of its numbers in the mean of its round
     loss: float | None = None
     payload: object = None  # its numbers, which the rules do not look at
@@ -177,8 +179,6 @@ class Round:
     base: Version  # version that it leads on from
     version: Version  # version that it leads to
     pushes: list  # contributions in the order of (worker index, sequence number)
-    lateness: dict  # worker -> versions that its push is behind; late ones only
-    stale: dict = field(default_factory=dict)  # worker -> outer steps made in these versions
     members: list  # ids of those that push the slice
     plain: bool  # whether it has closing contributions only: a plain mean, no momentum
     share: float = 1.0  # weight of what it folds, over that with those who are not in it
@@ -215,13 +215,10 @@ class Round:
         absent = [members[id].last for id in self.members if id in members and id not in there]
         full = weights([*counted, *filter(None, absent)], rules.weights)
         for push in counted:
-            stale = self.stale.get(push.worker, 0)
-            push.weight = full[push] * (1 + stale) ** -rules.stale_weight
-            if (
-                member := members.get(push.worker)
-            ) is not None:  # of a cycle, whatever it caught up
-                counted_once = min(push.counted, member.cycle)
-                member.last = replace(push, payload=None, counted=counted_once)
+            push.weight = full[push] * (1 + push.stale) ** -rules.stale_weight
+            if member := members.get(push.worker):  # of a cycle, whatever it caught up
+                once = min(push.counted, member.cycle)
+                member.last = replace(push, payload=None, counted=once)
         whole = sum(full.values())
         whole += absent.count(None) * whole / max(1, len(full))
         self.share = sum(push.weight for push in counted) / whole if counted else 0.0
@@ -338,13 +335,9 @@ class Slice:
         fate = self.folded.get(member.id)
         return max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
 
-    def lateness(self, push):
-        """Versions that a push is behind the head."""
-        return max(0, self.version.number - push.base.number)
-
     def staleness(self, late):
         """The outer steps that the last `late` rounds have made; of rounds before a crash whole ones."""
-        parts = list(self.parts)[-late:]
+        parts = list(self.parts)[-late:] if late else []
         return sum(parts) + late - len(parts)
 
     def counting(self, rules):
@@ -352,7 +345,7 @@ class Slice:
         step knows how much of a round it folds."""
         came = {}  # worker -> seconds; a new process of a worker is no other worker
         for push in self.pushes.values():
-            if rules.outer != "whole" or not self.lateness(push):
+            if rules.outer != "whole" or not push.late:
                 came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))
         return sorted(came.values())
 
@@ -382,16 +375,13 @@ class Slice:
         for push, why in judged.items():
             push.refused = why
         self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
-        counting, lateness = self.counting(rules), {p.worker: self.lateness(p) for p in pushes}
-        lateness = {worker: late for worker, late in lateness.items() if late}
+        counting = self.counting(rules)
         is_quorum = 0 < rules.quorum <= len(counting)
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
             version=version,
             pushes=pushes,
-            lateness=lateness,
-            stale={worker: self.staleness(late) for worker, late in lateness.items()},
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
             mode=rules.outer,
@@ -751,17 +741,18 @@ class Run:
             raise RuntimeError("a push came into a slice that is being folded")
         if push.seq > (most := slice.most_seq(push.worker)):
             raise Refused("protocol", f"push: the sequence number {push.seq} is over {most}")
-        push.step, member.lag = member.reach(push.step, newest(self.slices)), slice.lateness(push)
+        push.step = member.reach(push.step, newest(self.slices))
+        push.late = member.lag = max(0, slice.version.number - push.base.number)
+        push.stale = slice.staleness(push.late)
         push.counted = min(push.steps, member.most * slice.cycles(member))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
-        late = slice.lateness(push)
         if push.base.life > self.life:
             push.refused = "it starts from a version that this run has not made"
-        if not push.refused and push.steps and late > self.rules.max_staleness:
-            push.refused = f"a push {late} rounds old is over --max-staleness"
+        if not push.refused and push.steps and push.late > self.rules.max_staleness:
+            push.refused = f"a push {push.late} rounds old is over --max-staleness"
         first = slice.pushes.get((push.worker, push.seq))
         push.arrived = first.arrived if first else now
         slice.pushes[push.worker, push.seq] = push
@@ -1447,9 +1438,8 @@ class GlobalModel:
 
     def counted(self, round):
         """The pushes of a round whose numbers count. Late values of buffers do not."""
-        late = round.lateness if round.k == self.num_fragments else ()
         pushes = [push for push in round.pushes if push.payload is not None and not push.refused]
-        return [push for push in pushes if push.worker not in late]
+        return [push for push in pushes if not push.late or round.k < self.num_fragments]
 
     def announce(self, round, step):
         """Append the entry of a closed round to its slice's log, still without numbers, and drop
@@ -3280,8 +3270,7 @@ class Rounds:
         """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
 
         def named(push):
-            late = closed.lateness.get(push.worker, 0)
-            return [push.worker, push.session, push.seq, push.steps, late, push.weight]
+            return [push.worker, push.session, push.seq, push.steps, push.late, push.weight]
 
         protocol.audit(
             "fold",
@@ -3303,9 +3292,7 @@ class Rounds:
             "round": closed.version.number,
             "fragment": closed.k,
             "members": closed.members,
-            "staleness": {
-                w: n for w, n in closed.lateness.items() if w in {p.worker for p in counted}
-            },
+            "staleness": {push.worker: push.late for push in counted if push.late},
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
             "losses": {push.worker: push.loss for push in closed.pushes},

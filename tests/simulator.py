@@ -183,12 +183,11 @@ class Server:
     def check_share(self, round):
         """A round's share of an outer step."""
         counted = [push for push in round.pushes if push.steps and not push.refused]
-        is_late = self.world.rules.stale_weight and round.lateness
+        is_late = self.world.rules.stale_weight and any(push.late for push in round.pushes)
         for push in counted if self.world.rules.weights == "equal" else ():
-            late = round.lateness.get(push.worker, 0)
-            known = (
-                self.parts[round.k][-late:] if late else []
-            )  # of rounds before a crash: whole ones
+            late = max(0, round.base.number - push.base.number)
+            # Of rounds before a crash whole ones.
+            known = self.parts[round.k][-late:] if late else []
             weight = (1 + sum(known) + late - len(known)) ** -self.world.rules.stale_weight
             assert abs(push.weight - weight) < 1e-6, f"a push weighs {push.weight}, not {weight}"
         absent = set(round.members) - {push.worker for push in round.pushes}
