@@ -417,9 +417,8 @@ class Member:
     since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
     passed: int = -1  # highest turn that it has contributed to
     pace: int = 1  # steps by which a cycle brings it forward at most
-    most: int = 1  # steps of its cycle that count at most
     cycle: int = 0  # steps of its cycle as it is now
-    readings: object = None  # deque of its newest Readings at pushes
+    readings: object = None  # deque of its newest Readings at pushes, or of where they began
     reading: object = None  # its newest Reading
     last: Push | None = None  # its last push that counted, without the numbers
     lag: int = 0  # versions that its last push was behind
@@ -446,11 +445,10 @@ class Member:
         self.step = min(step, self.begun[0] + self.pace * (rounds + LEAD))
         return self.step
 
-    def begin(self, old, furthest, number, pace):
+    def begin(self, old, furthest, number):
         """Become a member, perhaps in the place of `old`, when a run has come to the step `furthest`
-        and the version `number`, and a cycle counts for `pace` steps at most."""
+        and the version `number`."""
         self.begun = (min(self.step, furthest) if self.was_in else furthest), number
-        self.pace = self.most = min(self.sync_every, pace)
         if old is not None and old.session == self.session:
             self.closed |= old.closed
             self.passed, self.begun = old.passed, old.begun
@@ -655,8 +653,8 @@ class Run:
             first = slice.version.number + (bool(slice.pushes) and not is_resumed)
             member.since.append(old.since[k] if stays else first)
         furthest = max([self.step, *(other.step for other in self.members.values())])
-        member.begin(old, furthest, newest(self.slices), PACES * self.pace)
         self.paces.begin(member)
+        member.begin(old, furthest, newest(self.slices))
         member.index = free_index(member.id, self.indices, self.members)
         member.heard = now
         self.expected.pop(member.id, None)
@@ -744,7 +742,8 @@ class Run:
         push.step = member.reach(push.step, newest(self.slices))
         push.late = member.lag = max(0, slice.version.number - push.base.number)
         push.stale = slice.staleness(push.late)
-        push.counted = min(push.steps, member.most * slice.cycles(member))
+        most = member.pace * (1 + self.rules.own_pace)  # of a cycle, see Paces.ahead
+        push.counted = min(push.steps, most * slice.cycles(member))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
@@ -992,21 +991,20 @@ class Paces:
     def begin(self, member):
         """A worker has become a member, in a cycle of its own sync_every, or of what it was told: by a
         server before this one, where it says so."""
-        run, member.readings = self.run, deque(maxlen=5)
+        run, member.reading = self.run, Reading(0, 0.0, 0.0)
+        member.readings = deque([] if member.was_in else [member.reading], maxlen=5)
         member.cycle = member.cycle or member.sync_every
+        member.pace = min(member.sync_every, PACES * run.pace)
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
             member.pace = run.pace  # a slower one goes on from the step of the furthest
-            member.most = 2 * run.pace  # see `ahead`
 
     def note(self, member, reading, is_push):
         """A worker has said how far it is, in a push or between two."""
-        if member.reading and reading.steps < member.reading.steps:
+        if reading.steps < member.reading.steps:
             return  # a push that was sent again
         member.reading = reading
-        if not member.readings:
-            member.readings.append(reading if member.was_in else Reading(0, 0.0, 0.0))
-        if is_push and member.readings[-1].steps < reading.steps:
+        if not member.readings or (is_push and member.readings[-1].steps < reading.steps):
             member.readings.append(reading)
 
     def note_last(self, pushes):
@@ -1017,9 +1015,8 @@ class Paces:
     @staticmethod
     def since(member):
         """The Reading of what a member has done over its last cycles."""
-        if not member.readings:
-            return Reading(0, 0.0, 0.0)
-        pairs = zip(member.readings[0], member.reading, strict=True)
+        first = next(iter(member.readings), member.reading)
+        pairs = zip(first, member.reading, strict=True)
         return Reading(*(max(0, b - a) for a, b in pairs))  # what a liar says may go back
 
     def speeds(self):

@@ -59,7 +59,7 @@ def test_a_whole_outer_step_is_one_whoever_is_in_it():
 def test_who_is_missing_is_expected_to_weigh_what_it_weighed_last():
     run = opened("ada", "bob", "cai", count=1, weights="steps", outer="fractional", quorum=2)
     for member in run.members.values():
-        member.most, member.cycle = 100, 20
+        member.pace, member.cycle = 100, 20
     for id, steps in (("ada", 20), ("bob", 16), ("cai", 4)):
         push(run, id, steps=steps)
     round = fold(run)
@@ -94,7 +94,7 @@ def test_who_has_never_pushed_is_expected_to_weigh_as_much_as_the_others():
 def test_tokens_weigh_where_all_say_them_and_nobody_says_too_many(tokens, weights):
     run = opened("ada", "bob", count=1, weights="tokens")
     for member in run.members.values():
-        member.most = 100
+        member.pace = 100
     push(run, "ada", steps=2, tokens=tokens[0])
     push(run, "bob", steps=1, tokens=tokens[1])
     assert weights_of(fold(run)) == weights
@@ -494,7 +494,7 @@ def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
 def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
     run = opened("ada", "bob", count=1, quorum=1, outer="fractional", weights="tokens")
     for member in run.members.values():
-        member.most, member.cycle = 100, 20
+        member.pace, member.cycle = 100, 20
     push(run, "ada", steps=20, tokens=2000)
     assert fold(run).share == 0.5
     push(run, "bob", steps=20)  # says no tokens: then steps count, hers too
