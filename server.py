@@ -1513,7 +1513,7 @@ class GlobalModel:
         """Fold a chunk of the parameters; returns (the new chunk, square of the mean's norm)."""
         part, *others = (v[start:stop] for v in self.vectors(round.k))
         kept = dict(zip(self.outer, others, strict=True))
-        velocity, residual = kept["momentum"], kept.get("residual")
+        velocity, residual, gathered = (kept.get(n) for n in ("momentum", "residual", "gathered"))
         delta = protocol.scratch("mean", part, stop - start)
         (first, weight), *more = pushes
         self.up.decode(first, start, delta)
@@ -1525,9 +1525,12 @@ class GlobalModel:
         square = protocol.square_of(delta)
         if round.plain:
             delta.mul_(-round.share)
-        elif round.mode == "delayed":
-            how = round.before, round.part, round.completes
-            outer.delayed(delta, velocity, kept["gathered"], *how)
+            if gathered is not None and round.completes:  # they are no parts of the next step
+                velocity.add_(gathered)
+                gathered.zero_()
+        elif gathered is not None:
+            completes = round.completes
+            outer.delayed(delta, velocity, gathered, round.before, round.part, completes)
         else:
             outer.step(delta, velocity, round.before, round.part)
         if residual is not None:
@@ -3806,6 +3809,8 @@ class Server:
         self.shares = args.shares or saved["shares"] or max(args.n, LEAST_SHARES)
         if state is None:
             return None
+        if args.outer != "delayed" and "gathered" in model.outer:
+            model.outer["momentum"].add_(model.outer.pop("gathered"))  # which end here
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
         for k, slice in enumerate(self.run.slices):

@@ -18,7 +18,7 @@ from test_rules import member as member_of
 
 from diloco_callback import Schedule, Slice
 from protocol import CODECS, FlatModel, Version
-from server import Outer, Reading, Rules, Run, Store, parse_args, rules_of
+from server import Outer, Reading, Rules, Run, Server, Store, parse_args, rules_of
 
 FP32 = ["--upload-codec", "fp32", "--download-codec", "fp32"]
 SGD = ["--outer-lr", 1, "--outer-momentum", 0]
@@ -431,12 +431,12 @@ def test_a_round_completes_an_outer_step_where_the_shares_come_to_a_whole_number
     assert found == [False, False, True, False, False, True]
 
 
-def folded(model, number, pushes, mode="fractional", share=1.0, outer=None):
+def folded(model, number, pushes, mode="fractional", share=1.0, outer=None, plain=False):
     """Fold pushes, [(values, weight)], into slice 0 of a model."""
     given = [push_of(model, 0, f"w{n}", values) for n, (values, _) in enumerate(pushes)]
     for each, (_, weight) in zip(given, pushes, strict=True):
         each.weight = weight
-    round = closed(0, number, given, share=share)
+    round = closed(0, number, given, plain, share)
     round.mode, round.before = mode, (number - 1) * share
     entry = model.announce(round, step=number)
     model.fold(round, entry, outer or Outer(lr=1.0, momentum=0.0, warmup=False))
@@ -469,6 +469,32 @@ def test_the_parts_of_a_delayed_step_come_through_a_checkpoint(tmp_path):
     for each in (model, opened_again):
         folded(each, 2, [(torch.ones(3), 1.0)], "delayed", share=0.25)
     assert same_bits(model.params, opened_again.params)
+
+
+def test_a_closing_round_that_completes_a_delayed_step_leaves_none_of_its_parts():
+    model = made(3, 1, "fp32", "fp32")
+    folded(model, 1, [(torch.full((3,), 8.0), 1.0)], "delayed", share=0.25)
+    before = model.params.clone()
+    folded(model, 2, [(torch.full((3,), 4.0), 1.0)], "delayed", share=0.25, plain=True)
+    assert torch.equal(model.params, before - 1.0)
+    assert model.outer["gathered"].tolist() == [2.0, 2.0, 2.0]  # half of the step is to come
+    folded(model, 2, [(torch.ones(3), 1.0)], "delayed", share=0.5, plain=True)
+    assert torch.equal(model.params, before - 1.5)
+    assert not model.outer["gathered"].any()
+    assert model.outer["momentum"].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("outer", ["delayed", "fractional"])
+def test_the_parts_of_a_delayed_step_are_momentum_for_another_outer_step(tmp_path, outer):
+    model, path = made(3, 1, "fp32", "fp32"), str(tmp_path / "model")
+    folded(model, 1, [(torch.full((3,), 8.0), 1.0)], "delayed", share=0.25)
+    Store(path).save(state_of([1]), model, model.freeze())
+    found = Server(parse_args(["-m", path, "--outer", outer, *FP32])).model.outer
+    left = {name: vector.tolist() for name, vector in found.items()}
+    parts, none = [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]
+    assert left == (
+        {"momentum": none, "gathered": parts} if outer == "delayed" else {"momentum": parts}
+    )
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
