@@ -723,9 +723,10 @@ class Run:
         """Everybody is to finish: members, and whoever is away and comes back."""
         self.stopping = self.members.keys() | self.away | self.expected.keys()
 
-    def silent(self, workers, now):
-        """The ids of members, or of those that wait, that were not heard of for the worker timeout."""
-        return [m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout]
+    def silent(self, now):
+        """The members, and those that wait, that were not heard of for the worker timeout."""
+        workers = [*self.members.values(), *self.waiting.values()]
+        return [m for m in workers if now - m.heard > self.rules.worker_timeout]
 
     # --- Rounds ---
 
@@ -2418,7 +2419,7 @@ class Ids:
     gains nothing by it."""
 
     def __init__(self, server):
-        self.server, self.run, self.lock = server, server.run, server.lock
+        self.server, self.run = server, server.run
 
     def wait(self, conn, member, ended):
         """Wait until a joining worker can have its id, or its holder has shown life since. ended:
@@ -2552,14 +2553,8 @@ class Transfers:
         with self.lock:
             for found in (self.run.members, self.run.waiting):
                 member = of_process(found, id, session)
-                if not member or not (counts() if counts else member.facts.conn is conn):
-                    continue
-                if found is self.run.members:
-                    self.server.gate.remove(id, f"is gone: {why}", ends=False)
-                else:
-                    log(f"{shown(id)} waits to join no more: {why}")
-                    self.run.forget(id, session)
-                    self.lock.notify_all()
+                if member and (counts() if counts else member.facts.conn is conn):
+                    self.server.gate.give_up(member, why)
         self.server.rounds.turn()
 
     @contextlib.contextmanager
@@ -3084,22 +3079,21 @@ class Gate:
             self.server.save_wanted.add("final")
         self.server.clerk.keep_names()
 
-    def give_up(self, id):
-        """Wait no longer for a worker whose process is known to have ended."""
-        with self.lock:
-            if id in self.run.members:
-                self.remove(id, "is gone: its process has ended", ends=False)
-            elif id in self.run.waiting:
-                self.run.forget(id, self.run.waiting[id].session)
-        self.server.rounds.turn()
+    def give_up(self, member, why):
+        """Wait no longer for a worker that takes part, or has asked to. Needs the lock."""
+        if self.run.members.get(member.id) is member:
+            return self.remove(member.id, f"is gone: {why}", ends=False)
+        log(f"{shown(member.id)} waits to join no more: {why}")
+        self.run.forget(member.id, member.session)
+        member.facts.conn.hang_up()
+        self.lock.notify_all()
 
 
 class Rounds:
     """The contributions of members, and the entries that they get: pushes, folds and pulls."""
 
     def __init__(self, server):
-        self.server, self.run, self.lock = server, server.run, server.lock
-        self.store, self.args = server.store, server.args
+        self.server, self.run, self.lock, self.args = server, server.run, server.lock, server.args
         self.unfolded = deque()  # (Round, Entry) whose thread is still to be started
         self.last = None  # line of rounds.jsonl of the round that was closed last
         self.has_twins = False  # whether two workers were seen to train on the same data
@@ -3903,13 +3897,8 @@ class Server:
             self.transfers.hear()
             self.watch.look()
             self.run.anew.give_up_absent(now())
-            for id in self.run.silent(self.run.members, now()):
-                self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
-            for id in self.run.silent(self.run.waiting, now()):
-                member = self.run.waiting[id]
-                log(f"{shown(id)} waits to join no more: not heard of for {limit:g} s")
-                self.run.forget(id, member.session)
-                member.facts.conn.hang_up()
+            for member in self.run.silent(now()):
+                self.gate.give_up(member, f"not heard of for {limit:g} s")
         self.clerk.keep_names()
         self.rounds.turn()
 
@@ -4133,7 +4122,11 @@ class Spawn:
                 self.ended.add(name)
                 if process.returncode:
                     log(f"{name} ended with exit code {process.returncode}")
-                self.server.gate.give_up(name)
+                run = self.server.run
+                with self.server.lock:
+                    if member := run.members.get(name) or run.waiting.get(name):
+                        self.server.gate.give_up(member, "its process has ended")
+                self.server.rounds.turn()
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
@@ -4219,10 +4212,7 @@ def network(text):
 
 def rules_of(args):
     """The Rules that a command line gives."""
-    same = (
-        "quorum", "grace", "outer", "weights", "stale_weight", "own_pace", "min_workers",
-        "max_staleness", "max_push_ratio", "worker_timeout", "drop_stuck",
-    )  # fmt: skip
+    same = Rules.__dataclass_fields__.keys() - {"workers"}
     return Rules(workers=args.n, **{name: getattr(args, name) for name in same})
 
 

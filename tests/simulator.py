@@ -123,13 +123,14 @@ class Server:
 
     def tick(self):
         run, now = self.run, self.world.now
-        for id in run.silent(run.members, now):
-            self.world.note("given up", id)
-            self.turns.pop(run.members[id].session, None)
-            run.remove(id, ends=False)
+        for member in run.silent(now):
+            if run.waiting.get(member.id) is member:
+                run.forget(member.id, member.session)
+                continue
+            self.world.note("given up", member.id)
+            self.turns.pop(member.session, None)
+            run.remove(member.id, ends=False)
             self.save_names()
-        for id in run.silent(run.waiting, now):
-            run.forget(id, run.waiting[id].session)
         calls, self.calls = self.calls, []
         for call in calls:
             self.receive(call)
