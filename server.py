@@ -329,11 +329,13 @@ class Slice:
         or whose last one is forgotten, has made no more than there were rounds."""
         return (self.known(id) or max(0, self.version.number)) + SEQ_AHEAD
 
-    def cycles(self, member):
-        """The rounds since a worker's last push was listed, or since it became a member: so many
-        cycles its next push may carry."""
+    def most_steps(self, member, rules):
+        """The steps of a worker's next push that count at most: those of a cycle, which at an own pace
+        may be longer (Paces.ahead), for each round since its last push was listed, or since it became
+        a member."""
         fate = self.folded.get(member.id)
-        return max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
+        cycles = max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
+        return member.pace * (1 + rules.own_pace) * cycles
 
     def staleness(self, late):
         """The outer steps that the last `late` rounds have made; of rounds before a crash whole ones."""
@@ -367,9 +369,9 @@ class Slice:
         ends = self.grace_ends(self.closed_at + self.took, rules)
         return rules.quorum > 0 and not counting and now >= ends
 
-    def close(self, version, indices, pushing, now, rules):
-        """Make a Round that leads to `version` of what has been contributed; pushes that are too
-        large for it are refused. `pushing`: the ids of the workers that push the slice."""
+    def close(self, life, indices, pushing, now, rules):
+        """Make a Round of what has been contributed; pushes that are too large for it are refused.
+        `pushing`: the ids of the workers that push the slice."""
         pushes = sorted(self.pushes.values(), key=lambda p: (indices.get(p.worker, 0), p.seq))
         judged = outsized(pushes, self.norms, rules.max_push_ratio)
         for push, why in judged.items():
@@ -380,7 +382,7 @@ class Slice:
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
-            version=version,
+            version=Version(life, self.version.number + 1),
             pushes=pushes,
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
@@ -723,10 +725,9 @@ class Run:
         """Everybody is to finish: members, and whoever is away and comes back."""
         self.stopping = self.members.keys() | self.away | self.expected.keys()
 
-    def silent(self, now):
-        """The members, and those that wait, that were not heard of for the worker timeout."""
-        workers = [*self.members.values(), *self.waiting.values()]
-        return [m for m in workers if now - m.heard > self.rules.worker_timeout]
+    def silent(self, workers, now):
+        """The members, or those that wait, that were not heard of for the worker timeout."""
+        return [m for m in workers.values() if now - m.heard > self.rules.worker_timeout]
 
     # --- Rounds ---
 
@@ -743,8 +744,7 @@ class Run:
         push.step = member.reach(push.step, newest(self.slices))
         push.late = member.lag = max(0, slice.version.number - push.base.number)
         push.stale = slice.staleness(push.late)
-        most = member.pace * (1 + self.rules.own_pace)  # of a cycle, see Paces.ahead
-        push.counted = min(push.steps, most * slice.cycles(member))
+        push.counted = min(push.steps, slice.most_steps(member, self.rules))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
@@ -810,10 +810,9 @@ class Run:
     def take(self, k, now):
         """Close the open round of slice k; returns the Round, which `publish` ends."""
         slice = self.slices[k]
-        version = Version(self.life, slice.version.number + 1)
         self.paces.note_last(slice.pushes.values())
         pushing = self.pushing(k) | slice.pushers
-        closed = slice.close(version, self.indices, pushing, now, self.rules)
+        closed = slice.close(self.life, self.indices, pushing, now, self.rules)
         closed.weigh(self.members, self.rules)
         return closed
 
@@ -3897,8 +3896,9 @@ class Server:
             self.transfers.hear()
             self.watch.look()
             self.run.anew.give_up_absent(now())
-            for member in self.run.silent(now()):
-                self.gate.give_up(member, f"not heard of for {limit:g} s")
+            for workers in (self.run.members, self.run.waiting):
+                for member in self.run.silent(workers, now()):
+                    self.gate.give_up(member, f"not heard of for {limit:g} s")
         self.clerk.keep_names()
         self.rounds.turn()
 

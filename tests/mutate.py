@@ -107,13 +107,13 @@ MUTATIONS = {
     ),
     "the silent are not given up": (
         "server",
-        "return [m for m in workers if now - m.heard > self.rules.worker_timeout]",
-        "return [m for m in workers if m is not self.members.get(m.id) and now - m.heard > 40]",
+        "m for m in workers.values() if now - m.heard > self.rules.worker_timeout",
+        "m for m in workers.values() if workers is not self.members and now - m.heard > 40",
     ),
     "the silent that wait are not given up": (
         "server",
-        "return [m for m in workers if now - m.heard > self.rules.worker_timeout]",
-        "return [m for m in workers if m is not self.waiting.get(m.id) and now - m.heard > 40]",
+        "m for m in workers.values() if now - m.heard > self.rules.worker_timeout",
+        "m for m in workers.values() if workers is not self.waiting and now - m.heard > 40",
     ),
     "nothing closes a stuck round, and passed is left out": (
         "server",

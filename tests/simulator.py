@@ -123,14 +123,13 @@ class Server:
 
     def tick(self):
         run, now = self.run, self.world.now
-        for member in run.silent(now):
-            if run.waiting.get(member.id) is member:
-                run.forget(member.id, member.session)
-                continue
+        for member in run.silent(run.members, now):
             self.world.note("given up", member.id)
             self.turns.pop(member.session, None)
             run.remove(member.id, ends=False)
             self.save_names()
+        for member in run.silent(run.waiting, now):
+            run.forget(member.id, member.session)
         calls, self.calls = self.calls, []
         for call in calls:
             self.receive(call)

@@ -294,7 +294,7 @@ def test_a_holder_that_falls_silent_is_forgotten_and_the_next_one_is_asked():
     run.ask(member("ada"), 0)
     run.ask(member("bob"), 20)
     assert run.lacking("ada", 20) == [0, 1] and run.lacking("bob", 20) == []
-    assert [member.id for member in run.silent(31)] == ["ada"]
+    assert [m.id for m in run.silent(run.waiting, 31)] == ["ada"]
     run.forget("ada", "ada1")
     run.ask(member("cai"), 31)
     assert run.lacking("bob", 31) == [0, 1]
