@@ -163,6 +163,8 @@ class Push:
     norm: float | None = None  # of its numbers; None where there are none to be judged
     tokens: int = 0
     adopts: float = 0.0  # seconds when its training is about to wait for it; 0: at once
+    late: int = 0  # versions that it is behind the head
+    stale: float = 0.0  # outer steps made in these
     weight: float = 1.0  # of its numbers in the mean of its round
     loss: float | None = None
     payload: object = None  # its numbers, which the rules do not look at
@@ -177,8 +179,6 @@ class Round:
     base: Version  # version that it leads on from
     version: Version  # version that it leads to
     pushes: list  # contributions in the order of (worker index, sequence number)
-    lateness: dict  # worker -> versions that its push is behind; late ones only
-    stale: dict = field(default_factory=dict)  # worker -> outer steps made in these versions
     members: list  # ids of those that push the slice
     plain: bool  # whether it has closing contributions only: a plain mean, no momentum
     share: float = 1.0  # weight of what it folds, over that with those who are not in it
@@ -215,13 +215,10 @@ class Round:
         absent = [members[id].last for id in self.members if id in members and id not in there]
         full = weights([*counted, *filter(None, absent)], rules.weights)
         for push in counted:
-            stale = self.stale.get(push.worker, 0)
-            push.weight = full[push] * (1 + stale) ** -rules.stale_weight
-            if (
-                member := members.get(push.worker)
-            ) is not None:  # of a cycle, whatever it caught up
-                counted_once = min(push.counted, member.cycle)
-                member.last = replace(push, payload=None, counted=counted_once)
+            push.weight = full[push] * (1 + push.stale) ** -rules.stale_weight
+            if member := members.get(push.worker):  # of a cycle, whatever it caught up
+                once = min(push.counted, member.cycle)
+                member.last = replace(push, payload=None, counted=once)
         whole = sum(full.values())
         whole += absent.count(None) * whole / max(1, len(full))
         self.share = sum(push.weight for push in counted) / whole if counted else 0.0
@@ -332,19 +329,17 @@ class Slice:
         or whose last one is forgotten, has made no more than there were rounds."""
         return (self.known(id) or max(0, self.version.number)) + SEQ_AHEAD
 
-    def cycles(self, member):
-        """The rounds since a worker's last push was listed, or since it became a member: so many
-        cycles its next push may carry."""
+    def most_steps(self, member, rules):
+        """The steps of a worker's next push that count at most: those of a cycle, which at an own pace
+        may be longer (Paces.ahead), for each round since its last push was listed, or since it became
+        a member."""
         fate = self.folded.get(member.id)
-        return max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
-
-    def lateness(self, push):
-        """Versions that a push is behind the head."""
-        return max(0, self.version.number - push.base.number)
+        cycles = max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
+        return member.pace * (1 + rules.own_pace) * cycles
 
     def staleness(self, late):
         """The outer steps that the last `late` rounds have made; of rounds before a crash whole ones."""
-        parts = list(self.parts)[-late:]
+        parts = list(self.parts)[-late:] if late else []
         return sum(parts) + late - len(parts)
 
     def counting(self, rules):
@@ -352,7 +347,7 @@ class Slice:
         step knows how much of a round it folds."""
         came = {}  # worker -> seconds; a new process of a worker is no other worker
         for push in self.pushes.values():
-            if rules.outer != "whole" or not self.lateness(push):
+            if rules.outer != "whole" or not push.late:
                 came[push.worker] = min(push.arrived, came.get(push.worker, math.inf))
         return sorted(came.values())
 
@@ -374,24 +369,21 @@ class Slice:
         ends = self.grace_ends(self.closed_at + self.took, rules)
         return rules.quorum > 0 and not counting and now >= ends
 
-    def close(self, version, indices, pushing, now, rules):
-        """Make a Round that leads to `version` of what has been contributed; pushes that are too
-        large for it are refused. `pushing`: the ids of the workers that push the slice."""
+    def close(self, life, indices, pushing, now, rules):
+        """Make a Round of what has been contributed; pushes that are too large for it are refused.
+        `pushing`: the ids of the workers that push the slice."""
         pushes = sorted(self.pushes.values(), key=lambda p: (indices.get(p.worker, 0), p.seq))
         judged = outsized(pushes, self.norms, rules.max_push_ratio)
         for push, why in judged.items():
             push.refused = why
         self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
-        counting, lateness = self.counting(rules), {p.worker: self.lateness(p) for p in pushes}
-        lateness = {worker: late for worker, late in lateness.items() if late}
+        counting = self.counting(rules)
         is_quorum = 0 < rules.quorum <= len(counting)
         self.folding = Round(
             k=pushes[0].k,
             base=self.version,
-            version=version,
+            version=Version(life, self.version.number + 1),
             pushes=pushes,
-            lateness=lateness,
-            stale={worker: self.staleness(late) for worker, late in lateness.items()},
             members=sorted(pushing),
             plain=all(push.closing for push in pushes),
             mode=rules.outer,
@@ -427,9 +419,8 @@ class Member:
     since: list = field(default_factory=list)  # by slice: number of the first version awaiting it
     passed: int = -1  # highest turn that it has contributed to
     pace: int = 1  # steps by which a cycle brings it forward at most
-    most: int = 1  # steps of its cycle that count at most
     cycle: int = 0  # steps of its cycle as it is now
-    readings: object = None  # deque of its newest Readings at pushes
+    readings: object = None  # deque of its newest Readings at pushes, or of where they began
     reading: object = None  # its newest Reading
     last: Push | None = None  # its last push that counted, without the numbers
     lag: int = 0  # versions that its last push was behind
@@ -456,11 +447,10 @@ class Member:
         self.step = min(step, self.begun[0] + self.pace * (rounds + LEAD))
         return self.step
 
-    def begin(self, old, furthest, number, pace):
+    def begin(self, old, furthest, number):
         """Become a member, perhaps in the place of `old`, when a run has come to the step `furthest`
-        and the version `number`, and a cycle counts for `pace` steps at most."""
+        and the version `number`."""
         self.begun = (min(self.step, furthest) if self.was_in else furthest), number
-        self.pace = self.most = min(self.sync_every, pace)
         if old is not None and old.session == self.session:
             self.closed |= old.closed
             self.passed, self.begun = old.passed, old.begun
@@ -665,8 +655,8 @@ class Run:
             first = slice.version.number + (bool(slice.pushes) and not is_resumed)
             member.since.append(old.since[k] if stays else first)
         furthest = max([self.step, *(other.step for other in self.members.values())])
-        member.begin(old, furthest, newest(self.slices), PACES * self.pace)
         self.paces.begin(member)
+        member.begin(old, furthest, newest(self.slices))
         member.index = free_index(member.id, self.indices, self.members)
         member.heard = now
         self.expected.pop(member.id, None)
@@ -736,8 +726,8 @@ class Run:
         self.stopping = self.members.keys() | self.away | self.expected.keys()
 
     def silent(self, workers, now):
-        """The ids of members, or of those that wait, that were not heard of for the worker timeout."""
-        return [m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout]
+        """The members, or those that wait, that were not heard of for the worker timeout."""
+        return [m for m in workers.values() if now - m.heard > self.rules.worker_timeout]
 
     # --- Rounds ---
 
@@ -751,17 +741,18 @@ class Run:
             raise RuntimeError("a push came into a slice that is being folded")
         if push.seq > (most := slice.most_seq(push.worker)):
             raise Refused("protocol", f"push: the sequence number {push.seq} is over {most}")
-        push.step, member.lag = member.reach(push.step, newest(self.slices)), slice.lateness(push)
-        push.counted = min(push.steps, member.most * slice.cycles(member))
+        push.step = member.reach(push.step, newest(self.slices))
+        push.late = member.lag = max(0, slice.version.number - push.base.number)
+        push.stale = slice.staleness(push.late)
+        push.counted = min(push.steps, slice.most_steps(member, self.rules))
         if push.closing:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
-        late = slice.lateness(push)
         if push.base.life > self.life:
             push.refused = "it starts from a version that this run has not made"
-        if not push.refused and push.steps and late > self.rules.max_staleness:
-            push.refused = f"a push {late} rounds old is over --max-staleness"
+        if not push.refused and push.steps and push.late > self.rules.max_staleness:
+            push.refused = f"a push {push.late} rounds old is over --max-staleness"
         first = slice.pushes.get((push.worker, push.seq))
         push.arrived = first.arrived if first else now
         slice.pushes[push.worker, push.seq] = push
@@ -819,10 +810,9 @@ class Run:
     def take(self, k, now):
         """Close the open round of slice k; returns the Round, which `publish` ends."""
         slice = self.slices[k]
-        version = Version(self.life, slice.version.number + 1)
         self.paces.note_last(slice.pushes.values())
         pushing = self.pushing(k) | slice.pushers
-        closed = slice.close(version, self.indices, pushing, now, self.rules)
+        closed = slice.close(self.life, self.indices, pushing, now, self.rules)
         closed.weigh(self.members, self.rules)
         return closed
 
@@ -1001,21 +991,20 @@ class Paces:
     def begin(self, member):
         """A worker has become a member, in a cycle of its own sync_every, or of what it was told: by a
         server before this one, where it says so."""
-        run, member.readings = self.run, deque(maxlen=5)
+        run, member.reading = self.run, Reading(0, 0.0, 0.0)
+        member.readings = deque([] if member.was_in else [member.reading], maxlen=5)
         member.cycle = member.cycle or member.sync_every
+        member.pace = min(member.sync_every, PACES * run.pace)
         if run.rules.own_pace:
             member.cycle = self.told.setdefault(member.id, min(member.cycle, run.pace))
             member.pace = run.pace  # a slower one goes on from the step of the furthest
-            member.most = 2 * run.pace  # see `ahead`
 
     def note(self, member, reading, is_push):
         """A worker has said how far it is, in a push or between two."""
-        if member.reading and reading.steps < member.reading.steps:
+        if reading.steps < member.reading.steps:
             return  # a push that was sent again
         member.reading = reading
-        if not member.readings:
-            member.readings.append(reading if member.was_in else Reading(0, 0.0, 0.0))
-        if is_push and member.readings[-1].steps < reading.steps:
+        if not member.readings or (is_push and member.readings[-1].steps < reading.steps):
             member.readings.append(reading)
 
     def note_last(self, pushes):
@@ -1026,9 +1015,8 @@ class Paces:
     @staticmethod
     def since(member):
         """The Reading of what a member has done over its last cycles."""
-        if not member.readings:
-            return Reading(0, 0.0, 0.0)
-        pairs = zip(member.readings[0], member.reading, strict=True)
+        first = next(iter(member.readings), member.reading)
+        pairs = zip(first, member.reading, strict=True)
         return Reading(*(max(0, b - a) for a, b in pairs))  # what a liar says may go back
 
     def speeds(self):
@@ -1270,15 +1258,25 @@ class Entry:
 
 
 class Snapshot:
-    """Vectors of one slice as they were when the snapshot was taken, for one reader, while folds of
-    the slice go on. A fold that comes to a chunk before the reader leaves a copy of it."""
+    """Vectors of one slice as they were when the snapshot was taken, for readers at their own pace,
+    while folds of the slice go on. A fold that comes to a chunk before a reader leaves a copy of it,
+    one for all: a slow reader costs a slice at most, and the same as many slow ones.
 
-    def __init__(self, vectors):
-        self.vectors = vectors  # views of one length
+    version: of the slice, where all who ask before the next fold share the snapshot; None: it has one
+    reader from the start, None.
+    """
+
+    def __init__(self, vectors, version=None):
+        self.vectors, self.version = vectors, version  # the vectors are views of one length
         self.count = vectors[0].numel()
-        self.taken = 0  # elements that the reader has taken
+        self.places = {None: 0} if version is None else {}  # reader -> elements that it has taken
         self.kept = {}  # start -> copies of that chunk of each vector
-        self.lock = threading.Lock()  # guards `taken` and `kept`
+        self.lock = threading.Lock()  # guards `places` and `kept`
+
+    @property
+    def taken(self):
+        """Elements that all readers have taken; more than there are where nobody reads."""
+        return min(self.places.values(), default=self.count + 1)
 
     def _copy(self, start, stop):
         return [v[start:stop].clone(memory_format=torch.contiguous_format) for v in self.vectors]
@@ -1289,64 +1287,47 @@ class Snapshot:
             if start >= self.taken and start not in self.kept:
                 self.kept[start] = self._copy(start, stop)
 
-    def chunks(self):
+    def chunks(self, reader=None):
         """Yields [chunk of each vector], chunk after chunk."""
         for start, stop in protocol.chunks(self.count):
             with self.lock:
-                if self.taken > start:
+                if self.places.get(reader) != start:
                     raise RuntimeError("a snapshot was read twice, or after it was closed")
-                parts = self.kept.pop(start, None) or self._copy(start, stop)
-                self.taken = stop
+                parts = self.kept.get(start) or self._copy(start, stop)
+                self.places[reader] = stop
+                if self.taken > start:
+                    self.kept.pop(start, None)
             yield parts
 
-    def pieces(self):
+    def pieces(self, reader=None):
         """Yields the chunks of the first vector."""
-        return (parts[0] for parts in self.chunks())
+        return (parts[0] for parts in self.chunks(reader))
 
-    def close(self):
-        """Stop keeping copies."""
+    def close(self, reader=None):
+        """Stop keeping copies for a reader."""
         with self.lock:
-            self.taken, self.kept = self.count + 1, {}
-
-
-class Shared(Snapshot):
-    """The parameters of a slice at one version, for any number of readers at their own pace. What
-    folds leave for them is theirs together: a slow reader costs a slice at most, and the same as
-    many slow ones. Who comes later starts at the beginning, as long as no fold has begun."""
-
-    def __init__(self, vectors, version):
-        super().__init__(vectors)
-        self.version = version
-        self.places = {}  # reader -> elements that it has taken
+            self.places.pop(reader, None)
+            taken = self.taken
+            self.kept = {start: parts for start, parts in self.kept.items() if start >= taken}
 
     @contextlib.contextmanager
     def reading(self):
         """For one more reader: yields what gives it the chunks, then their Checksum. Begun while the
         slice is not being folded."""
-        reader = object()
-        self._move(reader, 0)
-        try:
-            yield self._pieces(reader)
-        finally:
-            self._move(reader, None)
-
-    def _pieces(self, reader):
-        sums = protocol.Checksum()
-        for start, stop in protocol.chunks(self.count):
-            with self.lock:
-                [part] = self.kept.get(start) or self._copy(start, stop)
-            self._move(reader, stop)
-            sums.add(part)
-            yield part
-        yield sums.digest()
-
-    def _move(self, reader, place):
+        reader, sums = object(), protocol.Checksum()
         with self.lock:
-            self.places[reader] = place
-            if place is None:
-                del self.places[reader]
-            self.taken = min(self.places.values(), default=self.count + 1)
-            self.kept = {start: parts for start, parts in self.kept.items() if start >= self.taken}
+            self.places[reader] = 0
+
+        def pieces():
+            for part in self.pieces(reader):
+                sums.add(part)
+                yield part
+            yield sums.digest()
+
+        try:
+            yield pieces()
+        finally:
+            self.close(reader)
 
 
 def interleaved(snapshots):
@@ -1454,9 +1435,8 @@ class GlobalModel:
 
     def counted(self, round):
         """The pushes of a round whose numbers count. Late values of buffers do not."""
-        late = round.lateness if round.k == self.num_fragments else ()
         pushes = [push for push in round.pushes if push.payload is not None and not push.refused]
-        return [push for push in pushes if push.worker not in late]
+        return [push for push in pushes if not push.late or round.k < self.num_fragments]
 
     def announce(self, round, step):
         """Append the entry of a closed round to its slice's log, still without numbers, and drop
@@ -1533,7 +1513,7 @@ class GlobalModel:
         """Fold a chunk of the parameters; returns (the new chunk, square of the mean's norm)."""
         part, *others = (v[start:stop] for v in self.vectors(round.k))
         kept = dict(zip(self.outer, others, strict=True))
-        velocity, residual = kept["momentum"], kept.get("residual")
+        velocity, residual, gathered = (kept.get(n) for n in ("momentum", "residual", "gathered"))
         delta = protocol.scratch("mean", part, stop - start)
         (first, weight), *more = pushes
         self.up.decode(first, start, delta)
@@ -1545,9 +1525,12 @@ class GlobalModel:
         square = protocol.square_of(delta)
         if round.plain:
             delta.mul_(-round.share)
-        elif round.mode == "delayed":
-            how = round.before, round.part, round.completes
-            outer.delayed(delta, velocity, kept["gathered"], *how)
+            if gathered is not None and round.completes:  # they are no parts of the next step
+                velocity.add_(gathered)
+                gathered.zero_()
+        elif gathered is not None:
+            completes = round.completes
+            outer.delayed(delta, velocity, gathered, round.before, round.part, completes)
         else:
             outer.step(delta, velocity, round.before, round.part)
         if residual is not None:
@@ -1583,24 +1566,20 @@ class GlobalModel:
         each fragment, and the buffers. Called with the lock while nothing is being folded."""
         return [self.snapshot(k, whole=True) for k in range(self.count)]
 
-    def snapshot(self, k, whole=False):
+    def snapshot(self, k, whole=False, version=None):
         """A Snapshot of slice k's parameters, and if `whole` of its other vectors too. Called with
         the lock while slice k is not being folded; the caller closes the snapshot after use."""
-        snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1])
+        snapshot = Snapshot(self.vectors(k) if whole else self.vectors(k)[:1], version)
         with self.lock:
             self.snapshots[k].add(snapshot)
         return snapshot
 
     def shared(self, k, version):
-        """The Shared of slice k's parameters, which are at `version`: the same for all who ask before
+        """The Snapshot of slice k's parameters, which are at `version`: the same for all who ask before
         the next fold. Called with the lock while slice k is not being folded."""
         with self.lock:
-            for snapshot in self.snapshots[k]:
-                if getattr(snapshot, "version", None) == version:
-                    return snapshot
-            snapshot = Shared(self.vectors(k)[:1], version)
-            self.snapshots[k].add(snapshot)
-        return snapshot
+            found = [each for each in self.snapshots[k] if each.version == version]
+        return found[0] if found else self.snapshot(k, version=version)
 
     def _keep(self, k, start, stop):
         with self.lock:
@@ -2439,7 +2418,7 @@ class Ids:
     gains nothing by it."""
 
     def __init__(self, server):
-        self.server, self.run, self.lock = server, server.run, server.lock
+        self.server, self.run = server, server.run
 
     def wait(self, conn, member, ended):
         """Wait until a joining worker can have its id, or its holder has shown life since. ended:
@@ -2573,14 +2552,8 @@ class Transfers:
         with self.lock:
             for found in (self.run.members, self.run.waiting):
                 member = of_process(found, id, session)
-                if not member or not (counts() if counts else member.facts.conn is conn):
-                    continue
-                if found is self.run.members:
-                    self.server.gate.remove(id, f"is gone: {why}", ends=False)
-                else:
-                    log(f"{shown(id)} waits to join no more: {why}")
-                    self.run.forget(id, session)
-                    self.lock.notify_all()
+                if member and (counts() if counts else member.facts.conn is conn):
+                    self.server.gate.give_up(member, why)
         self.server.rounds.turn()
 
     @contextlib.contextmanager
@@ -3105,22 +3078,21 @@ class Gate:
             self.server.save_wanted.add("final")
         self.server.clerk.keep_names()
 
-    def give_up(self, id):
-        """Wait no longer for a worker whose process is known to have ended."""
-        with self.lock:
-            if id in self.run.members:
-                self.remove(id, "is gone: its process has ended", ends=False)
-            elif id in self.run.waiting:
-                self.run.forget(id, self.run.waiting[id].session)
-        self.server.rounds.turn()
+    def give_up(self, member, why):
+        """Wait no longer for a worker that takes part, or has asked to. Needs the lock."""
+        if self.run.members.get(member.id) is member:
+            return self.remove(member.id, f"is gone: {why}", ends=False)
+        log(f"{shown(member.id)} waits to join no more: {why}")
+        self.run.forget(member.id, member.session)
+        member.facts.conn.hang_up()
+        self.lock.notify_all()
 
 
 class Rounds:
     """The contributions of members, and the entries that they get: pushes, folds and pulls."""
 
     def __init__(self, server):
-        self.server, self.run, self.lock = server, server.run, server.lock
-        self.store, self.args = server.store, server.args
+        self.server, self.run, self.lock, self.args = server, server.run, server.lock, server.args
         self.unfolded = deque()  # (Round, Entry) whose thread is still to be started
         self.last = None  # line of rounds.jsonl of the round that was closed last
         self.has_twins = False  # whether two workers were seen to train on the same data
@@ -3291,8 +3263,7 @@ class Rounds:
         """Write down what a fold has counted, for tests/trail.py. Needs the lock."""
 
         def named(push):
-            late = closed.lateness.get(push.worker, 0)
-            return [push.worker, push.session, push.seq, push.steps, late, push.weight]
+            return [push.worker, push.session, push.seq, push.steps, push.late, push.weight]
 
         protocol.audit(
             "fold",
@@ -3314,9 +3285,7 @@ class Rounds:
             "round": closed.version.number,
             "fragment": closed.k,
             "members": closed.members,
-            "staleness": {
-                w: n for w, n in closed.lateness.items() if w in {p.worker for p in counted}
-            },
+            "staleness": {push.worker: push.late for push in counted if push.late},
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
             "losses": {push.worker: push.loss for push in closed.pushes},
@@ -3833,6 +3802,8 @@ class Server:
         self.shares = args.shares or saved["shares"] or max(args.n, LEAST_SHARES)
         if state is None:
             return None
+        if args.outer != "delayed" and "gathered" in model.outer:
+            model.outer["momentum"].add_(model.outer.pop("gathered"))  # which end here
         self.run_id, self.run.step = state["run"], state["step"]
         self.run.life = max(self.run.life, state["life"], self.store.latest_life)
         for k, slice in enumerate(self.run.slices):
@@ -3925,13 +3896,9 @@ class Server:
             self.transfers.hear()
             self.watch.look()
             self.run.anew.give_up_absent(now())
-            for id in self.run.silent(self.run.members, now()):
-                self.gate.remove(id, f"is gone: not heard of for {limit:g} s", ends=False)
-            for id in self.run.silent(self.run.waiting, now()):
-                member = self.run.waiting[id]
-                log(f"{shown(id)} waits to join no more: not heard of for {limit:g} s")
-                self.run.forget(id, member.session)
-                member.facts.conn.hang_up()
+            for workers in (self.run.members, self.run.waiting):
+                for member in self.run.silent(workers, now()):
+                    self.gate.give_up(member, f"not heard of for {limit:g} s")
         self.clerk.keep_names()
         self.rounds.turn()
 
@@ -4155,7 +4122,11 @@ class Spawn:
                 self.ended.add(name)
                 if process.returncode:
                     log(f"{name} ended with exit code {process.returncode}")
-                self.server.gate.give_up(name)
+                run = self.server.run
+                with self.server.lock:
+                    if member := run.members.get(name) or run.waiting.get(name):
+                        self.server.gate.give_up(member, "its process has ended")
+                self.server.rounds.turn()
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
@@ -4241,10 +4212,7 @@ def network(text):
 
 def rules_of(args):
     """The Rules that a command line gives."""
-    same = (
-        "quorum", "grace", "outer", "weights", "stale_weight", "own_pace", "min_workers",
-        "max_staleness", "max_push_ratio", "worker_timeout", "drop_stuck",
-    )  # fmt: skip
+    same = Rules.__dataclass_fields__.keys() - {"workers"}
     return Rules(workers=args.n, **{name: getattr(args, name) for name in same})
 
 

@@ -168,7 +168,7 @@ def fold(model, payload, workers):
         for k in range(workers)
     ]
     closed = server.Round(
-        k=0, base=NONE, version=version, pushes=pushes, lateness={}, members=[], plain=False, share=1.0,
+        k=0, base=NONE, version=version, pushes=pushes, members=[], plain=False, share=1.0,
         opened=0.0, closed=0.0,
     )  # fmt: skip
     entry = model.announce(closed, 0)

@@ -36,7 +36,7 @@ MUTATIONS = {
         "first = slice.version.number",
     ),
     "closing does not close": ("server", "member.closed.add(push.k)", "pass"),
-    "a push that is too old counts": ("server", "late > self.rules.max_staleness", "False"),
+    "a push that is too old counts": ("server", "push.late > self.rules.max_staleness", "False"),
     "a predecessor's push stays beside the resumed one": (
         "server",
         "del slice.pushes[name]",
@@ -107,13 +107,13 @@ MUTATIONS = {
     ),
     "the silent are not given up": (
         "server",
-        "m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout",
-        "m.id for m in workers.values() if workers is not self.members and now - m.heard > 40",
+        "m for m in workers.values() if now - m.heard > self.rules.worker_timeout",
+        "m for m in workers.values() if workers is not self.members and now - m.heard > 40",
     ),
     "the silent that wait are not given up": (
         "server",
-        "m.id for m in workers.values() if now - m.heard > self.rules.worker_timeout",
-        "m.id for m in workers.values() if workers is not self.waiting and now - m.heard > 40",
+        "m for m in workers.values() if now - m.heard > self.rules.worker_timeout",
+        "m for m in workers.values() if workers is not self.waiting and now - m.heard > 40",
     ),
     "nothing closes a stuck round, and passed is left out": (
         "server",
@@ -179,7 +179,7 @@ MUTATIONS = {
         "[p for p in self.pushes if (p.steps or p.nbytes) and not p.refused]",
         "[p for p in self.pushes if p.steps or p.nbytes]",
     ),
-    "late work weighs as much": ("server", "* (1 + stale) ** -rules.stale_weight", ""),
+    "late work weighs as much": ("server", "* (1 + push.stale) ** -rules.stale_weight", ""),
     "a part of an outer step counts as a whole one": ("server", "1 - closed.part", "0"),
     "a pace changes within a cycle": (
         "diloco_callback",
@@ -254,7 +254,7 @@ MUTATIONS = {
     ),
     "late ones count for a quorum of whole steps": (
         "server",
-        'if rules.outer != "whole" or not self.lateness(push):',
+        'if rules.outer != "whole" or not push.late:',
         "if True:",
     ),
     "two processes of a worker are two of a quorum": (

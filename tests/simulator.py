@@ -123,13 +123,13 @@ class Server:
 
     def tick(self):
         run, now = self.run, self.world.now
-        for id in run.silent(run.members, now):
-            self.world.note("given up", id)
-            self.turns.pop(run.members[id].session, None)
-            run.remove(id, ends=False)
+        for member in run.silent(run.members, now):
+            self.world.note("given up", member.id)
+            self.turns.pop(member.session, None)
+            run.remove(member.id, ends=False)
             self.save_names()
-        for id in run.silent(run.waiting, now):
-            run.forget(id, run.waiting[id].session)
+        for member in run.silent(run.waiting, now):
+            run.forget(member.id, member.session)
         calls, self.calls = self.calls, []
         for call in calls:
             self.receive(call)
@@ -183,12 +183,11 @@ class Server:
     def check_share(self, round):
         """A round's share of an outer step."""
         counted = [push for push in round.pushes if push.steps and not push.refused]
-        is_late = self.world.rules.stale_weight and round.lateness
+        is_late = self.world.rules.stale_weight and any(push.late for push in round.pushes)
         for push in counted if self.world.rules.weights == "equal" else ():
-            late = round.lateness.get(push.worker, 0)
-            known = (
-                self.parts[round.k][-late:] if late else []
-            )  # of rounds before a crash: whole ones
+            late = max(0, round.base.number - push.base.number)
+            # Of rounds before a crash whole ones.
+            known = self.parts[round.k][-late:] if late else []
             weight = (1 + sum(known) + late - len(known)) ** -self.world.rules.stale_weight
             assert abs(push.weight - weight) < 1e-6, f"a push weighs {push.weight}, not {weight}"
         absent = set(round.members) - {push.worker for push in round.pushes}

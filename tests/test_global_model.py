@@ -62,11 +62,11 @@ def vectors_of(model):
     return [model.params, *model.outer.values(), model.values]
 
 
-def closed(k, number, pushes, plain=False, share=1.0, lateness=None):
+def closed(k, number, pushes, plain=False, share=1.0):
     """The Round that leads to version `number`."""
     base, version = Version(LIFE, number - 1), Version(LIFE, number)
     return Round(
-        k=k, base=base, version=version, pushes=pushes, lateness=lateness or {}, members=[],
+        k=k, base=base, version=version, pushes=pushes, members=[],
         plain=plain, share=share, before=max(0, number - 1), opened=0.0, closed=0.0,
     )  # fmt: skip
 
@@ -217,7 +217,8 @@ def test_the_buffers_are_the_mean_of_the_values_pushed_on_time():
     assert same_bits(model.values, replica + moved)
     assert same_bits(replay(entry, replica), model.values)
     late = push(model, 1, "late", numbers(7, count))
-    round = closed(1, 2, [push(model, 1, "a", scale[0]), late], lateness={"late": 1})
+    late.late = 1
+    round = closed(1, 2, [push(model, 1, "a", scale[0]), late])
     entry = model.announce(round, 2)
     _, counted = model.fold(round, entry, Outer())
     assert [p.worker for p in counted] == ["a"]

@@ -154,7 +154,7 @@ def test_a_late_push_counts_in_the_open_round():
     push(run, "bob", base=base)
     push(run, "ada", seq=2)
     assert run.over(0) == [0]
-    assert fold(run).lateness == {"bob": 1}
+    assert [(push.worker, push.late) for push in fold(run).pushes if push.late] == [("bob", 1)]
 
 
 def test_a_quorum_waits_for_the_grace_from_its_last_push_that_is_not_late():
@@ -294,7 +294,7 @@ def test_a_holder_that_falls_silent_is_forgotten_and_the_next_one_is_asked():
     run.ask(member("ada"), 0)
     run.ask(member("bob"), 20)
     assert run.lacking("ada", 20) == [0, 1] and run.lacking("bob", 20) == []
-    assert run.silent(run.waiting, 31) == ["ada"]
+    assert [m.id for m in run.silent(run.waiting, 31)] == ["ada"]
     run.forget("ada", "ada1")
     run.ask(member("cai"), 31)
     assert run.lacking("bob", 31) == [0, 1]

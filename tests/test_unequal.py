@@ -18,7 +18,7 @@ from test_rules import member as member_of
 
 from diloco_callback import Schedule, Slice
 from protocol import CODECS, FlatModel, Version
-from server import Outer, Reading, Rules, Run, Store, parse_args, rules_of
+from server import Outer, Reading, Rules, Run, Server, Store, parse_args, rules_of
 
 FP32 = ["--upload-codec", "fp32", "--download-codec", "fp32"]
 SGD = ["--outer-lr", 1, "--outer-momentum", 0]
@@ -29,6 +29,10 @@ SGD = ["--outer-lr", 1, "--outer-momentum", 0]
 
 def weights_of(round):
     return {push.worker: push.weight for push in round.pushes}
+
+
+def lateness_of(round):
+    return {push.worker: push.late for push in round.pushes if push.late}
 
 
 def test_a_round_with_half_of_the_members_is_half_an_outer_step():
@@ -55,7 +59,7 @@ def test_a_whole_outer_step_is_one_whoever_is_in_it():
 def test_who_is_missing_is_expected_to_weigh_what_it_weighed_last():
     run = opened("ada", "bob", "cai", count=1, weights="steps", outer="fractional", quorum=2)
     for member in run.members.values():
-        member.most, member.cycle = 100, 20
+        member.pace, member.cycle = 100, 20
     for id, steps in (("ada", 20), ("bob", 16), ("cai", 4)):
         push(run, id, steps=steps)
     round = fold(run)
@@ -90,7 +94,7 @@ def test_who_has_never_pushed_is_expected_to_weigh_as_much_as_the_others():
 def test_tokens_weigh_where_all_say_them_and_nobody_says_too_many(tokens, weights):
     run = opened("ada", "bob", count=1, weights="tokens")
     for member in run.members.values():
-        member.most = 100
+        member.pace = 100
     push(run, "ada", steps=2, tokens=tokens[0])
     push(run, "bob", steps=1, tokens=tokens[1])
     assert weights_of(fold(run)) == weights
@@ -104,7 +108,7 @@ def test_late_work_weighs_less_the_later_it_is():
         fold(run)
     push(run, "bob", base=base)
     round = fold(run)
-    assert round.lateness == {"bob": 3}
+    assert lateness_of(round) == {"bob": 3}
     weight = (1 + 3 * 0.5) ** -0.5  # three halves of an outer step
     assert weights_of(round) == {"bob": weight}
     assert round.share == weight / 2  # of what ada and bob weigh when they are not late
@@ -164,7 +168,7 @@ def test_three_equal_workers_that_a_stall_put_out_of_step_are_in_step_after_a_ro
     fold(run, now=36)
     come(46, "ada", "bob", "cai")
     round = fold(run, now=46)
-    assert not round.lateness and len(round.pushes) == 3
+    assert not lateness_of(round) and len(round.pushes) == 3
 
 
 def test_an_automatic_grace_is_a_tenth_of_a_round_where_they_wait():
@@ -427,12 +431,12 @@ def test_a_round_completes_an_outer_step_where_the_shares_come_to_a_whole_number
     assert found == [False, False, True, False, False, True]
 
 
-def folded(model, number, pushes, mode="fractional", share=1.0, outer=None):
+def folded(model, number, pushes, mode="fractional", share=1.0, outer=None, plain=False):
     """Fold pushes, [(values, weight)], into slice 0 of a model."""
     given = [push_of(model, 0, f"w{n}", values) for n, (values, _) in enumerate(pushes)]
     for each, (_, weight) in zip(given, pushes, strict=True):
         each.weight = weight
-    round = closed(0, number, given, share=share)
+    round = closed(0, number, given, plain, share)
     round.mode, round.before = mode, (number - 1) * share
     entry = model.announce(round, step=number)
     model.fold(round, entry, outer or Outer(lr=1.0, momentum=0.0, warmup=False))
@@ -467,6 +471,32 @@ def test_the_parts_of_a_delayed_step_come_through_a_checkpoint(tmp_path):
     assert same_bits(model.params, opened_again.params)
 
 
+def test_a_closing_round_that_completes_a_delayed_step_leaves_none_of_its_parts():
+    model = made(3, 1, "fp32", "fp32")
+    folded(model, 1, [(torch.full((3,), 8.0), 1.0)], "delayed", share=0.25)
+    before = model.params.clone()
+    folded(model, 2, [(torch.full((3,), 4.0), 1.0)], "delayed", share=0.25, plain=True)
+    assert torch.equal(model.params, before - 1.0)
+    assert model.outer["gathered"].tolist() == [2.0, 2.0, 2.0]  # half of the step is to come
+    folded(model, 2, [(torch.ones(3), 1.0)], "delayed", share=0.5, plain=True)
+    assert torch.equal(model.params, before - 1.5)
+    assert not model.outer["gathered"].any()
+    assert model.outer["momentum"].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("outer", ["delayed", "fractional"])
+def test_the_parts_of_a_delayed_step_are_momentum_for_another_outer_step(tmp_path, outer):
+    model, path = made(3, 1, "fp32", "fp32"), str(tmp_path / "model")
+    folded(model, 1, [(torch.full((3,), 8.0), 1.0)], "delayed", share=0.25)
+    Store(path).save(state_of([1]), model, model.freeze())
+    found = Server(parse_args(["-m", path, "--outer", outer, *FP32])).model.outer
+    left = {name: vector.tolist() for name, vector in found.items()}
+    parts, none = [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]
+    assert left == (
+        {"momentum": none, "gathered": parts} if outer == "delayed" else {"momentum": parts}
+    )
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
     """Where all push the same, the prediction is what the server makes of it."""
@@ -490,7 +520,7 @@ def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
 def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
     run = opened("ada", "bob", count=1, quorum=1, outer="fractional", weights="tokens")
     for member in run.members.values():
-        member.most, member.cycle = 100, 20
+        member.pace, member.cycle = 100, 20
     push(run, "ada", steps=20, tokens=2000)
     assert fold(run).share == 0.5
     push(run, "bob", steps=20)  # says no tokens: then steps count, hers too
