@@ -104,6 +104,7 @@ CHUNK = 1 << 19
 BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: the sum of a million numbers is finite, too
 MAX_FATES = 2000  # workers whose newest push one slice remembers
+KEPT_FATES = 100  # newest ones of these, which are remembered however many rounds ago they were
 
 MAX_SHOWN = 80  # characters of a peer's text that are shown
 LINES_PER_SECOND = 10  # lines of a log that strangers can cause
@@ -416,8 +417,10 @@ def last_fates(folded):
 
 
 def recent(fates, version, max_staleness, keep):
-    """The fates that a push can ask for which is not too old, and those of the ids in `keep`."""
-    oldest = version.number - max_staleness
+    """The fates that a push can ask for which is not too old, those of the ids in `keep`, and the
+    newest ones, so that a worker which was away for long is told what became of its push."""
+    rounds = sorted((fate.round for fate in fates.values()), reverse=True)
+    oldest = min([version.number - max_staleness, *rounds[:KEPT_FATES][-1:]])
     return {w: fate for w, fate in fates.items() if fate.round >= oldest or w in keep}
 
 

@@ -332,9 +332,10 @@ class Slice:
     def most_steps(self, member, rules):
         """The steps of a worker's next push that count at most: those of a cycle, which at an own pace
         may be longer (Paces.ahead), for each round since its last push was listed, or since it became
-        a member."""
+        a member. In more rounds than --max-staleness a push would have become too old."""
         fate = self.folded.get(member.id)
-        cycles = max(1, self.version.number - (fate.round if fate else member.begun[1] - 1))
+        cycles = self.version.number - (fate.round if fate else member.begun[1] - 1)
+        cycles = max(1, min(cycles, rules.max_staleness + 1))
         return member.pace * (1 + rules.own_pace) * cycles
 
     def staleness(self, late):
@@ -818,7 +819,7 @@ class Run:
 
     def publish(self, k):
         """The log of slice k has its new entry. Ids that are gone and whose last push is too far
-        back to be sent again are forgotten."""
+        back to be sent again are forgotten, but for the last ones."""
         slice, most = self.slices[k], self.rules.max_staleness
         closed, slice.folding = slice.folding, None
         slice.version = closed.version

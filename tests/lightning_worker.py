@@ -15,6 +15,7 @@ import pickle
 import re
 import signal
 import sys
+import time
 
 import lightning
 import torch
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-# Each but the last is 12 steps; an epoch has four batches.
+# Most are 12 steps; an epoch has four batches.
 RUNS = {
     "plain": {"max_steps": 12},
     "accumulated": {  # with a class as people have pasted it
@@ -38,6 +39,7 @@ RUNS = {
     "cut": {"max_steps": 12},
     "stopped": {"max_epochs": -1, "limit_val_batches": 0},
     "preempted": {"max_epochs": -1, "limit_val_batches": 0},  # by SIGTERM
+    "paced": {"max_steps": 60, "max_epochs": -1},  # in which w1 is a slow machine
     "ddp": {"max_steps": 12, "devices": 2, "strategy": "ddp"},  # in which w0 and w1 are one worker
 }
 
@@ -148,6 +150,16 @@ class Preempts(lightning.Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class Slow(lightning.Callback):
+    """A machine that takes its time for a step."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer, *_):
+        time.sleep(self.seconds)
+
+
 def loader(count, seed):
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(torch.randn(count, 4, generator=generator), batch_size=8)
@@ -169,6 +181,8 @@ def train(run, folder, seed, ckpt_path=None, breaks=False):
     trainer = names["trainer"]
     if breaks:
         trainer.callbacks.append(Breaks())
+    if run == "paced":
+        trainer.callbacks.append(Slow(0.1 if seed else 0.02))
     if run == "preempted":
         trainer.callbacks.append(Preempts())
         trainer.callbacks.append(ModelCheckpoint(folder, "last", save_on_exception=True))

@@ -782,9 +782,7 @@ class Process:
         if push:
             _, names, *_ = self.payloads.pop(push)
             self.world.note(self.session, "adopts", k, push.seq, tuple(version), why)
-            if "max-staleness" in why:
-                self.excused[k].update(names)  # may have counted before it was forgotten
-            elif why:
+            if why:
                 self.dropped[k].update(names)
 
     def resume(self, k, version):

@@ -5,7 +5,7 @@ import pytest
 import simulator
 
 from diloco_callback import Outbox, Schedule
-from protocol import FRESH, NONE, WEIGHTS, Fate, Refused, Version
+from protocol import FRESH, KEPT_FATES, NONE, WEIGHTS, Fate, Refused, Version
 from server import KNOWN_WORKERS, Member, Push, Rules, Run, outsized
 
 
@@ -246,16 +246,39 @@ def test_a_closing_push_that_is_listed_already_closes_its_slice_too():
     assert run.members["ada"].closed == {0}
 
 
-def test_fates_of_ids_that_are_gone_are_forgotten_after_max_staleness_rounds():
+def test_fates_of_ids_that_are_gone_stay_known_for_max_staleness_rounds_and_the_last_for_long():
+    run = opened("ada", max_staleness=2)
+    gone = [f"bob{number}" for number in range(KEPT_FATES + 10)]
+    for number, id in enumerate(gone, 1):
+        join(run, id)
+        push(run, id)
+        push(run, "ada", seq=number)
+        fold(run)
+        run.remove(id, ends=True)
+    known = run.slices[0].folded.keys() - {"ada"}
+    assert known <= set(gone[-KEPT_FATES:]) and gone[-KEPT_FATES + 1] in known
+
+
+def test_a_push_sent_again_after_many_rounds_is_known_to_be_folded():
     run = opened("ada", "bob", max_staleness=2)
     push(run, "bob")
+    push(run, "ada")
     fold(run)
-    run.remove("bob", ends=True)
-    for seq in (1, 2, 3):
-        assert "bob" in run.slices[0].folded
+    run.remove("bob", ends=False)
+    for seq in range(2, 30):
         push(run, "ada", seq=seq)
         fold(run)
-    assert "bob" not in run.slices[0].folded and "ada" in run.slices[0].folded
+    join(run, "bob")
+    assert not push(run, "bob")  # listed, and not counted as too old
+
+
+def test_a_push_after_many_rounds_counts_no_more_steps_than_one_that_is_not_too_old_can_have():
+    run = opened("ada", "bob", max_staleness=2)
+    push(run, "bob")
+    for seq in range(1, 30):
+        push(run, "ada", seq=seq)
+        fold(run)
+    assert run.slices[0].most_steps(run.members["bob"], run.rules) == 3
 
 
 # --- Membership -----------------------------------------------------------------------------

@@ -421,13 +421,14 @@ def lightning(start, serve, tmp_path):
     """What two workers have made of all runs of tests/lightning_worker.py, each with a server of
     its own: (ends of the workers, {run: folder}). In two processes, as it takes long to import
     Lightning."""
-    runs = ("plain", "accumulated", "several", "cut", "stopped", "preempted", "ddp")
+    runs = ("plain", "accumulated", "several", "cut", "stopped", "preempted", "paced", "ddp")
     folders = {run: tmp_path / run for run in runs}
     hosts = {}
     for run, folder in folders.items():
         folder.mkdir()
         # Workers that have failed come back one after the other, and must not go on alone.
         more = ["--min-workers", 2] if run == "cut" else ["--until-done"]
+        more += ["--own-pace"] * (run == "paced")
         hosts[run] = serve("-n", 1 if run == "ddp" else 2, "-m", folder / "model", *more)
     chosen = [f"{run}={host.address}" for run, host in hosts.items()]
     script = os.path.join(ROOT, "tests", "lightning_worker.py")
@@ -475,6 +476,10 @@ def test_lightning(lightning):
             continue
         first, second = (end[run]["metrics"]["val_loss"] for end in ends)
         assert first == second
+        if run == "paced":  # both end with the run, the slow one after far fewer steps
+            made = [end[run]["metrics"]["diloco/local_step"] for end in ends]
+            assert made[0] == ends[0][run]["step"] == 60 and 10 < made[1] < 45
+            continue
         if run == "several":
             closed_once_in_fragments(folder, 4)
         else:
