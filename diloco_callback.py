@@ -127,7 +127,7 @@ def default_id(saved):
 
 def check_settings(worker):
     """Raise ValueError where a setting of a DiLoCoWorker is out of its range."""
-    every, count = worker.sync_every, worker.num_fragments
+    every, delay, count = worker.sync_every, worker.delay, worker.num_fragments
     if every < 1:
         raise ValueError(f"sync_every must be 1 or more, not {every}")
     if not 1 <= count <= every:
@@ -135,8 +135,10 @@ def check_settings(worker):
             f"num_fragments is {count} and sync_every {every}: every fragment needs a step of its own, "
             "so the number lies between 1 and sync_every"
         )
-    if not 0 <= worker.delay <= every:
-        raise ValueError(f"fragment_sync_delay is 0 to sync_every ({every}), not {worker.delay}")
+    if not 0 <= delay <= every:
+        raise ValueError(
+            f"fragment_sync_delay must be within 0 and sync_every ({every}), not {delay}"
+        )
     if worker.fragment_update not in ("predict", "rebase", "mix"):
         raise ValueError(f"fragment_update: predict, rebase or mix, not {worker.fragment_update!r}")
     if not 0 <= worker.alpha <= 1:
