@@ -352,15 +352,10 @@ def test_stop_reaches_a_worker_that_is_away_when_it_is_ordered(serve, count):
     ask(server, "stop")
     until(lambda: a.worker.run_is_over(0), "a hears it")
     gate.open = True
-
-    def hears():
-        if b.steps == b.total and b.steps < 7:
-            b.step(1)
-        return b.worker.run_is_over(0)
-
-    until(hears, "b hears it")
+    back(b)
+    until(lambda: b.worker.run_is_over(0), "b hears it")
     a.finish(0), b.finish(0)
-    assert a.result() == b.result() and steps_in(a.local[0])[1] >= 3
+    assert a.result() == b.result() and steps_in(a.local[0])[1] == 4
     assert server.wait() == 0
 
 
