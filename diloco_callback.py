@@ -76,7 +76,7 @@ else:
 
 CODECS, FRESH, NONE, Version = protocol.CODECS, protocol.FRESH, protocol.NONE, protocol.Version
 Checksum, Payload, reason_of = protocol.Checksum, protocol.Payload, protocol.reason_of
-ProtocolError, Refused = protocol.ProtocolError, protocol.Refused
+ProtocolError, Refused, Progress = protocol.ProtocolError, protocol.Refused, protocol.Progress
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
@@ -1085,6 +1085,9 @@ class Replica:
         self.step = 0
         self.settings = {}  # settings of the outer optimizer, by name
         self.mismatches = self.last_send = self.last_recv = 0
+        self.sent = self.received = 0  # bytes of pushes and pulls
+        self.awaited = {}  # slice, or "join" -> whom its reply waits for, in the server's words
+        self.held_up = {}  # those who were waited for since the last round, as keys
         self.began = {}  # slice -> seconds when its push was made
         self.last_sync_time = self.total_sync_time = 0.0
 
@@ -1183,9 +1186,27 @@ class Replica:
             "closing": made.closing,
             **made.facts,
         }
-        message = (slice.payload.specs, slice.pieces()) if not slice.is_empty else ()
-        conn.request("push", fields, *message).typed("push").expect([])
+        specs = () if slice.is_empty else slice.payload.specs
+        pieces = self.progress_of(made, "up", specs, conn).over(slice.pieces()) if specs else ()
+        conn.request("push", fields, specs, pieces).typed("push").expect([])
         self.last_send = conn.bytes_out - before
+        self.sent += self.last_send
+
+    def progress_of(self, push, way, specs, conn):
+        """The Progress of a transfer: of a push or the entry that lists it, or without a push of the model.
+        The log hears of a push only where training waits for it, and nothing at its end, as there is a
+        line on each round."""
+        size, done = protocol.payload_bytes(specs), conn.moved_since()
+        if push is None:
+            return Progress(log, "downloading the model", size, done)
+        part = f" of slice {push.k}" if len(self.slices) > 1 else ""
+        told = log if push.adopt_at == push.last else None
+        return Progress(told, f"sync{part}, {way}", size, done, closes=False)
+
+    def wait_for(self, k, fields):
+        """Note whom the reply on slice k waits for, by the fields of a `wait` message."""
+        self.link.reached()
+        self.awaited[k] = protocol.printable(fields.get("awaited"))[:200]
 
     # --- The log ---
 
@@ -1196,21 +1217,26 @@ class Replica:
         then differ from the server's: the next try gets the slice in full."""
         before, held = conn.bytes_in, self.outbox.places[k].version
         conn.send("pull", {"slice": k, "version": held, "seq": seq})
-        on_wait = (lambda _: self.link.reached()) if seq else None  # the head is there at once
+        on_wait = (lambda fields: self.wait_for(k, fields)) if seq else None  # the head is there
         for _ in range(MOST_ENTRIES):
             reply = conn.reply(on_wait)
+            if whom := self.awaited.pop(k, ""):
+                self.held_up[whom] = None
             if reply.type in ("again", "current"):
                 reply.expect([])
                 return reply.type == "current"
-            news = news_of(reply, k)
+            news, push = news_of(reply, k), self.outbox.places[k].pending
             try:
-                whole = self._read(conn, k, news, reply)
+                with self.progress_of(push, "down", reply.specs, conn):
+                    whole = self._read(conn, k, news, reply)
                 self._take(k, news, whole, len(reply.specs) > 1)
             except ProtocolError:
                 self.outbox.places[k].version = NONE  # the next try gets the slice in full
                 raise
             if not news.more:
                 self.last_recv = conn.bytes_in - before
+                with self.changed:
+                    self.received += self.last_recv
                 return True
         raise ProtocolError(f"pull: more than {MOST_ENTRIES} entries of slice {k}")
 
@@ -2457,6 +2483,7 @@ class Admission:
                 conn = self.link.joining = self.link.open_control()
                 reply = self.converse(conn, self.introduction())
             conn.deadline = None
+        self.replica.awaited.clear()
         joined = joined_of(reply, self.worker.schedule.count)
         orders = self.orders_of(reply)
         if not (self.worker.joins and self.replica.slices):
@@ -2544,7 +2571,11 @@ class Admission:
         if holder != self.ended and self.has_gone(holder):  # the server hears it once
             self.ended = holder
             raise HolderEnded("the process that had this id has ended")
-        said, text = time.monotonic() - self.said_at, str(fields.get("awaited"))[:200]
+        said, text = (
+            time.monotonic() - self.said_at,
+            protocol.printable(fields.get("awaited"))[:200],
+        )
+        self.replica.awaited["join"] = text
         if said >= SAY_SECONDS or (said >= 1.0 and text != self.said):
             self.said_at, self.said = time.monotonic(), text
             log(f"{self.worker.worker_id} waits for {text}")
@@ -2582,7 +2613,10 @@ class Admission:
         found |= {f"file:{name}": text for name, text in raw.items()}
         fields = {"slices": slices, "files": {name: len(text) for name, text in raw.items()}}
         specs = protocol.specs_of(found.items())
-        return conn.request("bring", fields, specs, [*found.values()], on_wait=self.say_awaited)
+        size = protocol.payload_bytes(specs)
+        progress = Progress(log, "uploading the model", size, conn.moved_since())
+        values = progress.over(found.values())
+        return conn.request("bring", fields, specs, values, on_wait=self.say_awaited)
 
     def flats(self, names, buffers):
         """Return [(FlatModel, whether it is of buffers, whether it predicts)] of these names, by slice."""
@@ -2700,19 +2734,20 @@ class Admission:
         with self.link.borrowed() as conn:
             reply = conn.request("fetch", {"frozen": names}).typed("fetch")
             reply.expect(protocol.specs_of((name, frozen[name]) for name in names))
-            for spec, parameter in zip(reply.specs, whole, strict=True):
-                values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-                conn.read(values)
-                if values.isnan().any():
-                    raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
-                with torch.no_grad():
-                    parameter.copy_(values)
-                self.fingerprints[spec.name] = protocol.fingerprint(values)
-                self.worker.fetched.append(spec.name)
-        size = protocol.payload_bytes(reply.specs) / 1e6
+            size = protocol.payload_bytes(reply.specs)
+            with Progress(log, "downloading frozen tensors", size, conn.moved_since()):
+                for spec, parameter in zip(reply.specs, whole, strict=True):
+                    values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+                    conn.read(values)
+                    if values.isnan().any():
+                        raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
+                    with torch.no_grad():
+                        parameter.copy_(values)
+                    self.fingerprints[spec.name] = protocol.fingerprint(values)
+                    self.worker.fetched.append(spec.name)
         log(
             f"{self.worker.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not "
-            f"those of the server's -m: took {size:.3g} MB of them"
+            f"those of the server's -m: took {size / 1e6:.3g} MB of them"
         )
 
 
@@ -2824,6 +2859,7 @@ class Leader:
         self.refusals = 0  # drops in a row
         self.said_at = -SAY_SECONDS  # seconds when the log last named who keeps a round open
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
+        self.told = 0, 0, 0.0  # bytes sent and received, and seconds waited, by the line on a round
 
     def join(self, seconds):
         """Join, also again. Raises ConnectionError where there is no server for so many seconds."""
@@ -2950,6 +2986,22 @@ class Leader:
             self.drop("local work is not finite")
         elif not replica.slices[k].is_empty and not refused:
             self.refusals = 0
+        if k == self.schedule.count - 1:
+            self.tell_round(k)
+
+    def tell_round(self, k):
+        """Log a line on a round, of which slice k was the last one to be adopted: the version that it led
+        to, the seconds from its push to its entry, and what has moved since the line before."""
+        worker, replica = self.worker, self.replica
+        told, self.told = self.told, (replica.sent, replica.received, worker.stall_time)
+        up, down, waited = (now - then for now, then in zip(self.told, told, strict=True))
+        whom, replica.held_up = replica.held_up, {}
+        parts = [f"round {replica.outbox.places[k].version.number}, step {worker.step}"]
+        parts += [] if worker.loss is None else [f"loss {worker.loss:.4f}"]
+        parts.append(f"synced in {replica.last_sync_time:.2f} s")
+        parts += [f"waited {waited:.2f} s for {' and '.join(whom)}"] if whom else []
+        parts.append(f"up {up / 1e6:.2f} MB, down {down / 1e6:.2f} MB")
+        log.seldom("rounds", f"{worker.worker_id}: {' | '.join(parts)}")
 
     def is_decided(self, k):
         """Whether slice k has no push whose fate is open."""
@@ -3593,6 +3645,13 @@ class DiLoCoWorker:
         """Seconds in which training has waited for entries."""
         since = self.stalled_since
         return self.stall_time + (0.0 if since is None else time.monotonic() - since)
+
+    @property
+    def waits_for(self):
+        """Whom the server waits for before it goes on, in words; "" where that is nobody."""
+        if self.link.outage is not None:
+            return "the server"
+        return " and ".join(dict.fromkeys([*self.replica.awaited.values()]))
 
     @property
     def overlap(self):

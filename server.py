@@ -2058,7 +2058,7 @@ class Store:
         own = [other for _, other in protocol.checkpoints(self.output)]
         if os.path.lexists(path) and path not in own:
             raise FileExistsError(f"{path} is not this program's")
-        protocol.save_folder(path, fill)
+        protocol.save_folder(path, fill, log)
         log(f"saved {os.path.abspath(path)}")
         with self._surviving("removing old checkpoints"):
             for _, old in protocol.checkpoints(self.output)[self.limit :]:
@@ -2995,7 +2995,9 @@ class Gate:
         ]
         message.expect(specs + files)
         conn.taken_in()
-        values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
+        size, what = protocol.payload_bytes(message.specs), f"{shown(id)} uploads the model"
+        with protocol.Progress(log, what, size, conn.moved_since()):
+            values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
         raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
         texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
         with self.lock:
@@ -3410,7 +3412,9 @@ class Rounds:
                 fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
                 fields |= {"step": self.run.step, "made": slice.made, "more": False}
             values = protocol.TensorSpec("slice", torch.float32, (self.model.sizes[k],))
-            parts = self.releasing(conn, k, pieces)
+            what = f"{shown(conn.worker[0])} downloads the model"  # whose own log tells of it, too
+            progress = protocol.Progress(None, what, values.nbytes, conn.moved_since())
+            parts = progress.over(self.releasing(conn, k, pieces))
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
 
 
@@ -4322,6 +4326,9 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    code = Server(parse_args()).serve()
+    args = parse_args()
+    protocol.live.open()
+    code = Server(args).serve()
+    protocol.live.close()
     protocol.flush_output()
     os._exit(code)  # all is saved; threads that still serve peers must not meet a dying interpreter

@@ -26,6 +26,7 @@ command after `--`: the command's own, or 126 if it cannot be executed and 127 i
 """
 
 import argparse
+import collections
 import contextlib
 import difflib
 import functools
@@ -403,7 +404,7 @@ class TextSource:
         self.set_shares(tuple(own), count, step=0)
 
 
-def download(url, path, progress):
+def download(url, path, log):
     """Fetch a text of documents into the file `path`. The text is written to another file first,
     checked and then renamed, so that several processes may do this at the same time. Raises RunError
     if the text does not come whole."""
@@ -415,12 +416,11 @@ def download(url, path, progress):
             open(handle, "wb") as file,
             urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as reply,
         ):
-            size = int(reply.headers.get("Content-Length") or 0)
-            done = 0
-            while chunk := reply.read(DOWNLOAD_CHUNK_BYTES):
-                file.write(chunk)
-                done += len(chunk)
-                progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+            size, done = int(reply.headers.get("Content-Length") or 0), 0
+            with protocol.Progress(log, f"downloading {path.name}", size, lambda: done):
+                while chunk := reply.read(DOWNLOAD_CHUNK_BYTES):
+                    file.write(chunk)
+                    done += len(chunk)
         if size and done != size:
             raise ValueError(f"only {done} of {size} bytes came; try again")
         if SEPARATOR.encode() not in Path(beside).read_bytes():
@@ -442,7 +442,7 @@ def tinystories(settings, output):
     path = Path(settings.cache_dir).expanduser() / name
     if not path.is_file():
         output.line(f"downloading {settings.url} to {path}")
-        download(settings.url, path, output.progress)
+        download(settings.url, path, output.log)
     return path
 
 
@@ -722,9 +722,6 @@ def choose_device(name):
 # no training: that is a warning, and the next save tries again. At the end the model stands in the
 # output folder itself.
 
-PROGRESS_SECONDS = 0.2  # least time between two drawings of the live line
-
-
 say, complain = protocol.Log("stdout"), protocol.Log("stderr")  # lines that may be lost: see Log
 
 
@@ -737,8 +734,8 @@ def checkpoints(folder):
 
 
 class Output:
-    """Log lines, the live line and the files of one worker. A quiet one shows nothing but warnings
-    and writes no files: the ranks above 0 of a torchrun have such a one. Raises RunError."""
+    """Log lines and files of one worker. A quiet one shows nothing but warnings and writes no files:
+    the ranks above 0 of a torchrun have such a one. Raises RunError."""
 
     def __init__(self, folder, quiet=False):
         try:
@@ -746,24 +743,21 @@ class Output:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-        self.folder = folder
-        self.quiet = quiet
-        self.drawn = 0.0  # time at which the live line was last drawn
-        self.clear = "\r\033[K" if sys.stdout.isatty() else ""  # text that wipes the live line
+        self.folder, self.quiet = folder, quiet
+        self.log = None if quiet else say
+        self.live()
 
     def line(self, text):
         if not self.quiet:
-            say(self.clear + text)
+            say(text)
+
+    def live(self, status=str):
+        """Have the live line show what `status()` gives: at first nothing but what takes long."""
+        if not self.quiet:
+            protocol.live.open(status)
 
     def warn(self, text):
-        complain(f"{self.clear}WARNING: {text}")
-
-    def progress(self, text):
-        """Draw the live line, which only a terminal has, unless it was drawn a moment ago."""
-        if self.quiet or not self.clear or time.monotonic() <= self.drawn + PROGRESS_SECONDS:
-            return
-        self.drawn = time.monotonic()
-        say.write(self.clear + text)
+        complain(f"WARNING: {text}")
 
     def save_checkpoint(self, step, limit, model, files, state, save_more):
         """Write the checkpoint step-N and remove all but the newest `limit`. `save_more(folder)` puts
@@ -778,7 +772,7 @@ class Output:
             save_more(folder)
 
         try:
-            protocol.save_folder(target, fill)
+            protocol.save_folder(target, fill, self.log)
             for old in checkpoints(self.folder)[:-limit]:
                 if old != target:
                     protocol.discard(old)
@@ -866,6 +860,8 @@ def output_folder(settings, resume):
 
 FIRST_PAUSE_SECONDS = 0.2  # pause after a first failed attempt to reach the server
 LONGEST_PAUSE_SECONDS = 10.0  # longest pause between two attempts
+PACE_STEPS = 20  # steps over which the live line's speed is taken
+SEEN_SECONDS = 1.0  # how often the live line has a new loss, for which a GPU is waited for
 SAME_SIGNAL_SECONDS = 1.0  # time in which a second signal to a rank is torchrun's copy of the first
 
 
@@ -939,6 +935,12 @@ class Run:
         self.syncs = 0  # number of adoptions when an evaluation was last considered
         self.losses = []  # loss of each step since the last log line
         self.logged = time.monotonic()  # time of the last log line
+        self.begun = (
+            time.monotonic(),
+            0,
+        )  # time at which training began here, and the run's step then
+        self.paces = collections.deque(maxlen=PACE_STEPS)  # times of the ends of the last steps
+        self.seen = 0.0, ""  # time of the last look at the loss, and what it was in words
 
         checkpoint, saved = newest_checkpoint(checkpoints) if checkpoints else (None, {})
         running = describe(settings.diloco.server, access=access) if settings.diloco.server else {}
@@ -1041,6 +1043,7 @@ class Run:
                 place += [self.ranks.rank, self.step]
             torch.manual_seed(mix(self.settings.train.seed, *place))  # other dropout everywhere
         self.state.global_step = self.step
+        self.begun = time.monotonic(), self.step
         self.take_shares()
         count = sum(p.numel() for p in self.model.parameters())
         place = f"worker {self.rank} of {worker.world}" if worker else "standalone"
@@ -1081,9 +1084,39 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(total)
+        self.paces.append(time.monotonic())
+        if protocol.live.status and self.paces[-1] > self.seen[0] + SEEN_SECONDS:
+            self.seen = self.paces[-1], f"loss {total.item():.4f}"
         joined = self.callback.worker  # which goes on from the step of the furthest one
         self.before, self.step = self.step, max(self.step + 1, joined.step if joined else 0)
         self.state.global_step = self.step
+
+    def live_text(self):
+        """The live line, of what people ask first. It is called in a thread of its own."""
+        worker, last, times, now = (
+            self.callback.worker,
+            self.args.max_steps,
+            [*self.paces],
+            time.monotonic(),
+        )
+        parts = [f"step {self.step}/{last}"]
+        if len(times) > 1:
+            parts.append(f"{protocol.short((len(times) - 1) / (times[-1] - times[0]))} steps/s")
+        parts += [self.seen[1], self.sync_text(worker, now) if worker else ""]
+        began, first = self.begun
+        if first < self.step < last:
+            left = (now - began) / (self.step - first) * (last - self.step)
+            parts.append(f"ends in {protocol.span(left)}")
+        return "  ".join(filter(None, parts))
+
+    def sync_text(self, worker, now):
+        """When the next sync comes, or whom training waits for, and how long it has."""
+        whom, since = worker.waits_for, worker.stalled_since
+        text = f"waiting for {whom}" if whom else "syncing"
+        if since is not None:
+            return f"{text}, {protocol.span(now - since)}"
+        is_training = worker.joins and not self.control.should_training_stop
+        return f"next sync in {worker.schedule.left} steps" if is_training else text
 
     def has_passed(self, every):
         """Whether the last step was, or passed, a multiple of `every`."""
@@ -1107,7 +1140,6 @@ class Run:
                     self.report_evaluation("validation loss")
                 if self.has_passed(output.save_every):
                     self.save()
-            self.output.progress(f"step {self.step}/{last}")
 
     def finish(self):
         """Leave the run with its final global model; then evaluate and save that model."""
@@ -1130,10 +1162,6 @@ class Run:
         self.callback.on_log(self.args, self.state, self.control, logs=logs)
         text = f"step {self.step}/{self.settings.train.max_steps}  loss {loss:.4f}  "
         text += f"lr {rate:.2e}  {speed:,.0f} tokens/s"
-        if worker := self.callback.worker:  # all of its metrics: `logs` has those that have changed
-            names = ("sync_count", "last_sync_time", "last_send_mb", "last_recv_mb")
-            values = [worker.metrics()[f"diloco/{name}"] for name in names]
-            text += "  syncs {:.0f}, last {:.2f} s, {:.2f} MB up, {:.2f} MB down".format(*values)
         self.output.line(text)
         if not math.isfinite(loss):
             self.output.warn(
@@ -1232,6 +1260,7 @@ def run_worker(settings, resume, access):
     reason = "finished"
     try:
         run = Run(settings, output, checkpoints, access)
+        output.live(run.live_text)
         run.begin()
         signals.run = run
         run.loop()
@@ -1242,6 +1271,7 @@ def run_worker(settings, resume, access):
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        protocol.live.close()
         if run:
             run.callback.close(reason)
         if ranks > 1:
