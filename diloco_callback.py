@@ -1085,7 +1085,7 @@ class Replica:
         self.step = 0
         self.settings = {}  # settings of the outer optimizer, by name
         self.mismatches = self.last_send = self.last_recv = 0
-        self.sent = self.received = 0  # bytes of pushes and pulls
+        self.sent = self.received = 0  # bytes of pushes, and of the pulls that wait for these
         self.awaited = {}  # slice, or "join" -> whom its reply waits for, in the server's words
         self.held_up = {}  # those who were waited for since the last round, as keys
         self.began = {}  # slice -> seconds when its push was made
@@ -1236,7 +1236,7 @@ class Replica:
             if not news.more:
                 self.last_recv = conn.bytes_in - before
                 with self.changed:
-                    self.received += self.last_recv
+                    self.received += self.last_recv if seq else 0
                 return True
         raise ProtocolError(f"pull: more than {MOST_ENTRIES} entries of slice {k}")
 
@@ -3884,12 +3884,29 @@ class LightningHooks(DiLoCoCallback):
         return super().state_dict() | residual
 
 
+def without_metrics(on_log):
+    """The hook of a printer of the Trainer, which prints all that is in the logs, without our metrics: a
+    line tells of each round."""
+
+    def printing(self, args, state, control, logs=None, **kwargs):
+        ours = {name: logs.pop(name) for name in [*(logs or ())] if name.startswith("diloco/")}
+        try:
+            return on_log(self, args, state, control, logs=logs, **kwargs)
+        finally:
+            if ours:
+                logs.update(ours)
+
+    return printing
+
+
 def _made_for(name):
     """The class of a trainer's own kind that has our hooks; it imports the trainer's package."""
     if name == "TransformersCallback":
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, ProgressCallback, TrainerCallback
         from transformers.trainer_callback import ExportableState
 
+        for printer in (PrinterCallback, ProgressCallback):
+            printer.on_log = without_metrics(printer.on_log)
         return type(name, (DiLoCoCallback, TrainerCallback, ExportableState), {})
     packages = ("lightning.pytorch", "pytorch_lightning")
     known = [sys.modules[package] for package in packages if package in sys.modules]

@@ -357,7 +357,8 @@ class Live:
         it; nothing moves meanwhile."""
         has_lock = self.lock.acquire(timeout=1.0)  # its thread may hang
         try:
-            yield (CLEAR, self.drawn) if self.drawn and is_terminal(stream) else ("", "")
+            may_draw = self.drawn or "tqdm" in sys.modules  # whose bar draws itself anew
+            yield (CLEAR, self.drawn) if may_draw and is_terminal(stream) else ("", "")
         finally:
             if has_lock:
                 self.lock.release()
@@ -402,9 +403,15 @@ class Progress:
     def seconds(self):
         return time.monotonic() - self.began
 
+    def moved(self):
+        """The bytes by now; 0 where nobody can say."""
+        with contextlib.suppress(Exception):
+            return self.done()
+        return 0
+
     def amount(self):
         """How much has been done, and how fast."""
-        done = self.done()
+        done = self.moved()
         of = f" of {short(self.total / 1e6)}" if done < self.total else ""
         return f"{short(done / 1e6)}{of} MB, {short(done / self.seconds / 1e6)} MB/s"
 
@@ -413,7 +420,7 @@ class Progress:
         the log at times."""
         if self.seconds < SHOW_SECONDS:
             return ""
-        self.is_long, text, done = True, f"{self.what}: {self.amount()}", self.done()
+        self.is_long, text, done = True, f"{self.what}: {self.amount()}", self.moved()
         if 0 < done < self.total:
             text += f", {span((self.total - done) / done * self.seconds)} left"
         if self.log and not has_line and self.seconds >= self.next:
