@@ -280,7 +280,10 @@ def is_writable(stream, seconds):
 
 
 class Faults(list):
-    """Texts on what went wrong and was survived, newest last; at most 20 are kept."""
+    """Texts on what went wrong and was survived, newest last; at most 20 are kept. total: how many
+    there have been."""
+
+    total = 0
 
     @contextlib.contextmanager
     def survive(self, log, what):
@@ -293,6 +296,7 @@ class Faults(list):
 
     def note(self, text):
         """Note a fault. Returns whether it is another one than the last."""
+        self.total += 1
         is_new = not (self and self[-1].endswith(text))
         if not is_new:
             self.pop()

@@ -28,7 +28,7 @@ from collections import Counter
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from diloco_callback import Outbox, Schedule
 from protocol import FRESH, NONE, Refused
-from server import LEAST_HISTORY, Member, Push, Reading, Rules, Run, newest
+from server import LEAST_NORMS, Member, Push, Reading, Rules, Run, newest
 
 STEPS = 40
 TIMEOUT = 40.0  # seconds, as Rules.worker_timeout; a tick of the world is a second
@@ -135,7 +135,7 @@ class Server:
             self.receive(call)
         for k in run.over(now):
             norms = run.slices[k].norms
-            is_known = len(norms) >= LEAST_HISTORY and max(each for each, _ in norms) < 10
+            is_known = len(norms) >= LEAST_NORMS and max(each for each, _ in norms) < 10
             self.check_closing(k)
             round = run.take(k, now)
             self.check_share(round)
