@@ -60,6 +60,7 @@ FAULTS = {
     "quorum": 0.3,
     "least": 0.25,
     "stop": 0.3,
+    "drop": 0.001,
     "late": 0.4,
     "unequal": 0.5,
     "change": 0.3,
@@ -405,7 +406,7 @@ class Server:
         self.check_step(member, call.what["step"])
         return (
             "heartbeat",
-            process.id in self.run.stopping,
+            self.run.is_to_finish(member),
             self.run.paces.of(member, self.world.now),
         )
 
@@ -1161,6 +1162,13 @@ class World:
         if self.now == self.stop_at and self.server.run.members:
             self.note("stop")
             self.server.run.stop()
+            self.server.save_names()
+        if self.server.run.members and self.hits("drop"):
+            id = self.rng.choice(sorted(self.server.run.members))
+            self.note("drop", id)
+            self.server.run.remove(id, ends=False, drops=True)
+            for k in range(len(self.slices)):
+                assert id not in self.server.run.missing(k), f"{id} is dropped, and awaited"
             self.server.save_names()
         self.server.tick()
         if self.server.run.is_open:
