@@ -91,7 +91,8 @@ def test_a_decision_outside_of_run_is_seen(line):
 
 
 @pytest.mark.parametrize(
-    "name", ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew", "Paces"]
+    "name",
+    ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew", "Paces", "Point", "History"],
 )
 def test_the_rules_know_no_socket_thread_file_clock_or_tensor(name):
     [cls] = [n for n in nodes(ROOT / "server.py", ast.ClassDef) if n.name == name]
