@@ -146,7 +146,7 @@ class Refused(Exception):
     """A request was rejected for good: sending it again cannot succeed.
 
     `code` is one word for programs: address, token, tls, version, id, setting, model, size,
-    stopping, rejoin, protocol.
+    stopping, drop, rejoin, protocol.
     """
 
     def __init__(self, code, message):
@@ -445,7 +445,10 @@ def span(seconds):
 
 
 class Faults(list):
-    """Texts on what went wrong and was survived, newest last; at most 20 are kept."""
+    """Texts on what went wrong and was survived, newest last; at most 20 are kept. total: how many
+    there have been."""
+
+    total = 0
 
     @contextlib.contextmanager
     def survive(self, log, what):
@@ -458,6 +461,7 @@ class Faults(list):
 
     def note(self, text):
         """Note a fault. Returns whether it is another one than the last."""
+        self.total += 1
         is_new = not (self and self[-1].endswith(text))
         if not is_new:
             self.pop()

@@ -1007,8 +1007,8 @@ class Run:
         self.trained = self.model  # module of the forward pass in training
         if self.ranks.count > 1:
             self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
-        hooked = {"model": self.model, "optimizer": self.optimizer}
-        self.callback.on_train_begin(self.args, self.state, self.control, **hooked)
+        given = self.args, self.state, self.control, self.model, self.optimizer
+        self.callback.on_train_begin(*given)
         worker = self.callback.worker
         if worker:
             self.step = worker.step
@@ -1116,13 +1116,12 @@ class Run:
                     self.save()
 
     def finish(self):
-        """Leave the run with its final global model; then evaluate and save that model."""
-        rank = self.rank  # before this worker leaves
+        """Evaluate the run's final global model, leave the run, and save the model."""
+        if self.rank == 0 and self.ranks.leads and not self.interrupted:
+            self.report_evaluation("final validation loss")  # of which the server hears
         self.callback.on_train_end(self.args, self.state, self.control)
         if self.interrupted:
             return
-        if rank == 0 and self.ranks.leads:
-            self.report_evaluation("final validation loss")
         self.save()
         self.output.save_final(self.model, self.files)
 
@@ -1161,6 +1160,8 @@ class Run:
         worker = self.callback.worker
         with worker.global_model() if worker else contextlib.nullcontext():
             loss, tokens = self.evaluate()
+            if worker:
+                worker.evaluated(loss)
         self.evaluated = self.step
         self.output.line(f"{name} {loss:.4f} ({tokens} tokens)")
 
