@@ -1223,6 +1223,13 @@ class Replica:
         self.link.reached()
         self.awaited[k] = protocol.printable(fields.get("awaited"))[:200]
 
+    @property
+    def waits_for(self):
+        """Whom all that is under way waits for, in words; "" where that is nobody."""
+        if self.link.outage is not None:
+            return "the server"
+        return " and ".join(dict.fromkeys([*self.awaited.values()]))
+
     # --- The log ---
 
     @torch.no_grad()
@@ -3438,6 +3445,7 @@ class DiLoCoWorker:
     local_step = property(operator.attrgetter("replica.step"))  # optimizer steps of this process
     ahead = 0  # steps of the run that this process has not made itself
     step = property(lambda self: self.local_step + self.ahead)  # this worker's step of the run
+    waits_for = property(operator.attrgetter("replica.waits_for"))
     run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
     tokens, loss, stall_time = 0, None, 0.0
@@ -3688,13 +3696,6 @@ class DiLoCoWorker:
         """Seconds in which training has waited for entries."""
         since = self.stalled_since
         return self.stall_time + (0.0 if since is None else time.monotonic() - since)
-
-    @property
-    def waits_for(self):
-        """Whom the server waits for before it goes on, in words; "" where that is nobody."""
-        if self.link.outage is not None:
-            return "the server"
-        return " and ".join(dict.fromkeys([*self.replica.awaited.values()]))
 
     @property
     def overlap(self):

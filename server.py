@@ -2890,6 +2890,13 @@ class Ids:
         return fields
 
 
+def received(conn, size, dtype):
+    """The next `size` elements of an upload."""
+    values = torch.empty(size, dtype=dtype)
+    conn.read(values)
+    return values
+
+
 def share(facts, server):
     """Let the Facts of a worker that waits or takes part have the objects of the model, and of the
     Facts of others, where they are equal: a large manifest is there once. Needs the lock."""
@@ -3488,8 +3495,8 @@ class Gate:
         conn.taken_in()
         size, what = protocol.payload_bytes(message.specs), f"{shown(id)} uploads the model"
         with protocol.Progress(log, what, size, conn.moved_since()):
-            values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
-        raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
+            values = {k: received(conn, model.sizes[k], torch.float32) for k in slices}
+        raw = {name: received(conn, size, torch.uint8) for name, size in sizes.items()}
         texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
         with self.lock:
             is_asked = self.run.waiting.get(id) is member and self.server.model is model
@@ -3511,12 +3518,6 @@ class Gate:
                 self.server.save_wanted.add("checkpoint")
             self.lock.notify_all()
         return member
-
-    def receive(self, conn, size, dtype):
-        """The next `size` elements of an upload."""
-        values = torch.empty(size, dtype=dtype)
-        conn.read(values)
-        return values
 
     def on_heartbeat(self, conn, message):
         """Note that a member lives and how far it is; tell it of the others, and of orders."""

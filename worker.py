@@ -737,8 +737,7 @@ class Output:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-        self.folder, self.quiet = folder, quiet
-        self.log = None if quiet else say
+        self.folder, self.quiet, self.log = folder, quiet, None if quiet else say
 
     def line(self, text):
         if not self.quiet:
