@@ -3550,7 +3550,7 @@ class Gate:
         spent = map(seconds, ("trained", "waited", "transferred"))
         self.run.paces.note(member, Reading(message.field("made", int, 0), *spent), is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
-        member.max_steps = message.field("max_steps", int, 0)
+        member.max_steps = message.field("max_steps", int, member.max_steps)
         note_evaluation(self.server, member, message)
 
     def on_leave(self, conn, message):
