@@ -1304,15 +1304,15 @@ class History:
             self.gone.pop(id, None)
             self.joined.append(id)
 
-    def leave(self, id, why, time):
+    def leave(self, id, why, when):
         """A member has left, or was given up."""
         self.totals["departures"] += 1
         self.left.append([id, why])
-        self._note_gone(id, why, time)
+        self._note_gone(id, why, when)
 
-    def _note_gone(self, id, why, time):
+    def _note_gone(self, id, why, when):
         self.gone.pop(id, None)
-        self.gone[id] = time, why
+        self.gone[id] = when, why
         while len(self.gone) > MOST_GONE:
             del self.gone[next(iter(self.gone))]
 
