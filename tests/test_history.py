@@ -165,6 +165,8 @@ def test_a_round_covers_the_time_since_the_last_one_or_the_opening():
     assert line["seconds"] == 3.0
     history.close(line := row(2), 110.5)
     assert line["seconds"] == 7.5
+    history.close(line := row(2, k=1), 110.0)  # its fold took longer
+    assert line["seconds"] == 0.0
     history.opens(1000.0)  # a night later
     history.close(line := row(3), 1001.0)
     assert line["seconds"] == 1.0
