@@ -3445,7 +3445,6 @@ class DiLoCoWorker:
     local_step = property(operator.attrgetter("replica.step"))  # optimizer steps of this process
     ahead = 0  # steps of the run that this process has not made itself
     step = property(lambda self: self.local_step + self.ahead)  # this worker's step of the run
-    waits_for = property(operator.attrgetter("replica.waits_for"))
     run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
     tokens, loss, stall_time = 0, None, 0.0

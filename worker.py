@@ -1084,7 +1084,7 @@ class Run:
         """How many steps it is to the next sync; or for whom training waits, and how long by now."""
         if worker is None or worker.closed.is_set():
             return ""
-        whom, since = worker.waits_for, worker.stalled_since
+        whom, since = worker.replica.waits_for, worker.stalled_since
         text = f"waiting for {whom}" if whom else "syncing"
         if since is not None:
             return f"{text}, {protocol.span(time.monotonic() - since)}"

@@ -434,5 +434,5 @@ def test_a_text_of_the_server_is_printed_as_text(capfd):
     )
     made.leader.admission.say_awaited({"awaited": "\033[2Jbob" + "x" * 5000})
     made.replica.wait_for(0, {"awaited": ["\r"]})
-    assert made.waits_for.isprintable() and made.waits_for.startswith("?[2Jbobx")
+    assert made.replica.waits_for.isprintable() and made.replica.waits_for.startswith("?[2Jbobx")
     assert "\033" not in capfd.readouterr().err

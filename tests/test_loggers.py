@@ -126,5 +126,5 @@ def test_lightning_into_csv_and_tensorboard():
     (path,) = glob.glob("logs/**/metrics.csv", recursive=True)
     with open(path, newline="", encoding="utf-8") as file:
         counts = [row["diloco/sync_count"] for row in csv.DictReader(file)]
-    assert [float(count) for count in counts if count][-1] == 3
-    assert scalars("logs")["diloco/sync_count"][-1] == 3
+    assert [float(count) for count in counts if count][-1] == 4  # with the closing round
+    assert scalars("logs")["diloco/sync_count"][-1] == 4
