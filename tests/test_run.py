@@ -70,6 +70,10 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     lines = [json.loads(t) for t in (tmp_path / "model" / "rounds.jsonl").read_text().splitlines()]
     assert sum(line["tokens"] for line in lines if line["fragment"] == 0) == 2 * 130 * 4 * 64
     assert all(line["members"] == ["worker-0", "worker-1"] for line in lines[:6])
+    # worker-0 has evaluated the global model on the way, and said so.
+    said = re.findall(r"worker-0: validation loss ([\d.]+)", run.output)
+    heard = {f"{line['evaluation']:.4f}" for line in lines if line["evaluation"] is not None}
+    assert said and {*said} & heard, (said, heard)
 
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
