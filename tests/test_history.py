@@ -336,6 +336,14 @@ def test_lines_that_cannot_be_read_are_passed_over(tmp_path, capsys):
     assert "8 lines of" in capsys.readouterr().out
 
 
+def test_files_that_cannot_be_read_keep_no_server_from_starting(tmp_path, capsys):
+    (tmp_path / "rounds-old.jsonl").mkdir()
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1, "fragment": 0}\n')
+    assert len([*Journal(tmp_path).rows()]) == 1
+    assert "Is a directory" in capsys.readouterr().out
+    assert [*Journal(tmp_path / "none").rows()] == []
+
+
 def test_a_line_without_an_end_does_not_spoil_the_next_one(tmp_path):
     path = tmp_path / "rounds.jsonl"
     path.write_text('{"round": 1, "fragment": 0}\n{"round": 2, "fra')
