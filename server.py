@@ -3085,7 +3085,7 @@ class Shared:
         self.ready, self.is_making = threading.Condition(), False  # guards the next line
         self.begun, self.made = -STATUS_SECONDS, {}  # seconds; {what: (seconds, bytes)}
 
-    def get(self, *what):
+    def __call__(self, *what):
         """The reply. Under a mere lock, who asks again would go before those who wait."""
         asked, none = now(), (-math.inf, b"")
         with self.ready:
@@ -4501,13 +4501,13 @@ class Server:
     def on_status(self, conn, message):
         """Answer with everything that status.py shows."""
         message.expect([])
-        conn.send_raw(self.handouts.status.get())
+        conn.send_raw(self.handouts.status())
 
     def on_history(self, conn, message):
         """Answer with what the run has been like: see History.later."""
         message.expect([])
         after, span = message.field("after", int, 0), message.field("span", int, 0)
-        conn.send_raw(self.handouts.history.get(after, span))
+        conn.send_raw(self.handouts.history(after, span))
 
     def note_faults(self):
         """Have the history count the faults since the last time. Needs the lock."""
