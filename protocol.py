@@ -303,8 +303,8 @@ class Live:
 
     def __init__(self):
         self.status, self.under_way, self.drawn = None, {}, ""
-        self.lock = threading.RLock()  # a signal's handler may log while its thread draws
-        self.thread = None
+        self.lock = threading.RLock()  # held while something is written, which may hang
+        self.thread, self.guard = None, threading.RLock()  # guard: of the thread's begin and end
 
     def open(self, status=str):
         """From now on draw the text that `status()` gives, where stdout is a terminal, behind what is
@@ -320,7 +320,7 @@ class Live:
 
     def start(self):
         """Have a thread look at what is under way until nothing is."""
-        with self.lock:
+        with self.guard:
             if self.thread is None:
                 thread = threading.Thread(target=self.look, name="live line", daemon=True)
                 thread.start()
@@ -334,22 +334,27 @@ class Live:
                 texts = [progress.look(self.status is not None) for progress in [*self.under_way]]
                 if self.status is not None:
                     self.draw("  ".join(filter(None, [*texts, self.status()])))
-            with self.lock:
+            with self.guard:
                 if self.status is None and not self.under_way:
                     self.thread = None
                     return
 
     def draw(self, text):
         """Draw a text, cut to the terminal's width, if it is another than the one that stands there."""
-        with self.lock:
+        if not self.lock.acquire(timeout=1.0):
+            return
+        try:
             stream, shown = sys.stdout, "" if self.status is None else text
-            with contextlib.suppress(OSError, ValueError):  # the terminal has gone
-                columns = os.get_terminal_size(stream.fileno()).columns if shown else 0
-                shown = shown.encode("ascii", "backslashreplace").decode()[: (columns or 80) - 1]
-                if shown != self.drawn and is_writable(stream, 0.0):
-                    stream.write(CLEAR + shown)
-                    stream.flush()
-                    self.drawn = shown
+            columns = os.get_terminal_size(stream.fileno()).columns if shown else 0
+            shown = shown.encode("ascii", "backslashreplace").decode()[: (columns or 80) - 1]
+            if shown != self.drawn and is_writable(stream, 0.0):
+                stream.write(CLEAR + shown)
+                stream.flush()
+                self.drawn = shown
+        except (OSError, ValueError):  # the terminal has gone
+            self.drawn = ""
+        finally:
+            self.lock.release()
 
     @contextlib.contextmanager
     def aside(self, stream):

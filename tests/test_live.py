@@ -267,6 +267,26 @@ def test_a_progress_breaks_nothing(soon, capfd, monkeypatch):
         pass
 
 
+def test_a_log_that_hangs_stops_no_block_and_no_other_log(capfd):
+    """As where a terminal was stopped in the middle of a line."""
+    holds, ends = threading.Event(), threading.Event()
+
+    def hang():
+        with protocol.live.aside(sys.stdout):
+            holds.set()
+            ends.wait(DEADLINE)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    holds.wait(DEADLINE)
+    with Progress(None, "quick", 10, lambda: 4):
+        Log("stderr")("a line")
+        protocol.live.close()
+    assert thread.is_alive() and capfd.readouterr().err == "a line\n"
+    ends.set()
+    thread.join(DEADLINE)
+
+
 def test_numbers_and_times_are_short():
     assert [short(n) for n in (0, 0.0123, 1.5, 99.96, 1234.5)] == [
         "0",
