@@ -76,7 +76,7 @@ else:
 
 CODECS, FRESH, NONE, Version = protocol.CODECS, protocol.FRESH, protocol.NONE, protocol.Version
 Checksum, Payload, reason_of = protocol.Checksum, protocol.Payload, protocol.reason_of
-ProtocolError, Refused = protocol.ProtocolError, protocol.Refused
+ProtocolError, Refused, Progress = protocol.ProtocolError, protocol.Refused, protocol.Progress
 
 SYNC_EVERY = 500  # steps of a round, where nobody says otherwise
 RECONNECT_SECONDS = 600.0  # time that training waits for a server that is gone, before it goes on
@@ -1028,7 +1028,7 @@ class Link:
                     log.trace(f"WARNING: a heartbeat of {self.worker_id} failed: it is tried again")
                     self.control.close()
 
-    def close(self, reason, was_member):
+    def close(self, reason, was_member, evaluation=None):
         """Leave the run, and end all threads; a task that does not end is left to itself."""
         self.closed.set()
         control = self.control
@@ -1036,8 +1036,9 @@ class Link:
             try:
                 if self.control and was_member:
                     self.control.deadline = time.monotonic() + LEAVE_SECONDS
+                    last_words = {"reason": reason[:200], "evaluation": evaluation}
                     with contextlib.suppress(OSError, ProtocolError, Refused):
-                        self.control.request("leave", {"reason": reason[:200]})
+                        self.control.request("leave", last_words)
             finally:
                 self.control_lock.release()
         for conn in filter(None, {control, self.control}):
@@ -1087,6 +1088,10 @@ class Replica:
         self.step = 0
         self.settings = {}  # settings of the outer optimizer, by name
         self.mismatches = self.last_send = self.last_recv = 0
+        self.sent = self.received = 0  # bytes of pushes, and of the pulls that wait for these
+        self.awaited = {}  # slice, or "join" -> whom its reply waits for, in the server's words
+        self.held_up = {}  # those who were waited for since the last round, as keys
+        self.transferred = 0.0  # seconds; see `moving`
         self.began = {}  # slice -> seconds when its push was made
         self.last_sync_time = self.total_sync_time = 0.0
 
@@ -1111,6 +1116,18 @@ class Replica:
         lr, top, nesterov = (self.settings[n] for n in ("outer_lr", "outer_momentum", "nesterov"))
         momentum = protocol.momentum_at(made, top, self.settings["momentum_warmup"]) ** part
         return lr, 0.0 if self.settings["outer"] == "delayed" else momentum, nesterov, part
+
+    @contextlib.contextmanager
+    def moving(self):
+        """A block in which a push is sent and answered, or numbers of the log are read: its seconds are
+        those that `transferred` counts. They are those of encoding, decoding and the line, and not
+        those in which a round is open. What moves at the same time on two connections counts twice."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.transferred += time.monotonic() - began
 
     # --- Pushes ---
 
@@ -1185,9 +1202,35 @@ class Replica:
             "closing": made.closing,
             **made.facts,
         }
-        message = (slice.payload.specs, slice.pieces()) if not slice.is_empty else ()
-        conn.request("push", fields, *message).typed("push").expect([])
+        specs = () if slice.is_empty else slice.payload.specs
+        pieces = self.progress_of(made, "up", specs, conn).over(slice.pieces()) if specs else ()
+        with self.moving():
+            conn.request("push", fields, specs, pieces).typed("push").expect([])
         self.last_send = conn.bytes_out - before
+        self.sent += self.last_send
+
+    def progress_of(self, push, way, specs, conn):
+        """The Progress of a transfer: of a push or the entry that lists it, or without a push of the model.
+        The log hears of a push only where training waits for it, and nothing at its end, as there is a
+        line on each round."""
+        size, done = protocol.payload_bytes(specs), conn.moved_since()
+        if push is None:
+            return Progress(log, "downloading the model", size, done)
+        part = f" of slice {push.k}" if len(self.slices) > 1 else ""
+        told = log if push.adopt_at == push.last else None
+        return Progress(told, f"sync{part}, {way}", size, done, closes=False)
+
+    def wait_for(self, k, fields):
+        """Note whom the reply on slice k waits for, by the fields of a `wait` message."""
+        self.link.reached()
+        self.awaited[k] = protocol.printable(fields.get("awaited"))[:200]
+
+    @property
+    def waits_for(self):
+        """Whom all that is under way waits for, in words; "" where that is nobody."""
+        if self.link.outage is not None:
+            return "the server"
+        return " and ".join(dict.fromkeys([*self.awaited.values()]))
 
     # --- The log ---
 
@@ -1198,21 +1241,26 @@ class Replica:
         then differ from the server's: the next try gets the slice in full."""
         before, held = conn.bytes_in, self.outbox.places[k].version
         conn.send("pull", {"slice": k, "version": held, "seq": seq})
-        on_wait = (lambda _: self.link.reached()) if seq else None  # the head is there at once
+        on_wait = (lambda fields: self.wait_for(k, fields)) if seq else None  # the head is there
         for _ in range(MOST_ENTRIES):
             reply = conn.reply(on_wait)
+            if whom := self.awaited.pop(k, ""):
+                self.held_up[whom] = None
             if reply.type in ("again", "current"):
                 reply.expect([])
                 return reply.type == "current"
-            news = news_of(reply, k)
+            news, push = news_of(reply, k), self.outbox.places[k].pending
             try:
-                whole = self._read(conn, k, news, reply)
+                with self.moving(), self.progress_of(push, "down", reply.specs, conn):
+                    whole = self._read(conn, k, news, reply)
                 self._take(k, news, whole, len(reply.specs) > 1)
             except ProtocolError:
                 self.outbox.places[k].version = NONE  # the next try gets the slice in full
                 raise
             if not news.more:
                 self.last_recv = conn.bytes_in - before
+                with self.changed:
+                    self.received += self.last_recv if seq else 0
                 return True
         raise ProtocolError(f"pull: more than {MOST_ENTRIES} entries of slice {k}")
 
@@ -1281,6 +1329,15 @@ class Replica:
             else:
                 is_finite = slice.adopt()
         return is_finite
+
+    def is_global(self):
+        """Whether the local values are the global ones: nothing is on top of them in any slice, and
+        nothing is under way."""
+        with self.changed:
+            places = self.outbox.places
+            return not self.listed and all(
+                place.pending is None and place.mark[0] == self.step for place in places
+            )
 
     def progress(self):
         """Return the progress of each slice for a checkpoint, as JSON has it."""
@@ -2459,6 +2516,7 @@ class Admission:
                 conn = self.link.joining = self.link.open_control()
                 reply = self.converse(conn, self.introduction())
             conn.deadline = None
+        self.replica.awaited.clear()
         joined = joined_of(reply, self.worker.schedule.count)
         orders = self.orders_of(reply)
         if not (self.worker.joins and self.replica.slices):
@@ -2546,7 +2604,11 @@ class Admission:
         if holder != self.ended and self.has_gone(holder):  # the server hears it once
             self.ended = holder
             raise HolderEnded("the process that had this id has ended")
-        said, text = time.monotonic() - self.said_at, str(fields.get("awaited"))[:200]
+        said, text = (
+            time.monotonic() - self.said_at,
+            protocol.printable(fields.get("awaited"))[:200],
+        )
+        self.replica.awaited["join"] = text
         if said >= SAY_SECONDS or (said >= 1.0 and text != self.said):
             self.said_at, self.said = time.monotonic(), text
             log(f"{self.worker.worker_id} waits for {text}")
@@ -2584,7 +2646,10 @@ class Admission:
         found |= {f"file:{name}": text for name, text in raw.items()}
         fields = {"slices": slices, "files": {name: len(text) for name, text in raw.items()}}
         specs = protocol.specs_of(found.items())
-        return conn.request("bring", fields, specs, [*found.values()], on_wait=self.say_awaited)
+        size = protocol.payload_bytes(specs)
+        progress = Progress(log, "uploading the model", size, conn.moved_since())
+        values = progress.over(found.values())
+        return conn.request("bring", fields, specs, values, on_wait=self.say_awaited)
 
     def flats(self, names, buffers):
         """Return [(FlatModel, whether it is of buffers, whether it predicts)] of these names, by slice."""
@@ -2702,19 +2767,20 @@ class Admission:
         with self.link.borrowed() as conn:
             reply = conn.request("fetch", {"frozen": names}).typed("fetch")
             reply.expect(protocol.specs_of((name, frozen[name]) for name in names))
-            for spec, parameter in zip(reply.specs, whole, strict=True):
-                values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-                conn.read(values)
-                if values.isnan().any():
-                    raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
-                with torch.no_grad():
-                    parameter.copy_(values)
-                self.fingerprints[spec.name] = protocol.fingerprint(values)
-                self.worker.fetched.append(spec.name)
-        size = protocol.payload_bytes(reply.specs) / 1e6
+            size = protocol.payload_bytes(reply.specs)
+            with Progress(log, "downloading frozen tensors", size, conn.moved_since()):
+                for spec, parameter in zip(reply.specs, whole, strict=True):
+                    values = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+                    conn.read(values)
+                    if values.isnan().any():
+                        raise ProtocolError(f"fetch: frozen tensor {spec.name!r} is not finite")
+                    with torch.no_grad():
+                        parameter.copy_(values)
+                    self.fingerprints[spec.name] = protocol.fingerprint(values)
+                    self.worker.fetched.append(spec.name)
         log(
             f"{self.worker.worker_id}: {len(names)} frozen tensors, such as {names[0]!r}, were not "
-            f"those of the server's -m: took {size:.3g} MB of them"
+            f"those of the server's -m: took {size / 1e6:.3g} MB of them"
         )
 
 
@@ -2826,6 +2892,7 @@ class Leader:
         self.refusals = 0  # drops in a row
         self.said_at = -SAY_SECONDS  # seconds when the log last named who keeps a round open
         self.heard = {}  # facts of heartbeats that all ranks are to take over in their next turn
+        self.told = 0, 0, 0.0  # bytes sent and received, and seconds waited, by the line on a round
 
     def join(self, seconds):
         """Join, also again. Raises ConnectionError where there is no server for so many seconds."""
@@ -2921,6 +2988,9 @@ class Leader:
             "made": worker.local_step,
             "trained": max(0.0, time.monotonic() - worker.started - waited),
             "waited": waited,
+            "transferred": self.replica.transferred,
+            "max_steps": worker.max_steps,
+            "evaluation": worker.evaluation,
         }
 
     def adopt(self, k):
@@ -2952,6 +3022,22 @@ class Leader:
             self.drop("local work is not finite")
         elif not replica.slices[k].is_empty and not refused:
             self.refusals = 0
+        if k == self.schedule.count - 1:
+            self.tell_round(k)
+
+    def tell_round(self, k):
+        """Log a line on a round, of which slice k was the last one to be adopted: the version that it led
+        to, the seconds from its push to its entry, and what has moved since the line before."""
+        worker, replica = self.worker, self.replica
+        told, self.told = self.told, (replica.sent, replica.received, worker.stall_time)
+        up, down, waited = (now - then for now, then in zip(self.told, told, strict=True))
+        whom, replica.held_up = replica.held_up, {}
+        parts = [f"round {replica.outbox.places[k].version.number}, step {worker.step}"]
+        parts += [] if worker.loss is None else [f"loss {worker.loss:.4f}"]
+        parts.append(f"synced in {replica.last_sync_time:.2f} s")
+        parts += [f"waited {waited:.2f} s for {' and '.join(whom)}"] if whom else []
+        parts.append(f"up {up / 1e6:.2f} MB, down {down / 1e6:.2f} MB")
+        log.seldom("rounds", f"{worker.worker_id}: {' | '.join(parts)}")
 
     def is_decided(self, k):
         """Whether slice k has no push whose fate is open."""
@@ -3142,8 +3228,10 @@ def showing_global(worker):
             for slice in worker.slices:
                 slice.show_anchor()
     try:
+        worker.shows_global = True
         yield
     finally:
+        worker.shows_global = False
         reshard(trained.fsdp_modules)
         with own_modes():
             for tensor, values in zip(tensors, local, strict=True):
@@ -3178,6 +3266,11 @@ def metrics_of(worker):
     found |= {name: getattr(replica, name) for name in theirs}
     found |= {"last_send_mb": replica.last_send / 1e6, "last_recv_mb": replica.last_recv / 1e6}
     return {f"diloco/{name}": number for name, number in found.items()}
+
+
+def told_length(max_steps):
+    """The length of a run as messages have it: 0 where there is none."""
+    return int(max_steps) if 0 < max_steps < 1 << 53 else 0
 
 
 def attach(cls, model, optimizer, server=None, sync_every=None, worker_id=None, **options):
@@ -3216,8 +3309,9 @@ class Standalone:
 
     server, worker_id, loss, tokens = None, "standalone", None, 0
     index, rank, world, num_shares = 0, 0, 1, 1
-    sync_count = dropped_steps = run_step = 0
+    sync_count = dropped_steps = run_step = max_steps = 0
     stop_ordered = kept_local = False
+    evaluation = None
 
     def __init__(self, optimizer, state=None):
         self.step, self.local_step = (state or {}).get("step", 0), 0
@@ -3246,7 +3340,12 @@ class Standalone:
 
     def run_is_over(self, max_steps):
         """Whether to stop: after a SIGTERM that a SigtermNotice watches for."""
+        self.max_steps = told_length(max_steps)
         return self.stop_ordered
+
+    def evaluated(self, loss):
+        """Note an evaluation's loss, of the only model that there is."""
+        self.evaluation = {"step": self.step, "loss": float(loss), "is_global": True}
 
     def global_model(self):
         """A block within which the model is what it is."""
@@ -3351,6 +3450,9 @@ class DiLoCoWorker:
     run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
     tokens, loss, stall_time = 0, None, 0.0
+    max_steps = 0  # length of the run, as `run_is_over` was asked last; 0: unknown
+    evaluation = None  # the newest one, as messages have it
+    shows_global = False  # whether the model's values are the global ones, within `global_model`
     stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
     clearings = 0  # how often the optimizers' state has been cleared
@@ -3477,7 +3579,7 @@ class DiLoCoWorker:
         self.unstarted.detach()
         atexit.unregister(self._close_at_exit)
         unlisten(self.watch)
-        self.link.close(reason, was_member=self.joins > 0)
+        self.link.close(reason, self.joins > 0, self.evaluation)
         # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
         if self.ranks and self.ranks.is_alone:
             with torch.no_grad(), uninterrupted():
@@ -3605,10 +3707,20 @@ class DiLoCoWorker:
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length. All
         ranks of a worker say the same after the same step."""
+        self.max_steps = told_length(max_steps)
         is_over = self.stop_ordered or 0 < max_steps <= self.run_step
         if is_over:
             self.watch.tell_over(max_steps)
         return is_over
+
+    def evaluated(self, loss):
+        """Note the loss of an evaluation that has just been made: the server shows the newest one of each
+        worker, and a curve of those of the global model. That is what was evaluated where no step was
+        made since the last adoption, or within `global_model`. One that is not finite is not told."""
+        loss = float(loss)
+        if abs(loss) < protocol.MAX_ABS:
+            is_global = self.shows_global or self.replica.is_global()
+            self.evaluation = {"step": self.step, "loss": loss, "is_global": is_global}
 
     global_model, metrics = showing_global, metrics_of
 
@@ -3732,6 +3844,12 @@ class DiLoCoCallback:
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Report the evaluation's loss to the server."""
+        loss = (metrics or {}).get("eval_loss")
+        if self.worker is not None and isinstance(loss, int | float):
+            self.worker.evaluated(loss)
+
     def changed_metrics(self, whole):
         """Return the metrics that have changed since the last call, or all."""
         before, self.told = self.told, self.worker.metrics()
@@ -3809,6 +3927,12 @@ class LightningHooks(DiLoCoCallback):
                 self.worker.loss = loss * trainer.accumulate_grad_batches
             module.log_dict(self.changed_metrics(whole=last))
 
+    def on_validation_end(self, trainer, module):
+        """Report the validation's `val_loss` to the server, but not that of the check before training."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if self.worker is not None and loss is not None and not trainer.sanity_checking:
+            self.worker.evaluated(loss)
+
     def on_train_end(self, trainer, module):
         """Close the run."""
         super().on_train_end(None, None, None)
@@ -3827,12 +3951,29 @@ class LightningHooks(DiLoCoCallback):
         return super().state_dict() | residual
 
 
+def without_metrics(on_log):
+    """The hook of a printer of the Trainer, which prints all that is in the logs, without our metrics: a
+    line tells of each round."""
+
+    def printing(self, args, state, control, logs=None, **kwargs):
+        ours = {name: logs.pop(name) for name in [*(logs or ())] if name.startswith("diloco/")}
+        try:
+            return on_log(self, args, state, control, logs=logs, **kwargs)
+        finally:
+            if ours:
+                logs.update(ours)
+
+    return printing
+
+
 def _made_for(name):
     """The class of a trainer's own kind that has our hooks; it imports the trainer's package."""
     if name == "TransformersCallback":
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, ProgressCallback, TrainerCallback
         from transformers.trainer_callback import ExportableState
 
+        for printer in (PrinterCallback, ProgressCallback):
+            printer.on_log = without_metrics(printer.on_log)
         return type(name, (DiLoCoCallback, TrainerCallback, ExportableState), {})
     packages = ("lightning.pytorch", "pytorch_lightning")
     known = [sys.modules[package] for package in packages if package in sys.modules]

@@ -108,6 +108,10 @@ KEPT_FATES = 100  # newest ones of these, which are remembered however many roun
 
 MAX_SHOWN = 80  # characters of a peer's text that are shown
 LINES_PER_SECOND = 10  # lines of a log that strangers can cause
+LOOK_SECONDS = 0.25  # how often the live line is drawn
+SHOW_SECONDS = 2.0  # time from which on people hear how far something has come
+MOST_SECONDS = 60.0  # longest time from then on between two lines of a log on that
+CLEAR = "\r\033[K"  # wipes the line of a terminal in which the cursor is
 
 # The descriptive files that may travel with a model. Nothing else is ever written by name. The names
 # that tensors have in adapter_model.safetensors are in adapter_names.json.
@@ -142,7 +146,7 @@ class Refused(Exception):
     """A request was rejected for good: sending it again cannot succeed.
 
     `code` is one word for programs: address, token, tls, version, id, setting, model, size,
-    stopping, rejoin, protocol.
+    stopping, drop, rejoin, protocol.
     """
 
     def __init__(self, code, message):
@@ -240,8 +244,9 @@ class Log:
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         if not is_writable(stream, 0.0 if self.lost else 1.0):
             raise TimeoutError("whoever reads this has stopped reading")
-        stream.write(text)
-        stream.flush()
+        with live.aside(stream) as (before, after):
+            stream.write(f"{before}{text}{after}")
+            stream.flush()
 
     def trace(self, text):
         """Log a text, and the traceback of the exception that is being handled."""
@@ -279,8 +284,176 @@ def is_writable(stream, seconds):
     return bool(poller.poll(seconds * 1000))
 
 
+def is_terminal(stream):
+    """Whether a stream is a terminal in which a line can be drawn anew."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+class Live:
+    """The line at the foot of a program's terminal that is drawn anew in place, which log lines keep
+    clear of, and the thread that draws it. It is for programs that write by `Log` alone: the terminal
+    of a script belongs to the script, which gets log lines only.
+
+    status: function that gives the text of the line; None: there is no line. under_way: {Progress:
+    None} in the order in which they began. drawn: what stands at the foot now.
+    """
+
+    def __init__(self):
+        self.status, self.under_way, self.drawn = None, {}, ""
+        self.lock = threading.RLock()  # held while something is written, which may hang
+        self.thread, self.guard = None, threading.RLock()  # guard: of the thread's begin and end
+
+    def open(self, status=str):
+        """From now on draw the text that `status()` gives, where stdout is a terminal, behind what is
+        under way. It is called in a thread of its own. By default it is ""."""
+        if is_terminal(sys.stdout):
+            self.status = status
+            self.start()
+
+    def close(self):
+        """Wipe the line, for good."""
+        self.status = None
+        self.draw("")
+
+    def start(self):
+        """Have a thread look at what is under way until nothing is."""
+        with self.guard:
+            if self.thread is None:
+                thread = threading.Thread(target=self.look, name="live line", daemon=True)
+                thread.start()
+                self.thread = thread
+
+    def look(self):
+        """What the thread does."""
+        while True:
+            time.sleep(LOOK_SECONDS)
+            with contextlib.suppress(Exception):  # of those it looks at, which change meanwhile
+                texts = [progress.look(self.status is not None) for progress in [*self.under_way]]
+                if self.status is not None:
+                    self.draw("  ".join(filter(None, [*texts, self.status()])))
+            with self.guard:
+                if self.status is None and not self.under_way:
+                    self.thread = None
+                    return
+
+    def draw(self, text):
+        """Draw a text, cut to the terminal's width, if it is another than the one that stands there."""
+        if not self.lock.acquire(timeout=1.0):
+            return
+        try:
+            stream, shown = sys.stdout, "" if self.status is None else text
+            columns = os.get_terminal_size(stream.fileno()).columns if shown else 0
+            shown = shown.encode("ascii", "backslashreplace").decode()[: (columns or 80) - 1]
+            if shown != self.drawn and is_writable(stream, 0.0):
+                stream.write(CLEAR + shown)
+                stream.flush()
+                self.drawn = shown
+        except (OSError, ValueError):  # the terminal has gone
+            self.drawn = ""
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def aside(self, stream):
+        """Yield what is to be written before and after a line of a log, so that this line stays below
+        it; nothing moves meanwhile."""
+        has_lock = self.lock.acquire(timeout=1.0)  # its thread may hang
+        try:
+            may_draw = self.drawn or "tqdm" in sys.modules  # whose bar draws itself anew
+            yield (CLEAR, self.drawn) if may_draw and is_terminal(stream) else ("", "")
+        finally:
+            if has_lock:
+                self.lock.release()
+
+
+live = Live()
+os.register_at_fork(after_in_child=live.__init__)  # the thread is not in the child
+
+
+class Progress:
+    """Tells how far a block has come, if it takes over two seconds: in the live line where there is
+    one, else in lines of the log, more and more seldom. A thread looks: the block counts nothing.
+
+    log: Log, or None for the live line only. total: bytes in all, 0 where nobody knows. done: function
+    that gives the bytes by now. closes: whether the log gets a line at the end, too.
+    """
+
+    def __init__(self, log, what, total, done, closes=True):
+        self.log, self.what, self.total, self.done = log, what, total, done
+        self.closes, self.is_long = closes, False
+        self.began, self.next = 0.0, SHOW_SECONDS  # seconds: of the begin; of the log's next line
+
+    def __enter__(self):
+        self.began = time.monotonic()
+        live.under_way[self] = None
+        with contextlib.suppress(RuntimeError):  # the system has no thread left
+            live.start()
+        return self
+
+    def __exit__(self, kind, *_):
+        live.under_way.pop(self, None)
+        if self.is_long and self.log and (kind or self.closes):
+            words = "broke off after" if kind else "took"
+            self.log(f"{self.what} {words} {span(self.seconds)}: {self.amount()}")
+
+    def over(self, tensors):
+        """Yield the tensors of a message: the block ends when the last one has been sent."""
+        with self:
+            yield from tensors
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def moved(self):
+        """The bytes by now; 0 where nobody can say."""
+        with contextlib.suppress(Exception):
+            return self.done()
+        return 0
+
+    def amount(self):
+        """How much has been done, and how fast."""
+        done = self.moved()
+        of = f" of {short(self.total / 1e6)}" if done < self.total else ""
+        return f"{short(done / 1e6)}{of} MB, {short(done / self.seconds / 1e6)} MB/s"
+
+    def look(self, has_line):
+        """The text for the live line; "" while it has not taken long. Without such a line it goes into
+        the log at times."""
+        if self.seconds < SHOW_SECONDS:
+            return ""
+        self.is_long, text, done = True, f"{self.what}: {self.amount()}", self.moved()
+        if 0 < done < self.total:
+            text += f", {span((self.total - done) / done * self.seconds)} left"
+        if self.log and not has_line and self.seconds >= self.next:
+            self.next = self.seconds + min(5 * self.next, MOST_SECONDS)  # at 2 s, 12 s, 72 s
+            self.log(text)
+        return text
+
+
+def short(number):
+    """A number in three digits, or as a whole one."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def span(seconds):
+    """A time in a word or two, from 0.5 s to 12 days."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for size, most, word in ((1, 100, "s"), (60, 100, "min"), (3600, 48, "hours")):
+        if seconds < size * most:
+            return f"{seconds / size:.0f} {word}"
+    return f"{seconds / 86400:.0f} days"
+
+
 class Faults(list):
-    """Texts on what went wrong and was survived, newest last; at most 20 are kept."""
+    """Texts on what went wrong and was survived, newest last; at most 20 are kept. total: how many
+    there have been."""
+
+    total = 0
 
     @contextlib.contextmanager
     def survive(self, log, what):
@@ -293,6 +466,7 @@ class Faults(list):
 
     def note(self, text):
         """Note a fault. Returns whether it is another one than the last."""
+        self.total += 1
         is_new = not (self and self[-1].endswith(text))
         if not is_new:
             self.pop()
@@ -724,18 +898,26 @@ def write_beside(path, write):
     sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
-def save_folder(path, fill):
+def bytes_in(folder):
+    """The bytes of the files that are in a folder by now."""
+    with contextlib.suppress(OSError):
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    return 0
+
+
+def save_folder(path, fill, log=None):
     """Write a checkpoint folder as a whole or not at all: `fill(folder)` writes files into a folder
     beside it, which are synced and checked, then the folder is renamed. On an error the folder
-    beside is removed, and `path` is as it was."""
+    beside is removed, and `path` is as it was. log: Log that tells of it if it takes long."""
     parent, name = os.path.split(os.path.abspath(path))
     beside, old = os.path.join(parent, BESIDE), os.path.join(parent, f".{name}.old")
     os.makedirs(parent, exist_ok=True)
     remove(beside)
     os.mkdir(beside)
     try:
-        fill(beside)
-        sums = {name: sum_of_file(os.path.join(beside, name)) for name in os.listdir(beside)}
+        with Progress(log, f"saving {name}", 0, lambda: bytes_in(beside)):
+            fill(beside)
+            sums = {name: sum_of_file(os.path.join(beside, name)) for name in os.listdir(beside)}
         raw = json.dumps(sums, indent=1).encode()
         write_beside(os.path.join(beside, SUMS), lambda file: file.write(raw))
         if os.path.lexists(path):  # until the new one is there, `checkpoints` finds it as the old
@@ -1487,6 +1669,11 @@ class Connection:
                 sent -= views.pop(0).nbytes
             if views:
                 views[0] = views[0][sent:]
+
+    def moved_since(self):
+        """A function that gives the bytes which have moved since now, either way, for a Progress."""
+        before = self.bytes_in + self.bytes_out
+        return lambda: self.bytes_in + self.bytes_out - before
 
     def _note(self, count, seconds, did):
         if not self.pace.note(count, seconds):

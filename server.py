@@ -74,7 +74,13 @@ KNOWN_WORKERS = 1000  # ids whose index is remembered after they have gone
 STALLED_SECONDS = 60.0  # wait for a push that is said where no round has been closed yet
 LEAST_STALL_SECONDS = 10.0  # a shorter wait is never said
 SAY_SECONDS = 60.0  # how often a wait that lasts is said
-STATUS_SECONDS = 0.05  # time between two statuses that are made
+STATUS_SECONDS = 0.05  # time between two statuses, or two histories, that are made
+POINTS = 512  # of a history, at most: a power of two
+RECENT = 120  # rounds that a history has one by one
+MOST_NAMES = 100  # workers whose numbers a round of a history has
+MOST_GONE = 50  # workers of which a status says when and why they went
+RATE_ROUNDS = 20  # last rounds from which the run's speed is known
+ROTATE_BYTES = 50_000_000  # size of rounds.jsonl from which on a new one is begun
 MAX_PUSHES = 8  # that processes of one worker, one after the other, may have in an open round
 SEQ_AHEAD = 1000  # that a sequence number may lie above the last one that was counted
 PACES = 10  # steps of a cycle that count at most, over those of the workers that opened the run
@@ -82,14 +88,15 @@ LEAD = 3  # cycles that a worker may have made since the last round that it was 
 MOST_STEPS = 10**9  # of one push
 MOST_ROUNDS = 1 << 40  # highest version number that a worker may bring
 LAST_LIFE = "7" + "f" * 19  # last life of a version that a worker may bring
-HISTORY = 10  # closed rounds whose norms a push is compared with
-LEAST_HISTORY = 3  # closed rounds below which there is nothing to compare with
+NORMS = 10  # closed rounds whose norms a push is compared with
+LEAST_NORMS = 3  # closed rounds below which there is nothing to compare with
 MOST_PARTS = 1000  # rounds whose parts of an outer step are known, to tell how late a push is
 MANY_ROUNDS = 5  # after which it can be told who holds up the others
 MUCH_WAITING = 0.1  # share of its time from which on it is said that a worker waits
 MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
 NAMES = "members.json"  # file in the output folder with the names of who takes part
+ROUNDS = "rounds-old.jsonl", "rounds.jsonl"  # files there with a line for every closed round
 KEPT = "frozen.safetensors"  # file in a checkpoint with frozen tensors that were trained before
 DEFAULTS = {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True}
 now = time.monotonic
@@ -167,6 +174,7 @@ class Push:
     stale: float = 0.0  # outer steps made in these
     weight: float = 1.0  # of its numbers in the mean of its round
     loss: float | None = None
+    spent: object = None  # Reading of its worker since the last push, where that is known
     payload: object = None  # its numbers, which the rules do not look at
     nbytes: int = 0  # size of the payload
 
@@ -242,7 +250,7 @@ def outsized(pushes, norms, ratio):
     """{push: why it is refused} of the pushes of a round that are too large for it: whose norm is
     larger than usual, and over `ratio` times as large for its steps. norms: [(norm per step, norm)],
     the medians of the last closed rounds."""
-    if not ratio or len(norms) < LEAST_HISTORY:
+    if not ratio or len(norms) < LEAST_NORMS:
         return {}
     usual, whole = (statistics.median(each) for each in zip(*norms, strict=True))
     per_step = {push: push.norm / max(1, push.counted) for push in pushes if push.norm}
@@ -377,7 +385,7 @@ class Slice:
         judged = outsized(pushes, self.norms, rules.max_push_ratio)
         for push, why in judged.items():
             push.refused = why
-        self.norms = [*self.norms, *filter(None, [medians(pushes)])][-HISTORY:]
+        self.norms = [*self.norms, *filter(None, [medians(pushes)])][-NORMS:]
         counting = self.counting(rules)
         is_quorum = 0 < rules.quorum <= len(counting)
         self.folding = Round(
@@ -431,10 +439,16 @@ class Member:
     position: int = 0  # steps since its cycle began
     speed: float = 0.0  # steps per second
     loss: float | None = None
+    joined: float = 0.0  # seconds, when it became a member
+    max_steps: int = 0  # length of the run, as it says; 0: unknown
+    evaluation: tuple | None = None  # (step, loss, whether of the global model) of its newest one
+    pushed: object = None  # its Reading at its last push, where that is known
 
-    def holds_id(self, rules, now):
-        """Whether no other process gets the worker's id, whatever has become of its connection."""
-        return not self.has_ended and now - self.heard <= rules.worker_timeout
+    def keeps_id(self, session, rules, now):
+        """Whether a process does not get the worker's id, as this one has it, whatever has become of its
+        connection."""
+        is_other = session != self.session and not self.has_ended
+        return is_other and now - self.heard <= rules.worker_timeout
 
     @property
     def was_in(self):
@@ -477,6 +491,14 @@ def of_process(workers, id, session):
     return member if member is not None and member.session == session else None
 
 
+def unfit(push, life, rules):
+    """Why a push cannot count in a run that has come to this life, or ""."""
+    if push.base.life > life:
+        return "it starts from a version that this run has not made"
+    is_old = push.steps and push.late > rules.max_staleness
+    return f"a push {push.late} rounds old is over --max-staleness" if is_old else ""
+
+
 def is_begun(slices):
     """Whether a slice holds a version that a run has made."""
     return any(slice.version.life for slice in slices)
@@ -508,7 +530,8 @@ class Run:
     that have asked to; expected: {id: seconds when heard of} of members from before a crash, or a
     change of tensors, that the run waits for; indices: {id: index} that ids have had, in the order of
     last use; sessions: {id: session} of the process that had the id last; away: ids that were given up
-    and may come back; stopping: ids that are to finish and have not yet; anew: Anew; paces: Paces.
+    and may come back; stopping: ids that are to finish and have not yet; dropped: {id: session of the
+    process that is to finish, alone}; anew: Anew; paces: Paces.
     """
 
     def __init__(self, rules, now, count=0):
@@ -517,7 +540,7 @@ class Run:
         self.slices = [Slice() for _ in range(count)]
         self.members, self.waiting, self.expected = {}, {}, {}
         self.indices, self.sessions = {}, {}
-        self.away, self.stopping = set(), set()
+        self.away, self.stopping, self.dropped = set(), set(), {}
         self.is_open, self.anew, self.paces = False, Anew(self), Paces(self)
         self.step = 0  # step of the worker that is furthest
         self.pace = 0  # steps of a cycle, of the workers that opened the run
@@ -531,6 +554,10 @@ class Run:
         """Whether members have been told to finish."""
         return not self.stopping.isdisjoint(self.members)
 
+    def is_to_finish(self, member):
+        """Whether a member has been told to finish."""
+        return self.is_stopping or self.dropped.get(member.id) == member.session
+
     @property
     def versions(self):
         """The versions of the slices."""
@@ -543,10 +570,8 @@ class Run:
 
     def holder(self, id, session, now):
         """The other process that holds a worker id, or None."""
-        for other in (self.members.get(id), self.waiting.get(id)):
-            if other and other.session != session and other.holds_id(self.rules, now):
-                return other
-        return None
+        others = filter(None, (self.members.get(id), self.waiting.get(id)))
+        return next((each for each in others if each.keeps_id(session, self.rules, now)), None)
 
     def ask(self, member, now):
         """A worker asks to take part. Raises Refused where it cannot."""
@@ -659,7 +684,7 @@ class Run:
         self.paces.begin(member)
         member.begin(old, furthest, newest(self.slices))
         member.index = free_index(member.id, self.indices, self.members)
-        member.heard = now
+        member.heard = member.joined = now
         self.expected.pop(member.id, None)
         self.indices.pop(member.id, None)
         self.indices[member.id], self.sessions[member.id] = member.index, member.session
@@ -667,9 +692,8 @@ class Run:
         self.away.discard(member.id)
         gone = [w for w in self.indices if w not in self.members and w not in self.stopping]
         for worker in gone[: max(0, len(self.indices) - KNOWN_WORKERS)]:
-            del self.indices[worker]
-            self.sessions.pop(worker, None)
-            self.paces.told.pop(worker, None)
+            for known in (self.indices, self.sessions, self.dropped, self.paces.told):
+                known.pop(worker, None)
 
     def known(self, id):
         """By slice, the highest sequence number of a worker's pushes that are listed, in the open
@@ -708,16 +732,18 @@ class Run:
         if of_process(self.waiting, id, session):
             del self.waiting[id]
 
-    def remove(self, id, ends):
-        """Drop a member; rounds go on without it. The run ends when the last member leaves on
-        purpose (`ends`). One that is only lost may come back, also to hear that it is to stop."""
-        was_stopping = self.is_stopping
-        session = self.members.pop(id).session
+    def remove(self, id, ends, drops=False):
+        """Remove a member; rounds go on without it. The run ends when the last member leaves on
+        purpose (`ends`). One that is only lost may come back, also to hear that it is to stop, as
+        with `drops` its process is, alone."""
+        was_stopping, session = self.is_stopping, self.members.pop(id).session
         if ends:
             self.stopping.discard(id)
+            self.dropped.pop(id, None)
             self.forget(id, session)  # a join that was sent twice
         else:
             self.away.add(id)
+            self.dropped |= {id: session} if drops else {}
         if not self.members and (ends or was_stopping or self.expected):
             self.is_open = False
             self.away &= self.stopping
@@ -750,10 +776,7 @@ class Run:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
-        if push.base.life > self.life:
-            push.refused = "it starts from a version that this run has not made"
-        if not push.refused and push.steps and push.late > self.rules.max_staleness:
-            push.refused = f"a push {push.late} rounds old is over --max-staleness"
+        push.refused = push.refused or unfit(push, self.life, self.rules)
         first = slice.pushes.get((push.worker, push.seq))
         push.arrived = first.arrived if first else now
         slice.pushes[push.worker, push.seq] = push
@@ -836,8 +859,7 @@ class Run:
         return {
             "members": sorted(self.members.keys() | self.expected.keys()),
             "stopping": sorted(self.stopping),
-            "indices": dict(self.indices),
-            "sessions": dict(self.sessions),
+            **{name: dict(getattr(self, name)) for name in ("indices", "sessions", "dropped")},
             "life": self.life,
             "pace": self.pace,
         }
@@ -847,7 +869,7 @@ class Run:
         slices in the checkpoint, if there is one."""
         self.expected = dict.fromkeys(names["members"], now)
         self.stopping, self.indices = set(names["stopping"]), dict(names["indices"])
-        self.sessions = dict(names.get("sessions", {}))
+        self.sessions, self.dropped = (dict(names.get(n, {})) for n in ("sessions", "dropped"))
         self.life, self.pace = names.get("life", ""), names.get("pace", 0)
         self.slices = [Slice(version, dict(folded)) for version, folded in heads]
         self.kept = newest(self.slices)
@@ -976,6 +998,11 @@ class Reading(NamedTuple):
     steps: int
     trained: float  # seconds in which it has trained
     waited: float  # seconds in which its training has waited for rounds
+    transferred: float = 0.0  # seconds in which its pushes and pulls have moved
+
+    def since(self, before):
+        """The Reading of what was done since another one: what a liar says may go back."""
+        return Reading(*(max(0, b - a) for a, b in zip(before, self, strict=True)))
 
 
 class Paces:
@@ -993,6 +1020,7 @@ class Paces:
         """A worker has become a member, in a cycle of its own sync_every, or of what it was told: by a
         server before this one, where it says so."""
         run, member.reading = self.run, Reading(0, 0.0, 0.0)
+        member.pushed = None if member.was_in else member.reading
         member.readings = deque([] if member.was_in else [member.reading], maxlen=5)
         member.cycle = member.cycle or member.sync_every
         member.pace = min(member.sync_every, PACES * run.pace)
@@ -1008,6 +1036,13 @@ class Paces:
         if not member.readings or (is_push and member.readings[-1].steps < reading.steps):
             member.readings.append(reading)
 
+    @staticmethod
+    def spent(member):
+        """The Reading of what a member, which has just pushed, has done since its last push; None where
+        that is not known."""
+        before, member.pushed = member.pushed, member.reading
+        return member.reading.since(before) if before else None
+
     def note_last(self, pushes):
         """A round closes with these pushes."""
         if len(pushes) > 1:
@@ -1016,9 +1051,7 @@ class Paces:
     @staticmethod
     def since(member):
         """The Reading of what a member has done over its last cycles."""
-        first = next(iter(member.readings), member.reading)
-        pairs = zip(first, member.reading, strict=True)
-        return Reading(*(max(0, b - a) for a, b in pairs))  # what a liar says may go back
+        return member.reading.since(next(iter(member.readings), member.reading))
 
     def speeds(self):
         """{id: steps per second of training, without waiting} of the members of which it is known: at
@@ -1059,16 +1092,17 @@ class Paces:
         return ahead if abs(ahead) > 0.1 else 0.0
 
     def waiting(self, member):
-        """The share of its time in which a member's training has waited, over its last cycles."""
+        """The share of its time in which a member's training has waited, over its last cycles; None
+        where it has said nothing."""
         done = self.since(member)
-        return done.waited / (done.trained + done.waited) if done.waited > 0 else 0.0
+        return done.waited / whole if (whole := done.trained + done.waited) > 0 else None
 
     def report(self):
         """By member, the steps of its cycle and the share of its time that it waits."""
         members = self.run.members.items()
         return {
             "paces": {id: member.cycle for id, member in members},
-            "waiting": {id: round(self.waiting(member), 4) for id, member in members},
+            "waiting": {id: round(self.waiting(member) or 0.0, 4) for id, member in members},
         }
 
     def costs(self):
@@ -1079,7 +1113,7 @@ class Paces:
         [(slowest, times)] = collections.Counter(self.last).most_common(1)
         if times < 0.8 * len(self.last) or slowest not in self.run.members:
             return []
-        found = [(m.id, self.waiting(m), slowest) for m in self.run.members.values()]
+        found = [(m.id, self.waiting(m) or 0.0, slowest) for m in self.run.members.values()]
         return sorted(each for each in found if each[0] != slowest and each[1] >= MUCH_WAITING)
 
 
@@ -1137,6 +1171,284 @@ class Stalls:
             return []
         is_stuck = 0 < self.run.rules.drop_stuck < now - self.oldest[1]
         return sorted(self.run.missing(oldest[0])) if is_stuck else []
+
+
+# --- The history of a run ---------------------------------------------------------------------
+#
+# What the run has been like, for people: a *row* for each closed round, which is also its line of
+# rounds.jsonl, from which the history is made again at a restart. Rows are merged into *points*: each
+# stands for `span` rounds, which is doubled where there would be more points than POINTS, and two
+# neighbours become one. So a run of any length takes the same memory, and a curve of it the same time.
+#
+# A run that goes on from an older checkpoint makes rounds again: the first row of such a round takes
+# the place of all from there on. The totals count both, as both have cost what they have cost.
+
+SUMS = "bytes_up", "bytes_down", "seconds", "seconds_waiting", "seconds_folding", "faults"
+TOTALS = "steps", "tokens", "bytes_up", "bytes_down", "seconds_waiting", "seconds_folding"
+EVENTS = "faults", "joins", "departures"  # totals that are counted as they happen
+LATEST = "round", "fragment", "time", "step"
+PUSHED = "trained", "waited", "transferred", "steps", "weight", "late"  # of a worker's push
+
+
+def rounded(number):
+    """A loss to as many digits as a curve shows; None stays None."""
+    return None if number is None else float(f"{number:.5g}")
+
+
+def mean_of(pairs):
+    """The mean of some (sum, count), or None without any."""
+    pairs = [*pairs]
+    count = sum(count for _, count in pairs)
+    return sum(total for total, _ in pairs) / count if count else None
+
+
+def first_of(table):
+    """The first MOST_NAMES entries of a dict."""
+    return dict(itertools.islice(table.items(), MOST_NAMES))
+
+
+def renew(table, key, value, most):
+    """Make an entry of a dict its newest one; at most so many are kept."""
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > most:
+        del table[next(iter(table))]
+
+
+@dataclass(eq=False, kw_only=True)
+class Point:
+    """Closed rounds of a history, one or several in a row. It never changes."""
+
+    n: int  # number of its last round, of all slices
+    rounds: int = 1
+    latest: dict  # of its last round: those of LATEST, and the number of members
+    sums: dict  # those of SUMS, the norm and the share
+    losses: dict  # id -> (sum, count) of the losses in its pushes
+    evaluations: dict  # id -> newest evaluation loss that it has reported, of whatever model
+    tested: tuple  # (sum, count) of the evaluation losses of the global model
+
+    @classmethod
+    def of(cls, n, row, step):
+        """The point of one closed round."""
+        losses = {id: (loss, 1) for id, loss in row["losses"].items() if loss is not None}
+        tested = row["evaluation"]
+        latest = {name: row[name] for name in LATEST} | {"step": step}
+        return cls(
+            n=n,
+            latest=latest | {"members": len(row["members"])},
+            sums={name: row[name] for name in (*SUMS, "norm", "share")},
+            losses=first_of(losses),
+            evaluations=first_of(row["evaluations"]),
+            tested=(0.0, 0) if tested is None else (tested, 1),
+        )
+
+    def with_next(self, other):
+        """The point of these rounds and of those of another one, which follow."""
+        losses = {**self.losses}
+        for id, (total, count) in other.losses.items():
+            before = losses.get(id, (0.0, 0))
+            losses[id] = before[0] + total, before[1] + count
+        return Point(
+            n=other.n,
+            rounds=self.rounds + other.rounds,
+            latest=other.latest,
+            sums={name: number + other.sums[name] for name, number in self.sums.items()},
+            losses=first_of(losses),
+            evaluations=first_of(self.evaluations | other.evaluations),
+            tested=(self.tested[0] + other.tested[0], self.tested[1] + other.tested[1]),
+        )
+
+    @functools.cached_property
+    def told(self):
+        """Its fields in the reply to a request for the history."""
+        sums = {name: round(self.sums[name], 4) for name in SUMS}
+        return {
+            "n": self.n,
+            **self.latest,
+            "loss": rounded(mean_of(self.losses.values())),
+            "losses": {id: rounded(mean_of([pair])) for id, pair in self.losses.items()},
+            "evaluation": rounded(mean_of([self.tested])),
+            "evaluations": {id: rounded(loss) for id, loss in self.evaluations.items()},
+            "norm": rounded(self.sums["norm"] / self.rounds),
+            "share": round(self.sums["share"] / self.rounds, 4),
+            **sums,
+        }
+
+
+class History:
+    """The rounds of a run, and who has come and gone. It knows no socket, lock or file, and all
+    times are arguments: those of `left` and of rows in Unix seconds, the others as of any one clock.
+
+    points: [Point]; span: rounds that one stands for, but the last, which may be filled yet; recent: the
+    last rounds, (Point, further fields) each; count: rounds in all; totals: {name: number}; gone: {id:
+    (Unix seconds, why)} of those that have left, oldest first; evaluation: (step, loss) of the global
+    model, newest, or None; evaluated: {id: (step, loss)} of the newest evaluations.
+    """
+
+    def __init__(self):
+        self.points, self.span, self.count = [], 1, 0
+        self.recent = deque(maxlen=RECENT)
+        self.totals = dict.fromkeys(("rounds", *TOTALS, "refused", *EVENTS), 0)
+        self.gone, self.evaluation, self.evaluated = {}, None, {}
+        self.rounds = {}  # slice -> its newest round
+        self.since = None  # seconds when the last round was closed, or the run opened
+        self.begin()
+
+    # --- What happens between two rounds ---
+
+    def begin(self):
+        """Gather for the next row."""
+        self.joined, self.left, self.faults = deque(maxlen=MOST_NAMES), deque(maxlen=MOST_NAMES), 0
+        self.tests, self.tested = {}, []  # {id: evaluation loss}; those of the global model
+
+    def opens(self, now):
+        """The run opens: its first round begins."""
+        self.since = now
+
+    def join(self, ids):
+        """Workers have become members that were none."""
+        self.totals["joins"] += len(ids)
+        for id in ids:
+            self.gone.pop(id, None)
+            self.joined.append(id)
+
+    def leave(self, id, why, when):
+        """A member has left, or was given up."""
+        self.totals["departures"] += 1
+        self.left.append([id, why])
+        self._note_gone(id, why, when)
+
+    def _note_gone(self, id, why, when):
+        renew(self.gone, id, (when, why), MOST_GONE)
+
+    def fault(self, count):
+        """So many things have gone wrong and were survived."""
+        self.totals["faults"] += count
+        self.faults += count
+
+    def evaluate(self, id, step, loss, is_global):
+        """A worker says its newest evaluation loss, which it says again until it has another one."""
+        before = self.evaluated.get(id, (-1, None))
+        renew(self.evaluated, id, (max(step, before[0]), loss), KNOWN_WORKERS)
+        if step <= before[0] and loss == before[1]:
+            return
+        self.tests[id] = loss
+        if is_global:
+            self.tested.append(loss)
+            if self.evaluation is None or step >= self.evaluation[0]:
+                self.evaluation = step, loss
+
+    # --- Rounds ---
+
+    def close(self, row, now):
+        """A round is closed: complete its row, and add it."""
+        since = now if self.since is None else self.since
+        row |= {
+            "seconds": round(max(0.0, now - since), 4),
+            "joined": [*self.joined],
+            "left": [*self.left],
+            "faults": self.faults,
+            "evaluations": self.tests,
+            "evaluation": mean_of((loss, 1) for loss in self.tested),
+        }
+        self.begin()
+        self.since = max(since, now)  # folds of several slices may end in another order
+        self.add(row)
+        row["totals"] = {**self.totals}
+
+    def restore(self, row):
+        """Add a row of before a restart, as `row_of` gives it; those before it are there."""
+        if row["seconds"] is None:
+            before = self.points[-1].latest["time"] if self.points else row["time"]
+            row["seconds"] = max(0.0, row["time"] - before)
+        self.add(row)
+        counts = row["faults"], len(row["joined"]), len(row["left"])
+        for name, count in zip(EVENTS, counts, strict=True):
+            self.totals[name] += count
+        for name in self.totals:  # older rows may be in no file any more
+            self.totals[name] = max(self.totals[name], row["totals"].get(name, 0))
+        for id in row["joined"]:
+            self.gone.pop(id, None)
+        for id, why in row["left"]:
+            self._note_gone(id, why, row["time"])
+        for id, loss in row["evaluations"].items():
+            renew(self.evaluated, id, (row["step"] or 0, loss), KNOWN_WORKERS)
+        if row["evaluation"] is not None:
+            self.evaluation = row["step"] or 0, row["evaluation"]
+
+    def add(self, row):
+        """Add the row of a closed round."""
+        k, number = row["fragment"], row["round"]
+        if number <= self.rounds.get(k, -1):
+            self._cut(k, number)
+        self.rounds[k] = number
+        step = row["step"]
+        if step is None:  # as earlier versions wrote it
+            before = self.points[-1].latest["step"] if self.points else 0
+            step = before + (k == 0) * round(row["steps"] / max(1, len(row["weights"])))
+        self.count += 1
+        point = Point.of(self.count, row, step)
+        more = {name: first_of(row[name]) for name in ("pushed", "reasons")}
+        self.recent.append((point, more | {name: row[name] for name in ("joined", "left")}))
+        self._merge(point)
+        self.totals["rounds"] += 1
+        self.totals["refused"] += len(row["refused"])
+        for name in TOTALS:
+            self.totals[name] += row[name]
+
+    def _merge(self, point):
+        if self.points and self.points[-1].rounds < self.span:
+            self.points[-1] = self.points[-1].with_next(point)
+            return
+        if len(self.points) == POINTS:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points, self.span = [a.with_next(b) for a, b in pairs], 2 * self.span
+        self.points.append(point)
+
+    def _cut(self, k, number):
+        """Forget the rounds from round `number` of slice k on, which are made again. Where that is
+        further back than the last rounds, the whole points in which they are."""
+        there = [
+            p.n for p, _ in self.recent if (p.latest["fragment"], p.latest["round"]) == (k, number)
+        ]
+        earlier = [point.n for point in self.points if point.latest["round"] < number]
+        self.count = there[0] - 1 if there else max(earlier, default=0)
+        self.points = [point for point in self.points if point.n <= self.count]
+        kept = [(point, more) for point, more in self.recent if point.n <= self.count]
+        self.recent = deque(kept, maxlen=RECENT)
+        last = self.points[-1].n if self.points else 0
+        for point, _ in self.recent:
+            if point.n > last:
+                self._merge(point)
+        self.rounds = {j: min(newest, number - 1) for j, newest in self.rounds.items()}
+        step = self.points[-1].latest["step"] if self.points else 0
+        if self.evaluation and self.evaluation[0] > step:
+            tested = [point for point in self.points if point.tested[1]][-1:]
+            found = [(point.latest["step"], mean_of([point.tested])) for point in tested]
+            self.evaluation = found[0] if found else None
+
+    # --- What people ask ---
+
+    def rate(self):
+        """Steps of the run per second over the last rounds, 0 where that is not known."""
+        last = [point for point, _ in self.recent][-RATE_ROUNDS - 1 :]
+        if not last:
+            return 0.0
+        begin = 0 if last[0].n == 1 else last.pop(0).latest["step"]
+        seconds = sum(point.sums["seconds"] for point in last)
+        return max(0, last[-1].latest["step"] - begin) / seconds if seconds > 0 else 0.0
+
+    def later(self, after, span):
+        """What a reply to a request for the history is made of, without any work: the whole, or what
+        came after round `after` for who has the points of before with the same span."""
+        after = after if after <= self.count else 0
+        is_more = span == self.span
+        return {
+            "span": self.span,
+            "count": self.count,
+            "points": [p for p in self.points if p.n > after or not is_more],
+            "recent": [(p, more) for p, more in self.recent if p.n > after],
+        }
 
 
 # --- The global model -------------------------------------------------------------------------
@@ -1696,12 +2008,12 @@ def heads_of(fields):
 def names_of(fields):
     """What `Run.names` gave, from JSON that may be damaged. Raises ProtocolError."""
     lists = {name: fields.get(name, []) for name in ("members", "stopping")}
-    tables = {name: fields.get(name, {}) for name in ("indices", "sessions")}
+    tables = {name: fields.get(name, {}) for name in ("indices", "sessions", "dropped")}
     for names, kind in ((lists, list), (tables, dict)):
         for name, found in names.items():
             if type(found) is not kind or not all(type(id) is str for id in found):
                 raise ProtocolError(f"{name} is not a {kind.__name__} of names")
-    for name, kind in (("indices", int), ("sessions", str)):
+    for name, kind in (("indices", int), ("sessions", str), ("dropped", str)):
         if not all(type(value) is kind for value in tables[name].values()):
             raise ProtocolError(f"a value of {name} is not of the type {kind.__name__}")
     if min(tables["indices"].values(), default=0) < 0:
@@ -1712,6 +2024,47 @@ def names_of(fields):
     return lists | tables | {"life": protocol.version_of([life, 0]).life, "pace": pace}
 
 
+def is_text(value):
+    """Whether a value from JSON is a text that can be sent and shown."""
+    return type(value) is str and len(value) <= 512 and value.isprintable()
+
+
+def numbers_of(table):
+    """The entries of a table from JSON, of which some may be damaged, that are a number of sound size."""
+    table, limit = table if type(table) is dict else {}, protocol.MAX_ABS
+    sound = (each for each in table.items() if type(each[1]) in (int, float))
+    return {name: n for name, n in sound if is_text(name) and -limit <= n <= limit}
+
+
+def row_of(line):
+    """The row of a round (see History) from a line of rounds.jsonl, of which some may be damaged, or
+    missing as an earlier version wrote it. Raises ProtocolError."""
+    check = protocol.Message("a line", line, []).field
+    count = functools.partial(check, kind=int, default=0)
+    real = functools.partial(check, kind=float, default=0.0, high=protocol.MAX_ABS)
+    listed = functools.partial(check, kind=list, default=[])
+    tables = "losses", "evaluations", "weights"
+    pushed = {id: numbers_of(each) for id, each in check("pushed", dict, {}).items() if is_text(id)}
+    pairs = [pair for pair in listed("left") if type(pair) is list and len(pair) == 2]
+    return {
+        **{name: check(name, int) for name in ("round", "fragment")},
+        **{name: count(name) for name in ("steps", "tokens", "faults", "bytes_up", "bytes_down")},
+        **{name: real(name) for name in ("time", "norm", "seconds_waiting", "seconds_folding")},
+        **{name: numbers_of(line.get(name)) for name in tables},
+        **{name: [*filter(is_text, listed(name))] for name in ("members", "refused", "joined")},
+        "share": real("share", default=1.0),
+        "step": count("step", default=None),
+        "seconds": real("seconds", default=None),
+        "evaluation": check("evaluation", float, None, -protocol.MAX_ABS, protocol.MAX_ABS),
+        "pushed": {id: {n: each.get(n, 0) for n in PUSHED} for id, each in pushed.items()},
+        "left": [pair for pair in pairs if all(map(is_text, pair))],
+        "reasons": {
+            w: t for w, t in check("reasons", dict, {}).items() if is_text(w) and is_text(t)
+        },
+        "totals": {n: t for n, t in numbers_of(line.get("totals")).items() if t >= 0},
+    }
+
+
 def norms_of(value, count):
     """By slice, the norms of the last rounds as a checkpoint has them; none where it has none."""
     kept = [[] for _ in range(count)]
@@ -1720,7 +2073,7 @@ def norms_of(value, count):
             match pair:
                 case [float(each), float(whole)] if 0 < each < math.inf and 0 < whole < math.inf:
                     norms.append((each, whole))
-        del norms[:-HISTORY]
+        del norms[:-NORMS]
     return kept
 
 
@@ -1866,6 +2219,50 @@ def lacked(weights, frozen, whose):
     return {n: [protocol.DTYPE_NAMES[spec.dtype], mark, whose] for n, (spec, mark) in left.items()}
 
 
+class Journal:
+    """A run's rounds.jsonl, with a line for each closed round. Where it is over `most` bytes, it becomes
+    rounds-old.jsonl, in the place of the one before."""
+
+    def __init__(self, folder, most=ROTATE_BYTES):
+        self.folder, self.most = folder, most
+        self.old, self.path = (os.path.join(folder, name) for name in ROUNDS)
+        self.unwritten = []  # lines that the disk has not taken yet
+        self.is_torn = False  # whether the last line in the file has no end
+
+    def append(self, lines):
+        """Append lines, dicts: all of them or, with an OSError, none."""
+        self.unwritten = [*self.unwritten, *lines][-MAX_UNWRITTEN:]
+        raw = "".join(json.dumps(line) + "\n" for line in self.unwritten).encode()
+        os.makedirs(self.folder, exist_ok=True)
+        if os.path.exists(self.path) and os.path.getsize(self.path) > self.most:
+            os.replace(self.path, self.old)
+            self.is_torn = False
+        protocol.append_whole(self.path, b"\n" * self.is_torn + raw)
+        self.unwritten, self.is_torn = [], False
+
+    def rows(self):
+        """Yields the rows of all rounds, oldest first, one at a time. Lines that cannot be read are
+        passed over."""
+        for path in (self.old, self.path):
+            fault, damaged = None, 0
+            try:
+                with open(path, "rb") as file:
+                    while raw := file.readline(protocol.MAX_HEADER_BYTES):
+                        self.is_torn = not raw.endswith(b"\n")
+                        try:
+                            yield row_of(json.loads(raw))
+                        except (ValueError, RecursionError, AttributeError, ProtocolError):
+                            damaged += 1
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                fault = str(error)
+            if fault or damaged:
+                log(
+                    f"WARNING: the history lacks {fault or f'{damaged} lines of {path}'}, not readable"
+                )
+
+
 class Store:
     """The disk of a run: the folder that it writes to, and the weights of -m.
 
@@ -1887,7 +2284,7 @@ class Store:
         self.is_unwrapped = False  # whether the names in `weights` are known to be a worker's
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
-        self.unwritten = []  # lines of rounds.jsonl that the disk has not taken yet
+        self.journal = Journal(self.output)
         self.faults = {}  # what could not be saved -> why
         self.latest_life = ""  # latest life of a checkpoint in the folder, also of a damaged one
         self.guard = None  # open file that keeps a second server off the folder
@@ -2017,14 +2414,10 @@ class Store:
                 protocol.sync_folder(self.output)
 
     def append_rounds(self, lines):
-        """Append lines about rounds, dicts, to rounds.jsonl: all of them or none. What the disk does not
-        take is written with the next ones. Calls come one at a time."""
-        self.unwritten = [*self.unwritten, *lines][-MAX_UNWRITTEN:]
-        raw = "".join(json.dumps(line) + "\n" for line in self.unwritten).encode()
+        """Append lines about rounds, dicts, to rounds.jsonl. What the disk does not take is written with
+        the next ones. Calls come one at a time."""
         with self._surviving("rounds.jsonl"):
-            os.makedirs(self.output, exist_ok=True)
-            protocol.append_whole(os.path.join(self.output, "rounds.jsonl"), raw)
-            self.unwritten = []
+            self.journal.append(lines)
 
     def save(self, state, model, snapshots):
         """Write a checkpoint, unless the newest one has the same versions. `state`: `heads`, which
@@ -2058,7 +2451,7 @@ class Store:
         own = [other for _, other in protocol.checkpoints(self.output)]
         if os.path.lexists(path) and path not in own:
             raise FileExistsError(f"{path} is not this program's")
-        protocol.save_folder(path, fill)
+        protocol.save_folder(path, fill, log)
         log(f"saved {os.path.abspath(path)}")
         with self._surviving("removing old checkpoints"):
             for _, old in protocol.checkpoints(self.output)[self.limit :]:
@@ -2337,18 +2730,63 @@ def outer_settings(args, saved):
     return {**DEFAULTS, **saved, **given}
 
 
-def status_of(member, paces):
+def evaluation_of(message):
+    """(step, loss, whether it is of the global model) of the evaluation that a worker reports, or None."""
+    if (found := message.field("evaluation", dict, None)) is None:
+        return None
+    check, limit = protocol.Message(message.type, found, []).field, protocol.MAX_ABS
+    loss = check("loss", float, low=-limit, high=limit)
+    return check("step", int), loss, check("is_global", bool)
+
+
+def note_evaluation(server, member, message):
+    """Note what a message says of a member's newest evaluation, if anything. Needs the lock."""
+    if found := evaluation_of(message):
+        step, loss, is_global = found
+        member.evaluation = min(step, member.step), loss, is_global
+        server.history.evaluate(member.id, *member.evaluation)
+
+
+def doing(member, run, moving):
+    """(what a member does, the ids that it waits for). moving: {(id, kind)} of the transfers."""
+    of_mine = [kind.split() for id, kind in moving if id == member.id]
+    moves = {(what, int(k)) for what, _, _, k in (words for words in of_mine if len(words) == 4)}
+    mine = {k for k, slice in enumerate(run.slices) if member.id in slice.pushers}
+    waits = [
+        k for k in mine for push in run.slices[k].pushes.values()
+        if push.worker == member.id and push.adopts <= now()
+    ]  # fmt: skip
+    if now() - member.heard > 3 * run.rules.heartbeat_seconds:
+        return "away", []
+    if any(what == "push" for what, _ in moves):
+        return "pushing", []
+    if waits or (member.blocked and member.blocked[0] in mine):
+        waits = waits or [member.blocked[0]]
+        return "waiting", sorted({id for k in waits for id in run.missing(k)})
+    return "pulling" if any(
+        what == "pull" and k not in mine for what, k in moves
+    ) else "training", []
+
+
+def status_of(member, run, moving):
     """The fields about one member that status.py shows."""
-    own = ("id", "index", "step", "position", "sync_every", "loss", "lag")
+    own = ("id", "index", "step", "position", "sync_every", "loss", "lag", "max_steps")
+    waiting, found = run.paces.waiting(member), member.evaluation
+    state, waits_for = doing(member, run, moving)
     return {name: getattr(member, name) for name in own} | {
         "host": member.facts.host,
         "ranks": member.facts.ranks,
+        "state": state,
+        "waits_for": waits_for,
         "weight": member.last.weight if member.last else 0.0,
         "pace": member.cycle,
-        "waiting": round(paces.waiting(member), 4),
+        "waiting": round(waiting or 0.0, 4),
+        "training": None if waiting is None else round(1 - waiting, 4),
+        "evaluation": {"step": found[0], "loss": found[1]} if found else None,
         "address": member.facts.conn.peer,
         "steps_per_second": round(member.speed, 3),
         "heard_seconds_ago": round(now() - member.heard, 1),
+        "joined_seconds_ago": round(now() - member.joined, 1),
     }
 
 
@@ -2458,6 +2896,13 @@ class Ids:
         if self.are_near(member, other):
             fields["holder"] = other.facts.process[1:]
         return fields
+
+
+def received(conn, size, dtype):
+    """The next `size` elements of an upload."""
+    values = torch.empty(size, dtype=dtype)
+    conn.read(values)
+    return values
 
 
 def share(facts, server):
@@ -2613,37 +3058,96 @@ class Watch:
             server.gate.remove(id, why, ends=False)
 
 
+def outlook(server):
+    """Where the run is and when it ends, as far as that is known. Needs the lock."""
+    members, history = server.run.members.values(), server.history
+    losses = [member.loss for member in members if member.loss is not None]
+    max_steps = max((member.max_steps for member in members), default=0)
+    rate, found = history.rate(), history.evaluation
+    left = max(0, max_steps - max([server.run.step, *(member.step for member in members)]))
+    server.note_faults()
+    return {
+        "schema": 1,
+        "time": round(time.time(), 3),
+        "rate": round(rate, 4),
+        "max_steps": max_steps,
+        "ends_in_seconds": round(left / rate, 1) if rate and max_steps else None,
+        "loss": statistics.fmean(losses) if losses else None,
+        "evaluation": {"step": found[0], "loss": found[1]} if found else None,
+        "totals": {name: round(total, 3) for name, total in history.totals.items()},
+        "gone": [
+            {"id": id, "seconds_ago": round(max(0.0, time.time() - since), 1), "why": why}
+            for id, (since, why) in reversed(history.gone.items())
+            if id not in server.run.members
+        ],
+    }
+
+
+class Shared:
+    """Replies that are made once for all who ask for the same within a short while, each of a moment
+    after all of them have asked. make(*what) gives the bytes of one."""
+
+    def __init__(self, make):
+        self.make = make
+        self.ready, self.is_making = threading.Condition(), False  # guards the next line
+        self.begun, self.made = -STATUS_SECONDS, {}  # seconds; {what: (seconds, bytes)}
+
+    def __call__(self, *what):
+        """The reply. Under a mere lock, who asks again would go before those who wait."""
+        asked, none = now(), (-math.inf, b"")
+        with self.ready:
+            while self.made.get(what, none)[0] < asked and self.is_making:
+                self.ready.wait()
+            if (found := self.made.get(what, none))[0] >= asked:
+                return found[1]
+            self.is_making = True
+        try:
+            time.sleep(max(0.0, self.begun + STATUS_SECONDS - now()))
+            self.begun = now()
+            frame = self.make(*what)
+            latest = {k: m for k, m in self.made.items() if self.begun - m[0] <= 4 * STATUS_SECONDS}
+            self.made = latest | {what: (self.begun, frame)}
+            return frame
+        finally:
+            with self.ready:
+                self.is_making = False
+                self.ready.notify_all()
+
+
+def without_names(point):
+    """A point of a history as it is told, but without what it says by worker."""
+    return {n: type(v)() if isinstance(v, dict | list) else v for n, v in point.items()}
+
+
 class Handouts:
     """What anybody may ask for, made once for all who ask, however many read it or do not."""
 
     def __init__(self, server):
         self.server, self.lock = server, threading.Lock()
-        self.ready, self.is_making = threading.Condition(), False  # guards the next line
-        self.made, self.frame = -STATUS_SECONDS, b""  # when the status was begun; its bytes
+        self.status, self.history = Shared(self.make_status), Shared(self.make_history)
         self.source, self.packed = None, {}  # files as the store has them, and as tensors
 
-    def status(self):
-        """The reply to a status request: of a moment after it came, but of all that come within a
-        short while the same. Under a mere lock, who asks again would go before those who wait."""
-        asked = now()
-        with self.ready:
-            while self.made < asked and self.is_making:
-                self.ready.wait()
-            if self.made >= asked:
-                return self.frame
-            self.is_making = True
+    def make_status(self):
+        """The bytes of a reply to a status request."""
+        with self.server.lock:
+            fields = self.server.status()
+        return protocol.encode_header({"type": "status", **fields}, ())
+
+    def make_history(self, after, span):
+        """The bytes of a reply to a history request. Where names are so long that it would be too large,
+        it comes without what is told by worker."""
+        with self.server.lock:
+            found = self.server.history.later(after, span)
+        told = {
+            "points": [point.told for point in found["points"]],
+            "recent": [point.told | more for point, more in found["recent"]],
+        }
+        reply = {"type": "history", **found, "session": self.server.session}
         try:
-            time.sleep(max(0.0, self.made + STATUS_SECONDS - now()))
-            began = now()
-            with self.server.lock:
-                fields = self.server.status()
-            self.frame = protocol.encode_header({"type": "status", **fields}, ())
-            self.made = began
-            return self.frame
-        finally:
-            with self.ready:
-                self.is_making = False
-                self.ready.notify_all()
+            return protocol.encode_header(reply | told, ())
+        except ProtocolError:
+            bare = {name: [*map(without_names, each)] for name, each in told.items()}
+            return protocol.encode_header(reply | bare, ())
 
     def files(self):
         """{name: uint8 tensor} of the model's descriptive files that are not empty."""
@@ -2909,11 +3413,14 @@ class Gate:
     def enter(self, id):
         """Make a member of a waiting worker, or open the run with all that wait. Needs the lock."""
         run, was_open, past = self.run, self.run.is_open, self.server.model.past
+        before = run.members.keys() | run.expected.keys()
         entered = run.enter(id, now(), protocol.new_life)
+        self.server.history.join([each for each in entered if each not in before])
         if was_open:
             log(f"{shown(id)} joins the run as worker {run.members[id].index}")
         else:
             facts = run.members[id].facts
+            self.server.history.opens(now())
             self.server.run_id = self.server.run_id or run.life
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
             log(
@@ -2995,8 +3502,10 @@ class Gate:
         ]
         message.expect(specs + files)
         conn.taken_in()
-        values = {k: self.receive(conn, model.sizes[k], torch.float32) for k in slices}
-        raw = {name: self.receive(conn, size, torch.uint8) for name, size in sizes.items()}
+        size, what = protocol.payload_bytes(message.specs), f"{shown(id)} uploads the model"
+        with protocol.Progress(log, what, size, conn.moved_since()):
+            values = {k: received(conn, model.sizes[k], torch.float32) for k in slices}
+        raw = {name: received(conn, size, torch.uint8) for name, size in sizes.items()}
         texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
         with self.lock:
             is_asked = self.run.waiting.get(id) is member and self.server.model is model
@@ -3019,12 +3528,6 @@ class Gate:
             self.lock.notify_all()
         return member
 
-    def receive(self, conn, size, dtype):
-        """The next `size` elements of an upload."""
-        values = torch.empty(size, dtype=dtype)
-        conn.read(values)
-        return values
-
     def on_heartbeat(self, conn, message):
         """Note that a member lives and how far it is; tell it of the others, and of orders."""
         message.expect([])
@@ -3034,7 +3537,7 @@ class Gate:
             self.note_progress(member, message, is_push=False)
             member.blocked = blocked_of(message, len(self.run.slices))
             member.speed = message.field("steps_per_second", float, 0.0)
-            is_to_stop = self.run.is_stopping or member.id in self.run.stopping
+            is_to_stop = self.run.is_to_finish(member)
             fields = {
                 "round": self.server.round,
                 **rank_of(member, self.run.members),
@@ -3056,9 +3559,11 @@ class Gate:
         member.reach(message.field("step", int), newest(self.run.slices))
         member.position = message.field("position", int, 0)
         member.cycle = message.field("cycle", int, member.cycle, low=1, high=MOST_STEPS)
-        reading = Reading(message.field("made", int, 0), seconds("trained"), seconds("waited"))
-        self.run.paces.note(member, reading, is_push)
+        spent = map(seconds, ("trained", "waited", "transferred"))
+        self.run.paces.note(member, Reading(message.field("made", int, 0), *spent), is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
+        member.max_steps = message.field("max_steps", int, member.max_steps)
+        note_evaluation(self.server, member, message)
 
     def on_leave(self, conn, message):
         """End a member's part of the run."""
@@ -3066,15 +3571,17 @@ class Gate:
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             reason = shown(message.field("reason", str, "done"))
+            note_evaluation(self.server, member, message)
             self.remove(member.id, f"leaves: {reason}", ends=True)
         self.server.clerk.settle(FAREWELL_SECONDS)
         conn.send("leave")
         self.server.rounds.turn()
 
-    def remove(self, id, why, ends):
-        """Drop a member, and have the names written without it. Needs the lock."""
-        self.run.remove(id, ends)
+    def remove(self, id, why, ends, drops=False):
+        """Remove a member, and have the names written without it. Needs the lock."""
+        self.run.remove(id, ends, drops)
         log(f"{shown(id)} {why}")
+        self.server.history.leave(id, why, time.time())
         if not self.run.members:
             self.server.save_wanted.add("final")
         self.server.clerk.keep_names()
@@ -3140,6 +3647,7 @@ class Rounds:
                 if is_taken := self.run.push(push, now()):
                     unused = before.payload if before else None
                     self.server.gate.note_progress(member, message, is_push=True)
+                    push.spent = before.spent if before else self.run.paces.spent(member)
                     if push.refused:
                         who = shown(push.worker)
                         log(f"WARNING: {who}: {push.refused}; the round goes on without it")
@@ -3233,6 +3741,8 @@ class Rounds:
             with self.lock:
                 before = self.server.round
                 line |= self.run.paces.report()
+                self.server.note_faults()
+                self.server.history.close(line, closed.closed)
                 self.audit_fold(closed, counted, entry)
                 self.run.publish(closed.k)
                 self.last, every = line, self.args.save_every
@@ -3280,12 +3790,21 @@ class Rounds:
         )
 
     def round_line(self, closed, entry, counted, norm):
-        """The line of rounds.jsonl, which status.py shows too, of a round."""
+        """The line of rounds.jsonl, which status.py shows too, of a round. The History adds to it."""
+
+        def pushed(push):
+            spent = push.spent or Reading(0, 0.0, 0.0)
+            weight = round(push.weight, 4) if push in counted else 0.0
+            seconds = {name: round(float(getattr(spent, name)), 3) for name in PUSHED[:3]}
+            return seconds | {"steps": push.steps, "weight": weight, "late": push.late}
+
         return {
             "time": round(time.time(), 3),
             "round": closed.version.number,
             "fragment": closed.k,
+            "step": entry.step,
             "members": closed.members,
+            "pushed": {push.worker: pushed(push) for push in closed.pushes},
             "staleness": {push.worker: push.late for push in counted if push.late},
             "steps": sum(push.steps for push in counted),
             "tokens": sum(push.tokens for push in counted),
@@ -3410,8 +3929,47 @@ class Rounds:
                 fields = {"slice": k, "version": slice.version, "folded": dict(slice.folded)}
                 fields |= {"step": self.run.step, "made": slice.made, "more": False}
             values = protocol.TensorSpec("slice", torch.float32, (self.model.sizes[k],))
-            parts = self.releasing(conn, k, pieces)
+            what = f"{shown(conn.worker[0])} downloads the model"  # whose own log tells of it, too
+            progress = protocol.Progress(None, what, values.nbytes, conn.moved_since())
+            parts = progress.over(self.releasing(conn, k, pieces))
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
+
+
+class Orders:
+    """What whoever may ask for the status may order."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+
+    def on_save(self, conn, message):
+        """Write a checkpoint soon."""
+        message.expect([])
+        with self.lock:
+            self.server.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        conn.send("save")
+
+    def on_stop(self, conn, message):
+        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
+        message.expect([])
+        with self.lock:
+            self.run.stop()
+        self.server.clerk.settle(FAREWELL_SECONDS)
+        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
+        conn.send("stop")
+
+    def on_drop(self, conn, message):
+        """Wait no longer for a member, and tell its process to finish, if that lives."""
+        message.expect([])
+        id = message.field("worker", str)
+        with self.lock:
+            if id not in self.run.members:
+                members = ", ".join(map(shown, sorted(self.run.members))) or "none"
+                raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
+            self.server.gate.remove(id, f"is dropped, as {conn.peer} asks", ends=False, drops=True)
+        self.server.clerk.settle(FAREWELL_SECONDS)
+        self.server.rounds.turn()
+        conn.send("drop")
 
 
 class Crowd:
@@ -3736,7 +4294,7 @@ class Door:
                 message = conn.receive(idle=patience)
                 conn.deadline = None
                 name = f"on_{message.type}"
-                rooms = (server.gate, server.rounds, server)
+                rooms = (server.gate, server.rounds, server.orders, server)
                 handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
                 if handler is None:
                     raise ProtocolError(f"no request is called {message.type!r}")
@@ -3774,7 +4332,8 @@ class Server:
         self.started = now()
         self.door = Door(self, guard_of(args))
         self.faults = protocol.Faults()  # what went wrong and was survived
-        self.run = Run(rules_of(args), now())
+        self.seen_faults = 0  # of these, as many as the history has counted
+        self.run, self.history = Run(rules_of(args), now()), History()
         self.run_id = ""  # life in which the run began
         self.store = Store(args.model, args.output_dir, args.save_total_limit)
         self.store.hold()
@@ -3787,7 +4346,7 @@ class Server:
             )
         self.transfers, self.watch = Transfers(self), Watch(self)
         self.handouts, self.clerk = Handouts(self), Clerk(self)
-        self.gate, self.rounds = Gate(self), Rounds(self)
+        self.gate, self.rounds, self.orders = Gate(self), Rounds(self), Orders(self)
 
     # --- The life of the process ---
 
@@ -3798,6 +4357,8 @@ class Server:
         state, model = self.store.open(args.upload_codec, args.download_codec, args.error_feedback)
         if self.store.names:
             self.run.reopen(self.store.names, state["heads"] if state else [], now())
+        for row in self.store.journal.rows():
+            self.history.restore(row)
         saved = state or {"settings": {}, "shares": 0}
         self.settings = outer_settings(args, saved["settings"])
         self.shares = args.shares or saved["shares"] or max(args.n, LEAST_SHARES)
@@ -3947,13 +4508,25 @@ class Server:
         message.expect([])
         conn.send_raw(self.handouts.status())
 
+    def on_history(self, conn, message):
+        """Answer with what the run has been like: see History.later."""
+        message.expect([])
+        after, span = message.field("after", int, 0), message.field("span", int, 0)
+        conn.send_raw(self.handouts.history(after, span))
+
+    def note_faults(self):
+        """Have the history count the faults since the last time. Needs the lock."""
+        found, self.seen_faults = self.faults.total - self.seen_faults, self.faults.total
+        self.history.fault(found)
+
     def status(self):
         """The fields of the reply to status. Needs the lock."""
         run, model, args = self.run, self.model, self.args
         everyone = [*run.members.values(), *run.waiting.values()]
         fragments = run.slices[: model.num_fragments] if model else []
         awaited = {id for k, s in enumerate(run.slices) if s.pushes for id in run.missing(k)}
-        return {
+        moving = [*self.transfers.moving]
+        return outlook(self) | {
             "mode": "streaming" if len(fragments) > 1 else "sync",
             "state": self.state(),
             "min_workers": args.min_workers,
@@ -3964,7 +4537,8 @@ class Server:
             "workers_wanted": args.n,
             "expected": sorted(run.expected.keys() - run.waiting.keys()),
             "workers": [
-                status_of(m, run.paces) for m in sorted(run.members.values(), key=lambda m: m.index)
+                status_of(m, run, moving)
+                for m in sorted(run.members.values(), key=lambda m: m.index)
             ],
             "joining": sorted(run.waiting),
             "awaited": sorted(awaited),
@@ -3993,23 +4567,6 @@ class Server:
         if not self.run.is_open:
             return "waiting for workers" + " to come back" * bool(self.run.expected)
         return "running" if len(self.run.members) >= self.args.min_workers else "too few workers"
-
-    def on_save(self, conn, message):
-        """Write a checkpoint soon."""
-        message.expect([])
-        with self.lock:
-            self.save_wanted.add("checkpoint")
-            self.lock.notify_all()
-        conn.send("save")
-
-    def on_stop(self, conn, message):
-        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
-        message.expect([])
-        with self.lock:
-            self.run.stop()
-        self.clerk.settle(FAREWELL_SECONDS)
-        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
-        conn.send("stop")
 
     # --- Saving ---
 
@@ -4322,6 +4879,9 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    code = Server(parse_args()).serve()
+    args = parse_args()
+    protocol.live.open()
+    code = Server(args).serve()
+    protocol.live.close()
     protocol.flush_output()
     os._exit(code)  # all is saved; threads that still serve peers must not meet a dying interpreter

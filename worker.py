@@ -26,6 +26,7 @@ command after `--`: the command's own, or 126 if it cannot be executed and 127 i
 """
 
 import argparse
+import collections
 import contextlib
 import difflib
 import functools
@@ -57,7 +58,7 @@ import yaml
 
 import model as models
 import protocol
-from diloco_callback import DiLoCoCallback, Ranks
+from diloco_callback import DiLoCoCallback, Ranks, pauses
 from protocol import ProtocolError, Refused
 
 
@@ -293,8 +294,7 @@ class StorySource:
 
     def __init__(self, seed, encode, end, tokens_per_step):
         self.identity = f"builtin:seed{seed}"
-        self.seed = seed
-        self.encode = encode
+        self.seed, self.encode = seed, encode
         self.end = end  # id of the token after each story
         self.stories_per_step = -(-tokens_per_step // SHORTEST_STORY_TOKENS)  # upper bound
         self.division = None  # (own shares, number of all shares)
@@ -326,17 +326,15 @@ class StorySource:
             number = self.cursors[share] * self.division[1] + share
             self.cursors[share] += 1
             self.rest += [*self.encode(story(self.seed, number)), self.end]
-        taken = self.rest[:count]
-        self.rest = self.rest[count:]
+        taken, self.rest = self.rest[:count], self.rest[count:]
         return torch.tensor(taken).view(rows, context + 1)
 
     def state_dict(self):
         return {"division": self.division, "cursors": dict(self.cursors), "rest": list(self.rest)}
 
     def load_state_dict(self, state):
-        self.division = state["division"]
+        self.division, self.rest = state["division"], list(state["rest"])
         self.cursors = dict(state["cursors"])
-        self.rest = list(state["rest"])
 
 
 class TextSource:
@@ -346,8 +344,7 @@ class TextSource:
     run's step at the start."""
 
     def __init__(self, identity, tokens, seed, context):
-        self.identity = identity
-        self.seed = seed
+        self.identity, self.seed = identity, seed
         self.context = context  # tokens in a window, less one
         held = min(max(len(tokens) // HELD_OUT_PART, HELD_OUT_MIN_TOKENS), HELD_OUT_MAX_TOKENS)
         held = max(held, context + 1)
@@ -356,8 +353,7 @@ class TextSource:
                 f"the text has {len(tokens)} tokens, and {held} are needed for evaluation alone: "
                 "name more text in data.source, or set a smaller train.context"
             )
-        self.tokens = tokens[:-held]
-        self.held = tokens[-held:]
+        self.tokens, self.held = tokens[:-held], tokens[-held:]
         self.division = None  # (own shares, number of all shares)
         self.share_tokens = 0  # tokens in a share
         self.windows = 0  # places in a share where a window can begin
@@ -403,7 +399,7 @@ class TextSource:
         self.set_shares(tuple(own), count, step=0)
 
 
-def download(url, path, progress):
+def download(url, path, log):
     """Fetch a text of documents into the file `path`. The text is written to another file first,
     checked and then renamed, so that several processes may do this at the same time. Raises RunError
     if the text does not come whole."""
@@ -415,12 +411,11 @@ def download(url, path, progress):
             open(handle, "wb") as file,
             urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as reply,
         ):
-            size = int(reply.headers.get("Content-Length") or 0)
-            done = 0
-            while chunk := reply.read(DOWNLOAD_CHUNK_BYTES):
-                file.write(chunk)
-                done += len(chunk)
-                progress(f"{path.name}: {done / 1e6:.1f} of {size / 1e6:.1f} MB")
+            size, done = int(reply.headers.get("Content-Length") or 0), 0
+            with protocol.Progress(log, f"downloading {path.name}", size, lambda: done):
+                while chunk := reply.read1(DOWNLOAD_CHUNK_BYTES):
+                    file.write(chunk)
+                    done += len(chunk)
         if size and done != size:
             raise ValueError(f"only {done} of {size} bytes came; try again")
         if SEPARATOR.encode() not in Path(beside).read_bytes():
@@ -442,7 +437,7 @@ def tinystories(settings, output):
     path = Path(settings.cache_dir).expanduser() / name
     if not path.is_file():
         output.line(f"downloading {settings.url} to {path}")
-        download(settings.url, path, output.progress)
+        download(settings.url, path, output.log)
     return path
 
 
@@ -596,7 +591,6 @@ def story(seed, number):
 # another model, that one is built, by transformers if our own code does not know it. All workers start
 # from the same seed, and so from the same weights, until the server's weights replace them.
 
-
 MAX_PARTS, PARTS = 1024, "layer|block|expert|head|depth|stage"  # of a model, and what names them
 # What descriptive files that nobody has checked may lead to.
 MALFORMED = OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError
@@ -722,9 +716,6 @@ def choose_device(name):
 # no training: that is a warning, and the next save tries again. At the end the model stands in the
 # output folder itself.
 
-PROGRESS_SECONDS = 0.2  # least time between two drawings of the live line
-
-
 say, complain = protocol.Log("stdout"), protocol.Log("stderr")  # lines that may be lost: see Log
 
 
@@ -737,8 +728,8 @@ def checkpoints(folder):
 
 
 class Output:
-    """Log lines, the live line and the files of one worker. A quiet one shows nothing but warnings
-    and writes no files: the ranks above 0 of a torchrun have such a one. Raises RunError."""
+    """Log lines and files of one worker. A quiet one shows nothing but warnings and writes no files:
+    the ranks above 0 of a torchrun have such a one. Raises RunError."""
 
     def __init__(self, folder, quiet=False):
         try:
@@ -746,24 +737,14 @@ class Output:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-        self.folder = folder
-        self.quiet = quiet
-        self.drawn = 0.0  # time at which the live line was last drawn
-        self.clear = "\r\033[K" if sys.stdout.isatty() else ""  # text that wipes the live line
+        self.folder, self.quiet, self.log = folder, quiet, None if quiet else say
 
     def line(self, text):
         if not self.quiet:
-            say(self.clear + text)
+            say(text)
 
     def warn(self, text):
-        complain(f"{self.clear}WARNING: {text}")
-
-    def progress(self, text):
-        """Draw the live line, which only a terminal has, unless it was drawn a moment ago."""
-        if self.quiet or not self.clear or time.monotonic() <= self.drawn + PROGRESS_SECONDS:
-            return
-        self.drawn = time.monotonic()
-        say.write(self.clear + text)
+        complain(f"WARNING: {text}")
 
     def save_checkpoint(self, step, limit, model, files, state, save_more):
         """Write the checkpoint step-N and remove all but the newest `limit`. `save_more(folder)` puts
@@ -778,7 +759,7 @@ class Output:
             save_more(folder)
 
         try:
-            protocol.save_folder(target, fill)
+            protocol.save_folder(target, fill, self.log)
             for old in checkpoints(self.folder)[:-limit]:
                 if old != target:
                     protocol.discard(old)
@@ -864,8 +845,8 @@ def output_folder(settings, resume):
 # None. Under torchrun every rank has a Run and takes the same steps. Only rank 0 hears from the server,
 # so rank 0 decides when to stop and which shares are read, and tells the others (`Ranks.tell`).
 
-FIRST_PAUSE_SECONDS = 0.2  # pause after a first failed attempt to reach the server
-LONGEST_PAUSE_SECONDS = 10.0  # longest pause between two attempts
+PACE_STEPS = 20  # steps over which the live line's speed is taken
+SEEN_SECONDS = 1.0  # how often the live line has a new loss, for which a GPU is waited for
 SAME_SIGNAL_SECONDS = 1.0  # time in which a second signal to a rank is torchrun's copy of the first
 
 
@@ -876,8 +857,7 @@ def describe(server, timeout=60.0, access=protocol.PLAIN):
     Raises ConnectionError if nobody answers within `timeout` seconds, and Refused as soon as the
     server refuses, because trying again would not help."""
     began = time.monotonic()
-    pause = FIRST_PAUSE_SECONDS
-    while True:
+    for attempt, pause in enumerate(pauses()):
         try:
             conn, _ = protocol.connect(server, {}, access=access)
             with contextlib.closing(conn):
@@ -892,11 +872,10 @@ def describe(server, timeout=60.0, access=protocol.PLAIN):
                     f"server {server}: {error}, for {waited:.0f} s. Is the server running there, "
                     "and does a firewall let you through?"
                 ) from error
-            if pause == FIRST_PAUSE_SECONDS:
+            if attempt == 0:
                 text = f"server {server}: {error}; trying again for up to {timeout:.0f} s"
                 complain(f"worker.py: {text}")
         time.sleep(pause)
-        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def fetch_files(conn):
@@ -922,10 +901,8 @@ class Run:
     def __init__(self, settings, output, checkpoints=(), access=protocol.PLAIN):
         """Prepare everything but the first step; of the `checkpoints`, oldest first, the newest
         sound one is resumed from. Raises SettingsError, RunError, ConnectionError, Refused."""
-        self.settings = settings
-        self.output = output
+        self.settings, self.output, self.ranks = settings, output, Ranks({})
         self.resumed = bool(checkpoints)
-        self.ranks = Ranks({})
         train = settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
@@ -939,6 +916,9 @@ class Run:
         self.syncs = 0  # number of adoptions when an evaluation was last considered
         self.losses = []  # loss of each step since the last log line
         self.logged = time.monotonic()  # time of the last log line
+        self.first, self.began = 0, self.logged  # step of the run and time when training began here
+        self.ends = collections.deque(maxlen=PACE_STEPS)  # times at which the last steps ended
+        self.seen, self.loss = 0.0, ""  # when the live line's loss was looked at, and its text
 
         checkpoint, saved = newest_checkpoint(checkpoints) if checkpoints else (None, {})
         running = describe(settings.diloco.server, access=access) if settings.diloco.server else {}
@@ -1026,8 +1006,8 @@ class Run:
         self.trained = self.model  # module of the forward pass in training
         if self.ranks.count > 1:
             self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
-        hooked = {"model": self.model, "optimizer": self.optimizer}
-        self.callback.on_train_begin(self.args, self.state, self.control, **hooked)
+        given = self.args, self.state, self.control, self.model, self.optimizer
+        self.callback.on_train_begin(*given)
         worker = self.callback.worker
         if worker:
             self.step = worker.step
@@ -1041,6 +1021,7 @@ class Run:
                 place += [self.ranks.rank, self.step]
             torch.manual_seed(mix(self.settings.train.seed, *place))  # other dropout everywhere
         self.state.global_step = self.step
+        self.first, self.began = self.step, time.monotonic()
         self.take_shares()
         count = sum(p.numel() for p in self.model.parameters())
         place = f"worker {self.rank} of {worker.world}" if worker else "standalone"
@@ -1063,8 +1044,7 @@ class Run:
 
     def train_step(self):
         """Make one optimizer step, after which the callback may put global parameters in place."""
-        train = self.settings.train
-        total = 0.0
+        train, total = self.settings.train, 0.0
         self.take_shares()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, train)
@@ -1081,9 +1061,35 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(total)
+        self.ends.append(time.monotonic())
+        if protocol.live.status and self.ends[-1] > self.seen + SEEN_SECONDS:
+            self.seen, self.loss = self.ends[-1], f"loss {total.item():.4f}"
         joined = self.callback.worker  # which goes on from the step of the furthest one
         self.before, self.step = self.step, max(self.step + 1, joined.step if joined else 0)
         self.state.global_step = self.step
+
+    def live_text(self):
+        """The live line: what people ask first. Called in a thread of its own."""
+        last, ends, steps = self.settings.train.max_steps, [*self.ends], self.step - self.first
+        texts = [f"step {self.step}/{last}"]
+        if len(ends) > 1:
+            texts.append(f"{protocol.short((len(ends) - 1) / (ends[-1] - ends[0]))} steps/s")
+        texts += [self.loss, self.sync_text(self.callback.worker)]
+        if steps and self.step < last:
+            left = (time.monotonic() - self.began) / steps * (last - self.step)
+            texts.append(f"ends in {protocol.span(left)}")
+        return "  ".join(filter(None, texts))
+
+    def sync_text(self, worker):
+        """How many steps it is to the next sync; or for whom training waits, and how long by now."""
+        if worker is None or worker.closed.is_set():
+            return ""
+        whom, since = worker.replica.waits_for, worker.stalled_since
+        text = f"waiting for {whom}" if whom else "syncing"
+        if since is not None:
+            return f"{text}, {protocol.span(time.monotonic() - since)}"
+        is_training = worker.joins and not self.control.should_training_stop
+        return f"next sync in {worker.schedule.left} steps" if is_training else text
 
     def has_passed(self, every):
         """Whether the last step was, or passed, a multiple of `every`."""
@@ -1107,16 +1113,14 @@ class Run:
                     self.report_evaluation("validation loss")
                 if self.has_passed(output.save_every):
                     self.save()
-            self.output.progress(f"step {self.step}/{last}")
 
     def finish(self):
-        """Leave the run with its final global model; then evaluate and save that model."""
-        rank = self.rank  # before this worker leaves
+        """Evaluate the run's final global model, leave the run, and save the model."""
+        if self.rank == 0 and self.ranks.leads and not self.interrupted:
+            self.report_evaluation("final validation loss")  # of which the server hears
         self.callback.on_train_end(self.args, self.state, self.control)
         if self.interrupted:
             return
-        if rank == 0 and self.ranks.leads:
-            self.report_evaluation("final validation loss")
         self.save()
         self.output.save_final(self.model, self.files)
 
@@ -1130,18 +1134,13 @@ class Run:
         self.callback.on_log(self.args, self.state, self.control, logs=logs)
         text = f"step {self.step}/{self.settings.train.max_steps}  loss {loss:.4f}  "
         text += f"lr {rate:.2e}  {speed:,.0f} tokens/s"
-        if worker := self.callback.worker:  # all of its metrics: `logs` has those that have changed
-            names = ("sync_count", "last_sync_time", "last_send_mb", "last_recv_mb")
-            values = [worker.metrics()[f"diloco/{name}"] for name in names]
-            text += "  syncs {:.0f}, last {:.2f} s, {:.2f} MB up, {:.2f} MB down".format(*values)
         self.output.line(text)
         if not math.isfinite(loss):
             self.output.warn(
                 f"the loss is {loss}: lower train.learning_rate, or --resume from a checkpoint "
                 "before it"
             )
-        self.losses = []
-        self.logged = time.monotonic()
+        self.losses, self.logged = [], time.monotonic()
 
     def evaluation_due(self):
         """Whether to evaluate now: standalone every eval_every steps; in a run at one worker only,
@@ -1160,6 +1159,8 @@ class Run:
         worker = self.callback.worker
         with worker.global_model() if worker else contextlib.nullcontext():
             loss, tokens = self.evaluate()
+            if worker:
+                worker.evaluated(loss)
         self.evaluated = self.step
         self.output.line(f"{name} {loss:.4f} ({tokens} tokens)")
 
@@ -1168,8 +1169,7 @@ class Run:
         """(mean loss, number of tokens) on the held-out text. Uses no random number and no training
         data, so an evaluation changes nothing in the training."""
         train = self.settings.train
-        total = 0.0
-        rows = (len(self.held_out) - 1) // train.context
+        total, rows = 0.0, (len(self.held_out) - 1) // train.context
         tokens = self.held_out[: rows * train.context + 1].to(self.device)
         ids, targets = tokens[:-1].view(rows, -1), tokens[1:].view(rows, -1)
         self.model.eval()
@@ -1197,8 +1197,7 @@ class Signals:
     in good order; the second one, or any outside the loop, ends the process at once."""
 
     def __init__(self, output, ranks):
-        self.output = output
-        self.ranks = ranks  # number of ranks
+        self.output, self.ranks = output, ranks  # ranks: how many
         self.run = None  # Run whose loop has begun
         self.number = 0  # last signal, 0 before the first one
         self.since = 0.0  # time of the last signal that counted
@@ -1206,8 +1205,7 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        again = self.number != 0
-        self.number = number
+        again, self.number = self.number != 0, number
         # A Ctrl-C in a terminal reaches every rank, and torchrun passes it on to them once more.
         if again and self.ranks > 1 and time.monotonic() - self.since < SAME_SIGNAL_SECONDS:
             return
@@ -1228,8 +1226,9 @@ def run_worker(settings, resume, access):
     folder, checkpoints = output_folder(settings, resume)
     output = Output(folder, quiet=not leads)
     signals = Signals(output, ranks)
-    run = None
-    reason = "finished"
+    run, reason = None, "finished"
+    if leads:
+        protocol.live.open(lambda: run.live_text() if run else "")
     try:
         run = Run(settings, output, checkpoints, access)
         run.begin()
@@ -1242,6 +1241,7 @@ def run_worker(settings, resume, access):
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        protocol.live.close()
         if run:
             run.callback.close(reason)
         if ranks > 1:

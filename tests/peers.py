@@ -555,13 +555,13 @@ class Gate(threading.Thread):
     with all other lines; then nobody gets through. "stalled": half of the push is passed on, and no
     more. "slow": it, or its reply, is passed on slowly.
 
-    slice: number of the only slice that is meant, or None. met: faults that have struck. seen:
-    (slice, sequence number, base) of the pushes with numbers that came by.
+    slice: number of the only slice that is meant, or None. is_narrow: whether all is slow. met: faults
+    that have struck. seen: (slice, sequence number, base) of the pushes with numbers that came by.
     """
 
     def __init__(self, server, slice=None):
         super().__init__(daemon=True)
-        self.port, self.slice, self.open = server.port, slice, True
+        self.port, self.slice, self.open, self.is_narrow = server.port, slice, True, False
         self.pushes, self.pulls = collections.deque(), collections.deque()
         self.met, self.seen = [], []
         self.lines, self.lock = set(), threading.Lock()
@@ -610,15 +610,14 @@ class Gate(threading.Thread):
         fields, specs = protocol.parse_header(raw)
         return fields, length + raw, protocol.payload_bytes(specs)
 
-    @staticmethod
-    def pass_on(stream, to, size, slow=False):
+    def pass_on(self, stream, to, size, slow=False):
         while size:
             part = stream.read1(min(size, 1 << 16))
             if not part:
                 raise ConnectionError
             size -= len(part)
             to.sendall(part)
-            if slow:
+            if slow or self.is_narrow:
                 time.sleep(0.035)
 
     def fault_of(self, fields, size):

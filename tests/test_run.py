@@ -52,9 +52,11 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     assert "ends training" not in run.output  # none ends before its time
 
     synced = re.findall(
-        r"worker-0: step .* syncs [1-9]\d*, .* ([\d.]+) MB up, ([\d.]+)", run.output
+        r"worker-0: diloco: worker-0: round \d+, .*\| up ([\d.]+) MB, down ([\d.]+) MB$",
+        run.output,
+        re.MULTILINE,
     )
-    assert len(synced) > 3, run.output
+    assert len(synced) == 7, run.output  # a line on each round
     assert all(float(up) and float(down) for up, down in synced[:-1]), (
         synced
     )  # the last may be empty
@@ -68,6 +70,10 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     lines = [json.loads(t) for t in (tmp_path / "model" / "rounds.jsonl").read_text().splitlines()]
     assert sum(line["tokens"] for line in lines if line["fragment"] == 0) == 2 * 130 * 4 * 64
     assert all(line["members"] == ["worker-0", "worker-1"] for line in lines[:6])
+    # worker-0 has evaluated the global model on the way, and said so.
+    said = re.findall(r"worker-0: validation loss ([\d.]+)", run.output)
+    heard = {f"{line['evaluation']:.4f}" for line in lines if line["evaluation"] is not None}
+    assert said and {*said} & heard, (said, heard)
 
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -113,7 +119,7 @@ def test_a_killed_worker_fails_the_command_but_not_the_run(spawn, tmp_path):
         run.output.index(f"worker-1 {what}") for what in ("ended with exit code -9", "is gone: its")
     )
     assert ended < gone and "not heard of" not in run.output
-    # The other one has left the run while it evaluates its model, and must be let finish.
+    # The other one has left the run while it saves its model, and must be let finish.
     assert "worker-0 ended with exit code" not in run.output
     assert "worker-0: the model is in" in run.output
     final = load_file(tmp_path / "model" / "model.safetensors")

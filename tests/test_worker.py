@@ -477,7 +477,7 @@ def test_two_workers_download_at_the_same_moment(tmp_path, site):
 
     def download():
         barrier.wait()
-        worker.download(site.url + "/good.txt", tmp_path / "c" / "good.txt", lambda text: None)
+        worker.download(site.url + "/good.txt", tmp_path / "c" / "good.txt", None)
         found.append((tmp_path / "c" / "good.txt").read_bytes())
 
     threads = [threading.Thread(target=download) for _ in range(2)]
@@ -689,7 +689,6 @@ def test_a_new_run_in_an_old_folder_resumes_as_itself(tmp_path):
 def test_quiet_output_is_warnings_only(tmp_path, capsys):
     output = worker.Output(tmp_path / "out", quiet=True)
     output.line("a line")
-    output.progress("step 1/2")
     output.save_checkpoint(1, 2, None, {}, {}, None)
     output.save_final(None, {})
     output.warn("a warning")
