@@ -49,6 +49,12 @@ def ask(server, request="status", access=protocol.PLAIN, fields=None):
         return conn.request(request, fields).fields
 
 
+def merged(old, new, count):
+    """Points or rounds by their number, up to `count`. Of two with one number the new one counts."""
+    by_number = {each["n"]: each for each in old + new}
+    return [by_number[n] for n in sorted(by_number) if n <= count]
+
+
 class Feed:
     """The status and the history of a run, asked for again and again."""
 
@@ -64,12 +70,12 @@ class Feed:
         ]  # the full ones
         known = {"after": points[-1]["n"] if points else 0, "span": old["span"]}
         new = ask(self.server, "history", self.access, known)
-        if new["session"] == old["session"]:
-            rounds = {line["n"]: line for line in old["recent"] + new["recent"]}
-            new["recent"] = [rounds[n] for n in sorted(rounds)][-RECENT:]
-            new["points"] = (points if new["span"] == old["span"] else []) + new["points"]
-        elif points:  # another process of the server, which may know fewer rounds
+        if points and new["session"] != old["session"]:  # another process may count otherwise
             new = ask(self.server, "history", self.access)
+        else:
+            points = points if new["span"] == old["span"] else []
+            new["points"] = merged(points, new["points"], new["count"])
+            new["recent"] = merged(old["recent"], new["recent"], new["count"])[-RECENT:]
         self.history = new
         return ask(self.server, access=self.access), new
 
@@ -134,7 +140,8 @@ def figure(value, digits=4):
     """A number as people read it, or a dash for none."""
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+    is_usual = value == 0 or 0.1**digits <= abs(value) < 1e5
+    return f"{value:.{digits}f}" if is_usual else f"{value:.2g}"
 
 
 def listed(names, most=1000):
@@ -439,7 +446,7 @@ def drawn(status, history, trouble="", is_whole=False):
     is_poor = "?" in BARS.encode(encoding, "replace").decode(encoding)
     text = text.translate(ASCII) if is_poor else text
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    lines = [cut(line, width) for line in text.split("\n")]
+    lines = [cut(line.rstrip(), width) for line in text.split("\n")]
     return [line.translate(ASCII) for line in lines] if is_poor else lines
 
 
@@ -510,20 +517,17 @@ def follow(looks, as_json):
         if bool(trouble) != was_away:
             print(trouble or "the server answers again", file=sys.stderr, flush=True)
             was_away = bool(trouble)
-        # Another process of the server may count otherwise, but its rounds are later.
-        is_same = history["session"] == session
-        new = [
-            line
-            for line in history["recent"]
-            if (line["n"] > last if is_same else line["time"] > at)
-        ]
-        if new and new[0]["n"] > last + 1:
-            missed = f"{new[0]['n'] - last - 1} rounds are not shown: the server has them no more"
-            print(missed, file=sys.stderr, flush=True)
-        for line in new:
+        is_same, session = history["session"] == session, history["session"]
+        for line in history["recent"]:
+            n, closed = line["n"], line["time"]
+            # After a restart the count may be lower than it was, but what is new is later.
+            if not ((is_same and n > last) or (closed, n) > (at, last)):
+                continue
+            if n > last + 1:
+                missed = f"{n - last - 1} rounds before this one are not known any more"
+                print(missed, file=sys.stderr, flush=True)
             say(json.dumps(line) if as_json else round_line(line))
-            last, at = line["n"], line["time"]
-        session = history["session"]
+            last, at = n, closed
 
 
 def look(feed, args):
