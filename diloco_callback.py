@@ -1026,7 +1026,7 @@ class Link:
                     log.trace(f"WARNING: a heartbeat of {self.worker_id} failed: it is tried again")
                     self.control.close()
 
-    def close(self, reason, was_member):
+    def close(self, reason, was_member, evaluation=None):
         """Leave the run, and end all threads; a task that does not end is left to itself."""
         self.closed.set()
         control = self.control
@@ -1034,8 +1034,9 @@ class Link:
             try:
                 if self.control and was_member:
                     self.control.deadline = time.monotonic() + LEAVE_SECONDS
+                    last_words = {"reason": reason[:200], "evaluation": evaluation}
                     with contextlib.suppress(OSError, ProtocolError, Refused):
-                        self.control.request("leave", {"reason": reason[:200]})
+                        self.control.request("leave", last_words)
             finally:
                 self.control_lock.release()
         for conn in filter(None, {control, self.control}):
@@ -1085,6 +1086,7 @@ class Replica:
         self.step = 0
         self.settings = {}  # settings of the outer optimizer, by name
         self.mismatches = self.last_send = self.last_recv = 0
+        self.transferred = 0.0  # seconds; see `moving`
         self.began = {}  # slice -> seconds when its push was made
         self.last_sync_time = self.total_sync_time = 0.0
 
@@ -1109,6 +1111,18 @@ class Replica:
         lr, top, nesterov = (self.settings[n] for n in ("outer_lr", "outer_momentum", "nesterov"))
         momentum = protocol.momentum_at(made, top, self.settings["momentum_warmup"]) ** part
         return lr, 0.0 if self.settings["outer"] == "delayed" else momentum, nesterov, part
+
+    @contextlib.contextmanager
+    def moving(self):
+        """A block in which a push is sent and answered, or numbers of the log are read: its seconds are
+        those that `transferred` counts. They are those of encoding, decoding and the line, and not
+        those in which a round is open. What moves at the same time on two connections counts twice."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.transferred += time.monotonic() - began
 
     # --- Pushes ---
 
@@ -1184,7 +1198,8 @@ class Replica:
             **made.facts,
         }
         message = (slice.payload.specs, slice.pieces()) if not slice.is_empty else ()
-        conn.request("push", fields, *message).typed("push").expect([])
+        with self.moving():
+            conn.request("push", fields, *message).typed("push").expect([])
         self.last_send = conn.bytes_out - before
 
     # --- The log ---
@@ -1204,7 +1219,8 @@ class Replica:
                 return reply.type == "current"
             news = news_of(reply, k)
             try:
-                whole = self._read(conn, k, news, reply)
+                with self.moving():
+                    whole = self._read(conn, k, news, reply)
                 self._take(k, news, whole, len(reply.specs) > 1)
             except ProtocolError:
                 self.outbox.places[k].version = NONE  # the next try gets the slice in full
@@ -1279,6 +1295,15 @@ class Replica:
             else:
                 is_finite = slice.adopt()
         return is_finite
+
+    def is_global(self):
+        """Whether the local values are the global ones: nothing is on top of them in any slice, and
+        nothing is under way."""
+        with self.changed:
+            places = self.outbox.places
+            return not self.listed and all(
+                place.pending is None and place.mark[0] == self.step for place in places
+            )
 
     def progress(self):
         """Return the progress of each slice for a checkpoint, as JSON has it."""
@@ -2919,6 +2944,9 @@ class Leader:
             "made": worker.local_step,
             "trained": max(0.0, time.monotonic() - worker.started - waited),
             "waited": waited,
+            "transferred": self.replica.transferred,
+            "max_steps": worker.max_steps,
+            "evaluation": worker.evaluation,
         }
 
     def adopt(self, k):
@@ -3140,8 +3168,10 @@ def showing_global(worker):
             for slice in worker.slices:
                 slice.show_anchor()
     try:
+        worker.shows_global = True
         yield
     finally:
+        worker.shows_global = False
         reshard(trained.fsdp_modules)
         with own_modes():
             for tensor, values in zip(tensors, local, strict=True):
@@ -3176,6 +3206,11 @@ def metrics_of(worker):
     found |= {name: getattr(replica, name) for name in theirs}
     found |= {"last_send_mb": replica.last_send / 1e6, "last_recv_mb": replica.last_recv / 1e6}
     return {f"diloco/{name}": number for name, number in found.items()}
+
+
+def told_length(max_steps):
+    """The length of a run as messages have it: 0 where there is none."""
+    return int(max_steps) if 0 < max_steps < 1 << 53 else 0
 
 
 def attach(cls, model, optimizer, server=None, sync_every=None, worker_id=None, **options):
@@ -3214,8 +3249,9 @@ class Standalone:
 
     server, worker_id, loss, tokens = None, "standalone", None, 0
     index, rank, world, num_shares = 0, 0, 1, 1
-    sync_count = dropped_steps = run_step = 0
+    sync_count = dropped_steps = run_step = max_steps = 0
     stop_ordered = kept_local = False
+    evaluation = None
 
     def __init__(self, optimizer, state=None):
         self.step, self.local_step = (state or {}).get("step", 0), 0
@@ -3244,7 +3280,12 @@ class Standalone:
 
     def run_is_over(self, max_steps):
         """Whether to stop: after a SIGTERM that a SigtermNotice watches for."""
+        self.max_steps = told_length(max_steps)
         return self.stop_ordered
+
+    def evaluated(self, loss):
+        """Note an evaluation's loss, of the only model that there is."""
+        self.evaluation = {"step": self.step, "loss": float(loss), "is_global": True}
 
     def global_model(self):
         """A block within which the model is what it is."""
@@ -3349,6 +3390,9 @@ class DiLoCoWorker:
     run_step = 0  # the furthest worker's
     skipped = 0  # steps of which a GradScaler said later that they were none
     tokens, loss, stall_time = 0, None, 0.0
+    max_steps = 0  # length of the run, as `run_is_over` was asked last; 0: unknown
+    evaluation = None  # the newest one, as messages have it
+    shows_global = False  # whether the model's values are the global ones, within `global_model`
     stalled_since = None  # seconds when it began to wait for an entry
     joins = fragment_syncs = dropped_steps = 0
     clearings = 0  # how often the optimizers' state has been cleared
@@ -3475,7 +3519,7 @@ class DiLoCoWorker:
         self.unstarted.detach()
         atexit.unregister(self._close_at_exit)
         unlisten(self.watch)
-        self.link.close(reason, was_member=self.joins > 0)
+        self.link.close(reason, self.joins > 0, self.evaluation)
         # After a failure, or where one rank leaves, the others do not listen: all ranks stay as is.
         if self.ranks and self.ranks.is_alone:
             with torch.no_grad(), uninterrupted():
@@ -3603,10 +3647,20 @@ class DiLoCoWorker:
     def run_is_over(self, max_steps):
         """Whether to stop: the server says so, or another worker has reached the run's length. All
         ranks of a worker say the same after the same step."""
+        self.max_steps = told_length(max_steps)
         is_over = self.stop_ordered or 0 < max_steps <= self.run_step
         if is_over:
             self.watch.tell_over(max_steps)
         return is_over
+
+    def evaluated(self, loss):
+        """Note the loss of an evaluation that has just been made: the server shows the newest one of each
+        worker, and a curve of those of the global model. That is what was evaluated where no step was
+        made since the last adoption, or within `global_model`. One that is not finite is not told."""
+        loss = float(loss)
+        if abs(loss) < protocol.MAX_ABS:
+            is_global = self.shows_global or self.replica.is_global()
+            self.evaluation = {"step": self.step, "loss": loss, "is_global": is_global}
 
     global_model, metrics = showing_global, metrics_of
 
@@ -3730,6 +3784,12 @@ class DiLoCoCallback:
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(metrics)
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Report the evaluation's loss to the server."""
+        loss = (metrics or {}).get("eval_loss")
+        if self.worker is not None and isinstance(loss, int | float):
+            self.worker.evaluated(loss)
+
     def changed_metrics(self, whole):
         """Return the metrics that have changed since the last call, or all."""
         before, self.told = self.told, self.worker.metrics()
@@ -3806,6 +3866,12 @@ class LightningHooks(DiLoCoCallback):
                 loss = outputs["loss"].item()  # of a part of the batch, where it is accumulated
                 self.worker.loss = loss * trainer.accumulate_grad_batches
             module.log_dict(self.changed_metrics(whole=last))
+
+    def on_validation_end(self, trainer, module):
+        """Report the validation's `val_loss` to the server, but not that of the check before training."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if self.worker is not None and loss is not None and not trainer.sanity_checking:
+            self.worker.evaluated(loss)
 
     def on_train_end(self, trainer, module):
         """Close the run."""

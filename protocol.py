@@ -142,7 +142,7 @@ class Refused(Exception):
     """A request was rejected for good: sending it again cannot succeed.
 
     `code` is one word for programs: address, token, tls, version, id, setting, model, size,
-    stopping, rejoin, protocol.
+    stopping, drop, rejoin, protocol.
     """
 
     def __init__(self, code, message):

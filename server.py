@@ -444,9 +444,11 @@ class Member:
     evaluation: tuple | None = None  # (step, loss, whether of the global model) of its newest one
     pushed: object = None  # its Reading at its last push, where that is known
 
-    def holds_id(self, rules, now):
-        """Whether no other process gets the worker's id, whatever has become of its connection."""
-        return not self.has_ended and now - self.heard <= rules.worker_timeout
+    def keeps_id(self, session, rules, now):
+        """Whether a process does not get the worker's id, as this one has it, whatever has become of its
+        connection."""
+        is_other = session != self.session and not self.has_ended
+        return is_other and now - self.heard <= rules.worker_timeout
 
     @property
     def was_in(self):
@@ -489,6 +491,14 @@ def of_process(workers, id, session):
     return member if member is not None and member.session == session else None
 
 
+def unfit(push, life, rules):
+    """Why a push cannot count in a run that has come to this life, or ""."""
+    if push.base.life > life:
+        return "it starts from a version that this run has not made"
+    is_old = push.steps and push.late > rules.max_staleness
+    return f"a push {push.late} rounds old is over --max-staleness" if is_old else ""
+
+
 def is_begun(slices):
     """Whether a slice holds a version that a run has made."""
     return any(slice.version.life for slice in slices)
@@ -520,8 +530,8 @@ class Run:
     that have asked to; expected: {id: seconds when heard of} of members from before a crash, or a
     change of tensors, that the run waits for; indices: {id: index} that ids have had, in the order of
     last use; sessions: {id: session} of the process that had the id last; away: ids that were given up
-    and may come back; stopping: ids that are to finish and have not yet; dropped: {id: session} of
-    processes that are to finish, alone; anew: Anew; paces: Paces.
+    and may come back; stopping: ids that are to finish and have not yet; dropped: {id: session of the
+    process that is to finish, alone}; anew: Anew; paces: Paces.
     """
 
     def __init__(self, rules, now, count=0):
@@ -546,8 +556,7 @@ class Run:
 
     def is_to_finish(self, member):
         """Whether a member has been told to finish."""
-        is_dropped = self.dropped.get(member.id) == member.session
-        return self.is_stopping or is_dropped or member.id in self.stopping
+        return self.is_stopping or self.dropped.get(member.id) == member.session
 
     @property
     def versions(self):
@@ -561,10 +570,8 @@ class Run:
 
     def holder(self, id, session, now):
         """The other process that holds a worker id, or None."""
-        for other in (self.members.get(id), self.waiting.get(id)):
-            if other and other.session != session and other.holds_id(self.rules, now):
-                return other
-        return None
+        others = filter(None, (self.members.get(id), self.waiting.get(id)))
+        return next((each for each in others if each.keeps_id(session, self.rules, now)), None)
 
     def ask(self, member, now):
         """A worker asks to take part. Raises Refused where it cannot."""
@@ -678,8 +685,6 @@ class Run:
         member.begin(old, furthest, newest(self.slices))
         member.index = free_index(member.id, self.indices, self.members)
         member.heard = member.joined = now
-        if self.dropped.get(member.id) != member.session:  # another process, which may take part
-            self.dropped.pop(member.id, None)
         self.expected.pop(member.id, None)
         self.indices.pop(member.id, None)
         self.indices[member.id], self.sessions[member.id] = member.index, member.session
@@ -687,8 +692,7 @@ class Run:
         self.away.discard(member.id)
         gone = [w for w in self.indices if w not in self.members and w not in self.stopping]
         for worker in gone[: max(0, len(self.indices) - KNOWN_WORKERS)]:
-            del self.indices[worker]
-            for known in (self.sessions, self.dropped, self.paces.told):
+            for known in (self.indices, self.sessions, self.dropped, self.paces.told):
                 known.pop(worker, None)
 
     def known(self, id):
@@ -728,17 +732,18 @@ class Run:
         if of_process(self.waiting, id, session):
             del self.waiting[id]
 
-    def remove(self, id, ends):
-        """Drop a member; rounds go on without it. The run ends when the last member leaves on
-        purpose (`ends`). One that is only lost may come back, also to hear that it is to stop."""
-        was_stopping = self.is_stopping
-        session = self.members.pop(id).session
+    def remove(self, id, ends, drops=False):
+        """Remove a member; rounds go on without it. The run ends when the last member leaves on
+        purpose (`ends`). One that is only lost may come back, also to hear that it is to stop, as
+        with `drops` its process is, alone."""
+        was_stopping, session = self.is_stopping, self.members.pop(id).session
         if ends:
             self.stopping.discard(id)
             self.dropped.pop(id, None)
             self.forget(id, session)  # a join that was sent twice
         else:
             self.away.add(id)
+            self.dropped |= {id: session} if drops else {}
         if not self.members and (ends or was_stopping or self.expected):
             self.is_open = False
             self.away &= self.stopping
@@ -746,12 +751,6 @@ class Run:
     def stop(self):
         """Everybody is to finish: members, and whoever is away and comes back."""
         self.stopping = self.members.keys() | self.away | self.expected.keys()
-
-    def drop(self, id):
-        """A member is awaited no more, and its process is to finish: where it lives, it comes back to
-        hear that, and its steps count."""
-        self.dropped[id] = self.members[id].session
-        self.remove(id, ends=False)
 
     def silent(self, workers, now):
         """The members, or those that wait, that were not heard of for the worker timeout."""
@@ -777,10 +776,7 @@ class Run:
             member.closed.add(push.k)
         if push.worker in slice.folded and push.seq <= slice.folded[push.worker].seq:
             return False
-        if push.base.life > self.life:
-            push.refused = "it starts from a version that this run has not made"
-        if not push.refused and push.steps and push.late > self.rules.max_staleness:
-            push.refused = f"a push {push.late} rounds old is over --max-staleness"
+        push.refused = push.refused or unfit(push, self.life, self.rules)
         first = slice.pushes.get((push.worker, push.seq))
         push.arrived = first.arrived if first else now
         slice.pushes[push.worker, push.seq] = push
@@ -863,9 +859,7 @@ class Run:
         return {
             "members": sorted(self.members.keys() | self.expected.keys()),
             "stopping": sorted(self.stopping),
-            "indices": dict(self.indices),
-            "sessions": dict(self.sessions),
-            "dropped": dict(self.dropped),
+            **{name: dict(getattr(self, name)) for name in ("indices", "sessions", "dropped")},
             "life": self.life,
             "pace": self.pace,
         }
@@ -875,8 +869,7 @@ class Run:
         slices in the checkpoint, if there is one."""
         self.expected = dict.fromkeys(names["members"], now)
         self.stopping, self.indices = set(names["stopping"]), dict(names["indices"])
-        self.sessions = dict(names.get("sessions", {}))
-        self.dropped = dict(names.get("dropped", {}))
+        self.sessions, self.dropped = (dict(names.get(n, {})) for n in ("sessions", "dropped"))
         self.life, self.pace = names.get("life", ""), names.get("pace", 0)
         self.slices = [Slice(version, dict(folded)) for version, folded in heads]
         self.kept = newest(self.slices)
@@ -2223,6 +2216,45 @@ def lacked(weights, frozen, whose):
     return {n: [protocol.DTYPE_NAMES[spec.dtype], mark, whose] for n, (spec, mark) in left.items()}
 
 
+class Journal:
+    """A run's rounds.jsonl, with a line for each closed round. Where it is over `most` bytes, it becomes
+    rounds-old.jsonl, in the place of the one before."""
+
+    def __init__(self, folder, most=ROTATE_BYTES):
+        self.folder, self.most = folder, most
+        self.old, self.path = (os.path.join(folder, name) for name in ROUNDS)
+        self.unwritten = []  # lines that the disk has not taken yet
+        self.is_torn = False  # whether the last line in the file has no end
+
+    def append(self, lines):
+        """Append lines, dicts: all of them or, with an OSError, none."""
+        self.unwritten = [*self.unwritten, *lines][-MAX_UNWRITTEN:]
+        raw = "".join(json.dumps(line) + "\n" for line in self.unwritten).encode()
+        os.makedirs(self.folder, exist_ok=True)
+        if os.path.exists(self.path) and os.path.getsize(self.path) > self.most:
+            os.replace(self.path, self.old)
+            self.is_torn = False
+        protocol.append_whole(self.path, b"\n" * self.is_torn + raw)
+        self.unwritten, self.is_torn = [], False
+
+    def rows(self):
+        """Yields the rows of all rounds, oldest first, one at a time. Lines that cannot be read are
+        passed over."""
+        for path in (self.old, self.path):
+            damaged = 0
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                while raw := file.readline(protocol.MAX_HEADER_BYTES):
+                    self.is_torn = not raw.endswith(b"\n")
+                    try:
+                        yield row_of(json.loads(raw))
+                    except (ValueError, RecursionError, AttributeError, ProtocolError):
+                        damaged += 1
+            if damaged:
+                log(
+                    f"WARNING: {damaged} lines of {path} cannot be read: the history goes on without"
+                )
+
+
 class Store:
     """The disk of a run: the folder that it writes to, and the weights of -m.
 
@@ -2244,9 +2276,7 @@ class Store:
         self.is_unwrapped = False  # whether the names in `weights` are known to be a worker's
         self.names = None
         self.saved = self.final = None  # state of the run in the newest checkpoint and final model
-        self.unwritten = []  # lines of rounds.jsonl that the disk has not taken yet
-        self.is_torn = False  # whether the last line of rounds.jsonl has no end
-        self.rotate_bytes = ROTATE_BYTES
+        self.journal = Journal(self.output)
         self.faults = {}  # what could not be saved -> why
         self.latest_life = ""  # latest life of a checkpoint in the folder, also of a damaged one
         self.guard = None  # open file that keeps a second server off the folder
@@ -2376,34 +2406,10 @@ class Store:
                 protocol.sync_folder(self.output)
 
     def append_rounds(self, lines):
-        """Append lines about rounds, dicts, to rounds.jsonl: all of them or none. What the disk does not
-        take is written with the next ones. Calls come one at a time."""
-        self.unwritten = [*self.unwritten, *lines][-MAX_UNWRITTEN:]
-        raw = "".join(json.dumps(line) + "\n" for line in self.unwritten).encode()
-        old, path = (os.path.join(self.output, name) for name in ROUNDS)
+        """Append lines about rounds, dicts, to rounds.jsonl. What the disk does not take is written with
+        the next ones. Calls come one at a time."""
         with self._surviving("rounds.jsonl"):
-            os.makedirs(self.output, exist_ok=True)
-            if os.path.exists(path) and os.path.getsize(path) > self.rotate_bytes:
-                os.replace(path, old)
-            protocol.append_whole(path, b"\n" * self.is_torn + raw)
-            self.unwritten, self.is_torn = [], False
-
-    def rows(self):
-        """Yields the rows of all rounds in the output folder's files, oldest first, one at a time. Lines
-        that cannot be read are passed over."""
-        for name in ROUNDS:
-            path, damaged = os.path.join(self.output, name), 0
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                while raw := file.readline(protocol.MAX_HEADER_BYTES):
-                    self.is_torn = not raw.endswith(b"\n")
-                    try:
-                        yield row_of(json.loads(raw))
-                    except (ValueError, RecursionError, AttributeError, ProtocolError):
-                        damaged += 1
-            if damaged:
-                log(
-                    f"WARNING: {damaged} lines of {path} cannot be read: the history goes on without"
-                )
+            self.journal.append(lines)
 
     def save(self, state, model, snapshots):
         """Write a checkpoint, unless the newest one has the same versions. `state`: `heads`, which
@@ -2725,6 +2731,14 @@ def evaluation_of(message):
     return check("step", int), loss, check("is_global", bool)
 
 
+def note_evaluation(server, member, message):
+    """Note what a message says of a member's newest evaluation, if anything. Needs the lock."""
+    if found := evaluation_of(message):
+        step, loss, is_global = found
+        member.evaluation = min(step, member.step), loss, is_global
+        server.history.evaluate(member.id, *member.evaluation)
+
+
 def doing(member, run, moving):
     """(what a member does, the ids that it waits for). moving: {(id, kind)} of the transfers."""
     of_mine = [kind.split() for id, kind in moving if id == member.id]
@@ -3027,6 +3041,31 @@ class Watch:
         for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
+
+
+def outlook(server):
+    """Where the run is and when it ends, as far as that is known. Needs the lock."""
+    members, history = server.run.members.values(), server.history
+    losses = [member.loss for member in members if member.loss is not None]
+    max_steps = max((member.max_steps for member in members), default=0)
+    rate, found = history.rate(), history.evaluation
+    left = max(0, max_steps - max([server.run.step, *(member.step for member in members)]))
+    server.note_faults()
+    return {
+        "schema": 1,
+        "time": round(time.time(), 3),
+        "rate": round(rate, 4),
+        "max_steps": max_steps,
+        "ends_in_seconds": round(left / rate, 1) if rate and max_steps else None,
+        "loss": statistics.fmean(losses) if losses else None,
+        "evaluation": {"step": found[0], "loss": found[1]} if found else None,
+        "totals": {name: round(total, 3) for name, total in history.totals.items()},
+        "gone": [
+            {"id": id, "seconds_ago": round(max(0.0, time.time() - since), 1), "why": why}
+            for id, (since, why) in reversed(history.gone.items())
+            if id not in server.run.members
+        ],
+    }
 
 
 class Shared:
@@ -3512,10 +3551,7 @@ class Gate:
         self.run.paces.note(member, Reading(message.field("made", int, 0), *spent), is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
         member.max_steps = message.field("max_steps", int, 0)
-        if found := evaluation_of(message):
-            step, loss, is_global = found
-            member.evaluation = min(step, member.step), loss, is_global
-            self.server.history.evaluate(member.id, *member.evaluation)
+        note_evaluation(self.server, member, message)
 
     def on_leave(self, conn, message):
         """End a member's part of the run."""
@@ -3523,18 +3559,15 @@ class Gate:
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             reason = shown(message.field("reason", str, "done"))
+            note_evaluation(self.server, member, message)
             self.remove(member.id, f"leaves: {reason}", ends=True)
         self.server.clerk.settle(FAREWELL_SECONDS)
         conn.send("leave")
         self.server.rounds.turn()
 
-    def remove(self, id, why, ends):
-        """Drop a member, and have the names written without it. Needs the lock."""
-        self.run.remove(id, ends)
-        self.note_gone(id, why)
-
-    def note_gone(self, id, why):
-        """A member has been removed. Needs the lock."""
+    def remove(self, id, why, ends, drops=False):
+        """Remove a member, and have the names written without it. Needs the lock."""
+        self.run.remove(id, ends, drops)
         log(f"{shown(id)} {why}")
         self.server.history.leave(id, why, time.time())
         if not self.run.members:
@@ -3549,20 +3582,6 @@ class Gate:
         self.run.forget(member.id, member.session)
         member.facts.conn.hang_up()
         self.lock.notify_all()
-
-    def on_drop(self, conn, message):
-        """Wait no longer for a member, and tell its process to finish, if that lives."""
-        message.expect([])
-        id = message.field("worker", str)
-        with self.lock:
-            if id not in self.run.members:
-                members = ", ".join(map(shown, sorted(self.run.members))) or "none"
-                raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
-            self.run.drop(id)
-            self.note_gone(id, f"is dropped: {conn.peer} asks for that")
-        self.server.clerk.settle(FAREWELL_SECONDS)
-        self.server.rounds.turn()
-        conn.send("drop")
 
 
 class Rounds:
@@ -3763,8 +3782,8 @@ class Rounds:
 
         def pushed(push):
             spent = push.spent or Reading(0, 0.0, 0.0)
-            seconds = {n: round(getattr(spent, n), 3) for n in ("trained", "waited", "transferred")}
             weight = round(push.weight, 4) if push in counted else 0.0
+            seconds = {name: round(float(getattr(spent, name)), 3) for name in PUSHED[:3]}
             return seconds | {"steps": push.steps, "weight": weight, "late": push.late}
 
         return {
@@ -3900,6 +3919,43 @@ class Rounds:
             values = protocol.TensorSpec("slice", torch.float32, (self.model.sizes[k],))
             parts = self.releasing(conn, k, pieces)
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
+
+
+class Orders:
+    """What whoever may ask for the status may order."""
+
+    def __init__(self, server):
+        self.server, self.run, self.lock = server, server.run, server.lock
+
+    def on_save(self, conn, message):
+        """Write a checkpoint soon."""
+        message.expect([])
+        with self.lock:
+            self.server.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        conn.send("save")
+
+    def on_stop(self, conn, message):
+        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
+        message.expect([])
+        with self.lock:
+            self.run.stop()
+        self.server.clerk.settle(FAREWELL_SECONDS)
+        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
+        conn.send("stop")
+
+    def on_drop(self, conn, message):
+        """Wait no longer for a member, and tell its process to finish, if that lives."""
+        message.expect([])
+        id = message.field("worker", str)
+        with self.lock:
+            if id not in self.run.members:
+                members = ", ".join(map(shown, sorted(self.run.members))) or "none"
+                raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
+            self.server.gate.remove(id, f"is dropped, as {conn.peer} asks", ends=False, drops=True)
+        self.server.clerk.settle(FAREWELL_SECONDS)
+        self.server.rounds.turn()
+        conn.send("drop")
 
 
 class Crowd:
@@ -4224,7 +4280,7 @@ class Door:
                 message = conn.receive(idle=patience)
                 conn.deadline = None
                 name = f"on_{message.type}"
-                rooms = (server.gate, server.rounds, server)
+                rooms = (server.gate, server.rounds, server.orders, server)
                 handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
                 if handler is None:
                     raise ProtocolError(f"no request is called {message.type!r}")
@@ -4276,7 +4332,7 @@ class Server:
             )
         self.transfers, self.watch = Transfers(self), Watch(self)
         self.handouts, self.clerk = Handouts(self), Clerk(self)
-        self.gate, self.rounds = Gate(self), Rounds(self)
+        self.gate, self.rounds, self.orders = Gate(self), Rounds(self), Orders(self)
 
     # --- The life of the process ---
 
@@ -4287,7 +4343,7 @@ class Server:
         state, model = self.store.open(args.upload_codec, args.download_codec, args.error_feedback)
         if self.store.names:
             self.run.reopen(self.store.names, state["heads"] if state else [], now())
-        for row in self.store.rows():
+        for row in self.store.journal.rows():
             self.history.restore(row)
         saved = state or {"settings": {}, "shares": 0}
         self.settings = outer_settings(args, saved["settings"])
@@ -4449,30 +4505,6 @@ class Server:
         found, self.seen_faults = self.faults.total - self.seen_faults, self.faults.total
         self.history.fault(found)
 
-    def outlook(self):
-        """Where the run is and when it ends, as far as that is known. Needs the lock."""
-        members, history = self.run.members.values(), self.history
-        losses = [member.loss for member in members if member.loss is not None]
-        max_steps = max((member.max_steps for member in members), default=0)
-        rate, found = history.rate(), history.evaluation
-        left = max(0, max_steps - max([self.run.step, *(member.step for member in members)]))
-        self.note_faults()
-        return {
-            "schema": 1,
-            "time": round(time.time(), 3),
-            "rate": round(rate, 4),
-            "max_steps": max_steps,
-            "ends_in_seconds": round(left / rate, 1) if rate and max_steps else None,
-            "loss": statistics.fmean(losses) if losses else None,
-            "evaluation": {"step": found[0], "loss": found[1]} if found else None,
-            "totals": {name: round(total, 3) for name, total in history.totals.items()},
-            "gone": [
-                {"id": id, "seconds_ago": round(max(0.0, time.time() - since), 1), "why": why}
-                for id, (since, why) in reversed(history.gone.items())
-                if id not in self.run.members
-            ],
-        }
-
     def status(self):
         """The fields of the reply to status. Needs the lock."""
         run, model, args = self.run, self.model, self.args
@@ -4480,7 +4512,7 @@ class Server:
         fragments = run.slices[: model.num_fragments] if model else []
         awaited = {id for k, s in enumerate(run.slices) if s.pushes for id in run.missing(k)}
         moving = [*self.transfers.moving]
-        return self.outlook() | {
+        return outlook(self) | {
             "mode": "streaming" if len(fragments) > 1 else "sync",
             "state": self.state(),
             "min_workers": args.min_workers,
@@ -4521,23 +4553,6 @@ class Server:
         if not self.run.is_open:
             return "waiting for workers" + " to come back" * bool(self.run.expected)
         return "running" if len(self.run.members) >= self.args.min_workers else "too few workers"
-
-    def on_save(self, conn, message):
-        """Write a checkpoint soon."""
-        message.expect([])
-        with self.lock:
-            self.save_wanted.add("checkpoint")
-            self.lock.notify_all()
-        conn.send("save")
-
-    def on_stop(self, conn, message):
-        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
-        message.expect([])
-        with self.lock:
-            self.run.stop()
-        self.clerk.settle(FAREWELL_SECONDS)
-        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
-        conn.send("stop")
 
     # --- Saving ---
 

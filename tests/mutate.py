@@ -36,7 +36,7 @@ MUTATIONS = {
         "first = slice.version.number",
     ),
     "closing does not close": ("server", "member.closed.add(push.k)", "pass"),
-    "a push that is too old counts": ("server", "push.late > self.rules.max_staleness", "False"),
+    "a push that is too old counts": ("server", "push.late > rules.max_staleness", "False"),
     "a predecessor's push stays beside the resumed one": (
         "server",
         "del slice.pushes[name]",
@@ -127,6 +127,16 @@ MUTATIONS = {
         "slice.pushes[push.worker, push.seq] = push",
         "slice.pushes = {n: p for n, p in slice.pushes.items() if n[0] != push.worker}\n"
         "        slice.pushes[push.worker, push.seq] = push",
+    ),
+    "a dropped worker is not told": (
+        "server",
+        " or self.dropped.get(member.id) == member.session",
+        "",
+    ),
+    "a drop is that of all": (
+        "server",
+        "self.dropped |= {id: session} if drops else {}",
+        "self.stopping |= {id} if drops else set()",
     ),
     "stop turns away who was cut off": (
         "server",

@@ -60,6 +60,7 @@ FAULTS = {
     "quorum": 0.3,
     "least": 0.25,
     "stop": 0.3,
+    "drop": 0.001,
     "late": 0.4,
     "unequal": 0.5,
     "change": 0.3,
@@ -403,11 +404,11 @@ class Server:
         self.note(member, call.what["facts"], is_push=False)
         member.reach(call.what["step"], newest(self.run.slices))
         self.check_step(member, call.what["step"])
-        return (
-            "heartbeat",
-            process.id in self.run.stopping,
-            self.run.paces.of(member, self.world.now),
-        )
+        is_told, world = self.run.is_to_finish(member), self.world
+        assert is_told or process.session not in world.dropped, f"{process.session} is not told"
+        is_meant = 0 < world.stop_at <= world.now or process.session in world.dropping
+        assert is_meant or not is_told, f"{process.session} is told to finish"
+        return ("heartbeat", is_told, self.run.paces.of(member, world.now))
 
     def note(self, member, facts, is_push):
         """What a message says of a process's speed."""
@@ -913,6 +914,7 @@ class World:
         self.has_all = rng.random() < 0.5  # whether the server has all numbers of a change
         self.layout = self.changes = self.misfits = 0
         self.stop_at = rng.randrange(20, 150) if self.has("stop") else 0
+        self.dropping, self.dropped = set(), set()  # sessions told to finish, also on disk
         self.has_liar = self.has("lying")
         self.step = 0  # of the run, on disk
         self.names, self.heads, self.saved = None, [], {}  # on disk: the server's, and workers'
@@ -1162,6 +1164,16 @@ class World:
             self.note("stop")
             self.server.run.stop()
             self.server.save_names()
+        if self.server.run.members and self.hits("drop"):
+            id = self.rng.choice(sorted(self.server.run.members))
+            session = self.server.run.members[id].session
+            self.note("drop", session)
+            self.dropping.add(session)
+            self.server.run.remove(id, ends=False, drops=True)
+            for k in range(len(self.slices)):
+                assert id not in self.server.run.missing(k), f"{id} is dropped, and awaited"
+            self.server.save_names()
+            self.dropped.add(session)
         self.server.tick()
         if self.server.run.is_open:
             self.wait()

@@ -350,7 +350,7 @@ def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tm
     store.append_rounds([{"round": 4}])
     lines = path.read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
-    assert not store.save_error and not store.unwritten
+    assert not store.save_error and not store.journal.unwritten
 
 
 def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkeypatch):
