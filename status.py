@@ -3,6 +3,7 @@
     python status.py                              # --server localhost:8512
     python status.py --server host:8512 --watch   # drawn again every two seconds (--watch 10: ten)
     python status.py --follow                     # a line for each round that closes, for logs
+    python status.py --web                        # a page at http://localhost:8513/, and metrics
     python status.py --json                       # for programs; with --watch one object per line
     python status.py --save                       # have a checkpoint written
     python status.py --drop WORKER                # have the run go on without a worker
@@ -16,14 +17,25 @@ that has answered once is away.
 
 import argparse
 import contextlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
 import json
+import math
 import os
 import re
+import secrets
 import signal
+import socket
+import socketserver
 import statistics
 import sys
+import threading
 import time
 import unicodedata
+import urllib.parse
 from collections import Counter
 
 import protocol
@@ -546,6 +558,754 @@ def look(feed, args):
             return 3 if status["stalls"] else 0
 
 
+# --- The page ---
+#
+# `--web` serves one page, the JSON behind it, and metrics for Prometheus to any number of readers. A
+# `Cache` asks the server for all of them, so that they cost the run next to nothing. Other sites must not
+# get at it through a reader's browser: `Host` and `Origin` are checked. What workers have said enters the
+# page as text only. The page's structure, style and script are the text PAGE.
+
+CACHE_SECONDS = 1.0  # pause between two looks at the server
+READER_SECONDS = 30.0  # time that a connection has for its request and the reply
+MAX_READERS, MAX_PER_ADDRESS = 256, 128  # connections at once: in all, and of one address
+MAX_HEAD_BYTES, MAX_BODY_BYTES = 1 << 14, 1 << 12  # length of a request's head, of its body
+MAX_SESSIONS = 64  # readers who have logged in; one more ends the oldest session
+WRONG_TOKEN_SECONDS = 1.0  # time that a wrong token takes
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; "
+    "connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+# The metrics: name, field of the status (or of a worker in it), and meaning.
+METRICS = """\
+up up Whether the server answers.
+running running Whether the run goes on, with enough workers.
+uptime_seconds uptime_seconds Time since the server was started.
+round round Newest round.
+step step Steps that the run has come to.
+max_steps max_steps Steps after which the run ends.
+steps_per_second rate Steps of the run in a second, waiting included.
+ends_in_seconds ends_in_seconds Estimated time until the end.
+loss loss Mean of the workers' newest training losses.
+evaluation_loss evaluation.loss Newest evaluation loss of the global model.
+members members Workers that take part.
+stall_seconds stalled Longest that a round has waited, where that is unusually long.
+save_failing save_error Whether the last checkpoint could not be written.
+rounds_total totals.rounds Rounds that have closed.
+steps_total totals.steps Steps of all workers that were counted.
+tokens_total totals.tokens Tokens in these steps.
+received_bytes_total totals.bytes_up Bytes of pushes.
+sent_bytes_total totals.bytes_down Bytes of updates.
+waiting_seconds_total totals.seconds_waiting Time in which rounds waited for pushes.
+folding_seconds_total totals.seconds_folding Time in which pushes were folded into the model.
+refused_pushes_total totals.refused Pushes that were refused.
+faults_total totals.faults Failures that the server has survived.
+joins_total totals.joins Times that a worker has joined.
+departures_total totals.departures Times that a worker has left or was given up.
+worker_up up Whether the worker was heard of lately.
+worker_step step Steps of the run that the worker has come to.
+worker_steps_per_second steps_per_second Steps of the worker in a second.
+worker_loss loss Newest training loss.
+worker_training_ratio training Share of its time that the worker trains.
+worker_waiting_ratio waiting Share of its time that the worker waits for rounds.
+worker_lag_versions lag Versions of the model that the worker is behind.
+worker_silence_seconds heard_seconds_ago Time since the worker was heard of.
+"""
+
+
+def metrics(status):
+    """What Prometheus reads of a status; {}: the server does not answer."""
+    run, workers = {"up": bool(status)}, []
+    if status:
+        run |= status | {
+            "running": status["state"] == "running",
+            "members": len(status["workers"]),
+            "stalled": max((stall["seconds"] for stall in status["stalls"]), default=0),
+            "save_error": bool(status["save_error"]),
+        }
+        workers = [worker | {"up": worker["state"] != "away"} for worker in status["workers"]]
+    lines = []
+    for name, path, meaning in (line.split(maxsplit=2) for line in METRICS.splitlines()):
+        lines.append(f"# HELP diloco_{name} {meaning}")
+        lines.append(f"# TYPE diloco_{name} {'counter' if name.endswith('_total') else 'gauge'}")
+        for value in workers if name.startswith("worker_") else [run]:
+            id = value.get("id", "").replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+            for key in path.split("."):
+                value = (value or {}).get(key)
+            if value is not None:
+                label = f'{{worker="{id}"}}' if name.startswith("worker_") else ""
+                lines.append(f"diloco_{name}{label} {value + 0}")  # True is 1
+    return "\n".join(lines) + "\n"
+
+
+class Cache:
+    """Status and history of a run for any number of readers. While they read, it looks at the server
+    once a second; while the server is away, they get what it said last."""
+
+    def __init__(self, server, access):
+        self.feed, self.error = Feed(server, access), ""  # why the server does not answer
+        self.status, self.history = {}, self.feed.history
+        self.heard = None  # time.monotonic() when the status came
+        self.wanted, self.news = threading.Event(), threading.Condition()
+        self.looked = -math.inf  # time of the last look, in vain or not
+        threading.Thread(target=self.follow, daemon=True).start()
+
+    def follow(self):
+        """Look at the server when readers want news, for ever."""
+        while self.wanted.wait():
+            self.wanted.clear()
+            try:
+                self.status, self.history = self.feed.look()
+                self.heard, self.error = time.monotonic(), ""
+            except Exception as error:  # readers see it, and the next look tries again
+                self.error = str(error) or protocol.reason_of(error)
+            with self.news:
+                self.looked = time.monotonic()
+                self.news.notify_all()
+            time.sleep(CACHE_SECONDS)
+
+    def fresh(self):
+        """This, once the server was looked at within a moment, or after a while."""
+        since = time.monotonic() - 2 * CACHE_SECONDS
+        self.wanted.set()
+        with self.news:
+            self.news.wait_for(lambda: self.looked > since, timeout=2.0)
+        return self
+
+    def watched(self):
+        """The status, and beside it how old that is, and why the server does not answer."""
+        ago = None if self.heard is None else round(time.monotonic() - self.heard, 1)
+        watch = {"server": self.feed.server, "heard_seconds_ago": ago, "error": self.error}
+        return self.status | {"watch": watch}
+
+    def rounds(self, after=0, span=0):
+        """The history, or what comes after a round in it: see the server's request `history`."""
+        known = self.history
+        is_more = int(span) == known["span"] and int(after) <= known.get("count", 0)
+        after = int(after) if is_more else 0
+        new = {name: [p for p in known[name] if p["n"] > after] for name in ("points", "recent")}
+        return known | new
+
+
+class Site(socketserver.ThreadingTCPServer):
+    """Lets readers in, at (host, port). At a loopback address they need no token."""
+
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = MAX_READERS
+
+    def __init__(self, address, cache):
+        family, *_, found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        is_loopback = ipaddress.ip_address(found[0].partition("%")[0]).is_loopback
+        self.token = b"" if is_loopback else cache.access.token.encode(errors="surrogateescape")
+        if not is_loopback and not self.token:
+            raise ValueError(
+                f"whoever reaches {address[0]} could stop the run: --web needs its token there "
+                "(--token-file); at a loopback address, which ssh -L leads to, it needs none"
+            )
+        name = socket.gethostname().lower()
+        self.names = {"localhost", name, name.partition(".")[0] + ".local", address[0].lower()}
+        self.cache, self.sessions, self.lock = cache, {}, threading.Lock()
+        self.open = {}  # socket of a reader -> (its address, time when it came)
+        self.address_family = family
+        super().__init__(found, Reader)
+
+    def is_named(self, host):
+        """Whether a Host header names this machine: a name of another site may lead here, too."""
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        return name in self.names or bool(re.fullmatch(r"[\d.]+|.*:.*", name))
+
+    def verify_request(self, request, address):
+        """Whether a connection is served: neither all of them nor those of one address are many."""
+        with self.lock:
+            same = sum(address[0] == other for other, _ in self.open.values())
+            is_served = len(self.open) < MAX_READERS and same < MAX_PER_ADDRESS
+            if is_served:
+                self.open[request] = address[0], time.monotonic()
+        return is_served
+
+    def service_actions(self):
+        """Called twice a second: end connections that take too long, by bytes that trickle in."""
+        with self.lock:
+            late = [
+                s
+                for s, (_, since) in self.open.items()
+                if time.monotonic() - since > READER_SECONDS
+            ]
+        for request in late:
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request):
+        with self.lock:
+            self.open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, address):
+        """Say nothing of readers that hang up or that send nonsense."""
+        if not isinstance(sys.exception(), OSError | http.client.HTTPException):
+            super().handle_error(request, address)
+
+
+class Head(io.BufferedReader):
+    """What a reader sends. The lines before the body have a limit together."""
+
+    left = MAX_HEAD_BYTES
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        self.left -= len(line)
+        if self.left < 0:
+            raise http.client.LineTooLong("the head of the request")
+        return line
+
+
+class Reader(http.server.BaseHTTPRequestHandler):
+    """One connection of a reader: a request and its reply."""
+
+    timeout, server_version, sys_version = READER_SECONDS, "DiLoCo", ""
+    cookie = ""  # session that the reply hands out
+
+    def setup(self):
+        super().setup()
+        self.rfile = Head(self.connection.makefile("rb", buffering=0))
+
+    def do_GET(self):
+        """Answer a request, whatever its method."""
+        try:
+            self.answer(200, self.reply())
+        except protocol.Refused as refusal:
+            self.answer(refusal.code, {"error": str(refusal)})
+        except (ValueError, protocol.ProtocolError) as error:
+            self.answer(400, {"error": str(error)})
+
+    do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = do_GET
+
+    def send_error(self, code, message=None, explain=None):
+        """Answer what is no request, or has a method that HTTP does not know."""
+        self.answer(405 if code == 501 else code, {"error": message or "this is no request"})
+
+    def log_message(self, *_):
+        """Say nothing: a page asks twice a second."""
+
+    def reply(self):
+        """The page, the metrics, or fields. Raises Refused with a code of HTTP, ValueError,
+        ProtocolError."""
+        cache, (path, _, query) = self.server.cache, self.path.partition("?")
+        reads = {
+            "/": lambda: PAGE,
+            "/status.json": lambda: cache.fresh().watched(),
+            "/rounds.json": lambda: cache.fresh().rounds(**self.query(query)),
+            "/metrics": lambda: metrics({} if cache.fresh().error else cache.status),
+        }
+        acts = {"/login": self.log_in, "/do": self.act}
+        host = self.headers.get("Host", "")
+        if path not in reads | acts:
+            raise protocol.Refused(404, "there is nothing here")
+        if self.command != ("GET" if path in reads else "POST"):
+            raise protocol.Refused(405, "this path has another method")
+        if not self.server.is_named(host):
+            raise protocol.Refused(
+                403, f"{shown(host)} is another site; --web HOST:PORT would allow it"
+            )
+        if path in acts and self.headers.get("Origin") not in (f"http://{host}", f"https://{host}"):
+            raise protocol.Refused(403, "this was not sent by the page")
+        if path not in ("/", "/login") and not self.is_known():
+            raise protocol.Refused(401, "this needs the token of the run")
+        if path in reads:
+            return reads[path]()
+        length = int(self.headers.get("Content-Length", -1))
+        if not 0 <= length <= MAX_BODY_BYTES:
+            raise protocol.Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes")
+        return acts[path](protocol.parse_json(self.rfile.read(length), "the body"))
+
+    def query(self, text):
+        """The parameters `after` and `span` of a query."""
+        given = dict(urllib.parse.parse_qsl(text))
+        return {name: given[name] for name in ("after", "span") if name in given}
+
+    def answer(self, code, content):
+        """Send a page or metrics as text, or fields as JSON."""
+        nonce, kind = secrets.token_urlsafe(16), "application/json"
+        if content is PAGE:
+            kind, content = "text/html; charset=utf-8", content.replace("NONCE", nonce)
+        elif isinstance(content, str):
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+        else:
+            content = json.dumps(content)
+        self.send_response(code)
+        for name, value in ({"Content-Type": kind} | HEADERS).items():
+            self.send_header(name, value.replace("NONCE", nonce))
+        if self.cookie:
+            self.send_header("Set-Cookie", f"{self.cookie}; HttpOnly; SameSite=Strict; Path=/")
+        self.end_headers()
+        self.wfile.write(content.encode(errors="backslashreplace"))
+
+    def is_known(self):
+        """Whether the reader may look at the run and change it: with a session, or the token."""
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        if not self.server.token or (kind == "Bearer" and self.knows(token.encode("latin-1"))):
+            return True
+        cookies = map(str.strip, self.headers.get("Cookie", "").split(";"))
+        known = [*self.server.sessions]
+        return any(protocol.is_same(cookie, session) for cookie in cookies for session in known)
+
+    def knows(self, token):
+        """Whether bytes are the token of the run. Who guesses waits for every no."""
+        if hmac.compare_digest(token, self.server.token):
+            return True
+        time.sleep(WRONG_TOKEN_SECONDS)
+        return False
+
+    def log_in(self, body):
+        """Open a session for a reader who knows the token."""
+        if not self.knows(str(body.get("token")).encode(errors="replace")):
+            raise protocol.Refused(401, "this is not the token of the run")
+        self.cookie = f"diloco-{self.server.server_address[1]}={secrets.token_urlsafe(32)}"
+        with self.server.lock:
+            self.server.sessions[self.cookie] = True
+            if len(self.server.sessions) > MAX_SESSIONS:
+                del self.server.sessions[next(iter(self.server.sessions))]
+        return {}
+
+    def act(self, body):
+        """Have the server do what a button says."""
+        action, feed = body.get("action"), self.server.cache.feed
+        if action not in ("save", "stop", "drop"):
+            raise protocol.Refused(400, "the action is save, stop or drop")
+        fields = {"worker": body.get("worker")} if action == "drop" else {}
+        try:
+            return ask(feed.server, action, feed.access, fields)
+        except protocol.Refused as refusal:
+            raise protocol.Refused(409, str(refusal)) from None
+        except (OSError, protocol.ProtocolError) as error:
+            raise protocol.Refused(502, str(error)) from None
+
+
+def web_address(text):
+    """(host, port) of a text [HOST:]PORT."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def serve_page(address, server, access):
+    """Serve the page until the process ends. Raises OSError and ValueError where that cannot be."""
+    with Site(address, Cache(server, access)) as site:
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        token = (
+            " with the run's token; without TLS the network can read along" if site.token else ""
+        )
+        print(f"the page: http://{host}:{site.server_address[1]}/{token}", flush=True)
+        site.serve_forever()
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>DiLoCo</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none'
+  stroke='%230a84c6' stroke-width='2'%3E%3Cpath d='M2 2l6 6 6-6M8 8v7'/%3E%3C/svg%3E">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --page: #fbfaf8; --ink: #1d1f21; --soft: #666b71; --line: #e6e3dd; --quiet: #b4b1aa;
+  --good: #00815f; --bad: #b3261e; --wait: #d3cfc6; --c0: #0072b2; --c1: #c65a00; --c2: #00815f; --c3: #b0578f;
+  --c4: #3a9bd0; --c5: #9c7400; --c6: #6b4fb3; --c7: #7a7a7a }
+@media (prefers-color-scheme: dark) { :root { --page: #15171a; --ink: #e6e4df; --soft: #9aa0a6; --line: #2b2f35;
+  --quiet: #565c64; --good: #35b58c; --bad: #ff8a7a; --wait: #41464d; --c0: #57a8e0; --c1: #ef8b3e; --c2: #35b58c;
+  --c3: #de8fc0; --c4: #a5d8f3; --c5: #d9b544; --c6: #a893ea; --c7: #a0a0a0 } }
+* { box-sizing: border-box; margin: 0 }
+body { font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; max-width: 1160px;
+  margin: auto; padding: 28px 20px 64px; background: var(--page); color: var(--ink) }
+h1 { font-size: 20px; font-weight: 600 }
+h1::before { content: "●"; color: var(--good); margin-right: 10px }
+h1.bad::before, .bad { color: var(--bad) }
+h2 { font-size: 16px; font-weight: 600 }
+section { margin-top: 44px }
+.row { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; justify-content: space-between }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 40px }
+.soft, .legend, dt, th, small { color: var(--soft); font-size: 13px; font-weight: 400 }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 14px 24px; margin: 20px 0 14px }
+dd { font-size: 22px; line-height: 1.3 }
+small { display: block }
+progress { width: 100%; height: 4px; appearance: none; border: 0; background: var(--line) }
+progress::-webkit-progress-bar { background: var(--line) }
+progress::-webkit-progress-value { background: var(--c0) }
+progress::-moz-progress-bar { background: var(--c0) }
+ul { list-style: none; padding: 0 }
+li { padding: 6px 0; border-bottom: 1px solid var(--line) }
+#warnings li { padding: 8px 12px; margin-top: 8px; border: 0; border-left: 3px solid var(--bad); background: var(--line) }
+button, input { font: inherit; color: inherit; background: none; border: 1px solid var(--quiet); border-radius: 6px;
+  min-height: 32px; padding: 0 12px }
+button { cursor: pointer }
+button:hover, [aria-pressed=true] { background: var(--line) }
+td button { min-height: 24px; padding: 0 8px; font-size: 13px }
+:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
+dialog { margin: auto; max-width: min(420px, 92vw); padding: 24px; border: 1px solid var(--quiet); border-radius: 10px;
+  background: var(--page); color: var(--ink) }
+dialog::backdrop { background: #0009 }
+dialog p, dialog input { margin: 8px 0 20px; width: 100% }
+figure { position: relative; margin-top: 10px }
+figure > svg { display: block; width: 100%; touch-action: pan-y }
+svg * { pointer-events: none }
+svg text { fill: var(--soft); font-size: 11px }
+.legend { display: flex; flex-wrap: wrap; gap: 0 16px }
+i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
+.tip { position: absolute; top: 30px; padding: 6px 10px; font-size: 13px; border-radius: 6px; pointer-events: none;
+  background: var(--page); border: 1px solid var(--quiet); max-width: 240px }
+table { width: 100%; border-collapse: collapse; margin-top: 12px }
+th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line) }
+th, td:nth-child(n+4) { white-space: nowrap }
+:is(th, td):nth-child(-n+3) { text-align: left }
+:is(th, td):first-child { padding-left: 0 }
+@media (max-width: 760px) { .wide { display: none } body { padding: 16px 14px 48px } dd { font-size: 18px }
+  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 13px } th, td { padding-left: 8px } }
+</style>
+<header class="row"><h1 id="state">DiLoCo</h1><span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
+<dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>
+<ul id="warnings" role="status"></ul>
+<main>
+<section><div class="row"><h2>Is it learning?</h2><span><button id="step" aria-pressed="true">steps</button>
+  <button id="time" aria-pressed="false">time</button></span></div><figure id="loss"></figure></section>
+<section><h2>Who holds it up?</h2><p class="soft" id="waits"></p><figure id="timeline"></figure></section>
+<section><h2>What does a sync cost?</h2><div class="pair"><figure id="seconds"></figure><figure id="bytes"></figure></div></section>
+<section><h2>Who takes part?</h2><figure id="members"></figure><table id="workers"></table></section>
+<section><h2>What went wrong?</h2><ul id="faults"></ul></section>
+</main>
+<dialog id="dialog" aria-labelledby="question"><form><h2 id="question"></h2><p id="meaning"></p>
+  <input id="token" type="password" aria-label="token of the run" autocomplete="current-password">
+  <div class="row"><button type="button" id="cancel">Cancel</button><button id="confirm"></button></div></form></dialog>
+<script nonce="NONCE">
+"use strict";
+const $ = id => document.getElementById(id);
+const digits = (n, most = 4) => n == null ? "-" : n.toLocaleString("en", {maximumSignificantDigits: most});
+const whole = n => n.toLocaleString("en");
+const fixed = n => n == null ? "-" : n.toPrecision(4);
+const bytes = n => n < 1000 ? `${digits(n)} B` : `${short(n)}B`;
+function short(n) {
+  const [size, unit] = [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]].find(([size]) => Math.abs(n) >= size) ?? [1, ""];
+  return digits(n / size) + unit;
+}
+function duration(s) {
+  if (s < 60) return `${digits(s, 3)} s`;
+  const [d, h, m] = [s / 86400, s % 86400 / 3600, s % 3600 / 60].map(Math.floor);
+  return d ? `${d}d ${h}h` : h ? `${h}h ${m}m` : `${m}m ${Math.floor(s % 60)}s`;
+}
+function clock(s, step = 60) {
+  const date = new Date(s * 1000), seconds = step < 60 ? {second: "2-digit"} : {};
+  return step < 86400 ? date.toLocaleTimeString("en-GB", {hour: "2-digit", minute: "2-digit", ...seconds})
+    : date.toLocaleDateString("en", {day: "numeric", month: "short"});
+}
+function make(name, properties, ...children) {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+}
+function shape(name, attributes, text = "") {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  node.textContent = text;
+  return node;
+}
+function key(color) {
+  const node = make("i", {ariaHidden: true});
+  node.style.background = color;
+  return node;
+}
+function write(node, text) { if (node.textContent !== text) node.textContent = text; }
+function list(id, texts) {
+  if (JSON.stringify(texts) === $(id).dataset.texts) return;
+  $(id).dataset.texts = JSON.stringify(texts);
+  $(id).replaceChildren(...texts.map(textContent => make("li", {textContent})));
+}
+
+// --- Charts: lines over x, or bars in rows, with a legend, and values under the pointer or the arrow keys ---
+
+const TIMES = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000];
+function ticks(low, high, most, isTime) {  // [numbers between low and high that people like, their step]
+  const rough = (high - low || 1) / most, power = 10 ** Math.floor(Math.log10(rough)), found = [];
+  const steps = isTime ? TIMES : [1, 2, 5, 10].map(n => n * power), step = steps.find(step => step >= rough) ?? steps.at(-1);
+  const shift = isTime ? new Date(low * 1000).getTimezoneOffset() * 60 : 0;
+  for (let n = Math.ceil((low - shift) / step); n * step + shift <= high; n++) found.push(n * step + shift);
+  return [found, step];
+}
+
+// What a chart shows: {about, points, x: {title, of: point -> x, low, isTime}, y: {title, text: y -> text, low, high, isClipped}, marks},
+// and for bars {rows: names instead of y, read: (point, row) -> texts}. A mark: {name, color, width, of: point -> y or null,
+// gap: points without a value that its line bridges, isStep, isQuiet: one of many} or {name, color, bars: [[row, from, to], ...]}.
+class Chart {
+  constructor(id, height) {
+    this.box = $(id); this.height = height; this.at = null; this.row = 0;
+    this.svg = shape("svg", {tabindex: 0, role: "img"}); this.rule = shape("path", {stroke: "var(--soft)"});
+    this.legend = make("div", {className: "legend"}); this.tip = make("div", {className: "tip", role: "status", hidden: true});
+    this.box.append(this.legend, this.svg, this.tip);
+    this.svg.onpointermove = event => this.point(this.nearest(event.offsetX), Math.floor((event.offsetY - 20) / this.pitch));
+    this.svg.onpointerleave = this.svg.onblur = () => this.point(null, 0);
+    this.svg.onkeydown = event => {
+      const last = this.what.points.length - 1, at = this.at ?? last + 1;
+      const to = {Home: 0, End: last, ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at, ArrowDown: at, Escape: NaN}[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      const down = {ArrowUp: -1, ArrowDown: 1}[event.key] ?? 0;
+      this.point(Math.max(0, Math.min(last, to)), this.row + down);
+    };
+    new ResizeObserver(() => this.what && this.draw()).observe(this.box.parentElement);
+  }
+  show(what) { this.what = what; this.draw(); }
+  nearest(x) {
+    const away = this.what.points.map(point => Math.abs(this.sx(this.what.x.of(point)) - x));
+    return away.indexOf(Math.min(...away));
+  }
+  draw() {
+    const {about, points, x, y, rows, marks} = this.what, nodes = [];
+    if (this.box.hidden = !points.length) return;
+    this.pitch = rows?.length > 16 ? 12 : 20;
+    const width = this.box.clientWidth, left = rows ? Math.min(110, width / 4) : 48, right = width - 12, top = 20;
+    const bottom = rows ? top + rows.length * this.pitch : this.height - 20;
+    const xs = points.map(x.of), x0 = x.low ?? xs[0], x1 = xs.at(-1);
+    this.sx = v => left + (v - x0) / (x1 - x0 || 1) * (right - left);
+    let sy = row => top + (row + 0.5) * this.pitch;
+    const text = (x, y, anchor, words) => nodes.push(shape("text", {x, y, "text-anchor": anchor}, words));
+    rows?.forEach((name, row) => text(left - 8, sy(row) + 4, "end", name.length > left / 7 ? name.slice(0, left / 7 - 1) + "…" : name));
+    if (!rows) {
+      for (const mark of marks) mark.ys = points.map(mark.of);
+      const begin = y.isClipped && points.length > 30 ? Math.floor(points.length / 12) : 0;  // the first fall hides the rest
+      const ys = marks.flatMap(mark => mark.ys.slice(begin)).filter(v => v != null);
+      const low = y.low ?? ys.reduce((a, b) => Math.min(a, b), Infinity), most = ys.reduce((a, b) => Math.max(a, b), y.high ?? -Infinity);
+      const high = most > low ? most : low + (Math.abs(low) || 1);
+      sy = v => top + (high - v) / (high - low) * (bottom - top);
+      for (const v of ticks(low, high, 5)[0]) {
+        nodes.push(shape("path", {d: `M${left} ${sy(v)}H${right}`, stroke: "var(--line)"}));
+        text(left - 8, sy(v) + 4, "end", y.text(v));
+      }
+      text(0, 10, "start", y.title);
+    }
+    const [stops, step] = ticks(x0, x1, (right - left) / (x.isTime ? 80 : 55), x.isTime);
+    for (const v of stops) text(this.sx(v), bottom + 16, "middle", x.isTime ? clock(v, step) : short(v));
+    text(right, 10, "end", x.title);
+    const inside = [left - 2, top - 2, right - left + 4, bottom - top + 4];  // a line that leaves it is cut
+    const plot = shape("svg", {x: inside[0], y: inside[1], width: inside[2], height: inside[3], viewBox: inside.join(" ")});
+    for (const mark of marks) {
+      const d = rows ? mark.bars.map(([row, from, to]) => `M${this.sx(from)} ${sy(row)}H${this.sx(to)}`) : [];
+      let last = null;
+      mark.ys?.forEach((v, i) => {
+        if (v == null) return;
+        const [px, py] = [this.sx(xs[i]).toFixed(1), sy(v).toFixed(1)], isNext = last !== null && i - last <= mark.gap;
+        d.push(!isNext ? `M${px} ${py}h0` : mark.isStep ? `H${px}V${py}` : `L${px} ${py}`);
+        last = i;
+      });
+      plot.append(shape("path", {d: d.join(""), fill: "none", stroke: mark.color, "stroke-linejoin": "round",
+        "stroke-linecap": rows ? "butt" : "round", "stroke-width": rows ? this.pitch * 0.6 : mark.width}));
+    }
+    nodes.push(plot);
+    this.svg.setAttribute("height", bottom + 22);
+    this.svg.setAttribute("aria-label", `${about}. The arrow keys read values.`);
+    this.svg.replaceChildren(...nodes, this.rule);
+    const quiet = marks.filter(mark => mark.isQuiet), legend = marks.filter(mark => !mark.isQuiet);
+    if (quiet.length) legend.push({name: `${quiet.length} workers`, color: quiet[0].color});
+    this.legend.replaceChildren(...legend.map(({name, color}) => make("span", {}, key(color), name)));
+    this.point(this.at, this.row);
+  }
+  point(at, row) {  // Show the values at a point, and in a row; of no point: none.
+    const {points, x, y, rows, marks, read} = this.what, point = points[at];
+    this.at = point ? at : null;
+    this.row = Math.max(0, Math.min((rows?.length ?? 1) - 1, row || 0));
+    this.rule.setAttribute("visibility", point ? "visible" : "hidden");
+    if (this.tip.hidden = !point) return;
+    const px = this.sx(x.of(point)), line = (...children) => make("div", {}, ...children);
+    const from = 20 + (rows ? this.row * this.pitch : 0), to = rows ? from + this.pitch : this.height - 20;
+    this.rule.setAttribute("d", `M${px} ${from}V${to}`);
+    const lines = rows ? read(point, this.row).map(text => line(text))
+      : [line(x.isTime ? clock(x.of(point), 1) : `${x.title} ${whole(x.of(point))}`)];
+    const known = (rows ? [] : marks).filter(mark => mark.ys[at] != null);
+    const quiet = known.filter(mark => mark.isQuiet).sort((a, b) => a.ys[at] - b.ys[at]);
+    for (const mark of [...known.filter(mark => !mark.isQuiet), ...quiet.length > 2 ? [quiet[0], quiet.at(-1)] : quiet])
+      lines.push(line(key(mark.color), `${mark.name} ${y.text(mark.ys[at])}`));
+    this.tip.replaceChildren(...lines);
+    const room = this.box.clientWidth - this.tip.offsetWidth, isLeft = px < this.box.clientWidth / 2;
+    this.tip.style.left = `${Math.max(0, Math.min(room, isLeft ? px + 14 : px - this.tip.offsetWidth - 14))}px`;
+  }
+}
+
+// --- The run ---
+
+const KINDS = [["trains", "var(--c0)", "trained"], ["sends and receives", "var(--c1)", "transferred"], ["waits", "var(--wait)", "waited"]];
+const own = (values, id) => Object.hasOwn(values, id) ? values[id] : null;  // an id may be "constructor"
+const charts = {loss: new Chart("loss", 300), timeline: new Chart("timeline"), seconds: new Chart("seconds", 200),
+  bytes: new Chart("bytes", 200), members: new Chart("members", 120)};
+const rows = new Map();  // worker id -> its row in the table
+let status_ = {}, rounds = {points: [], recent: [], count: 0, span: 0}, over = "step", lost = null;
+
+function showRounds() {
+  const points = rounds.points, ids = [...new Set(points.slice().reverse().flatMap(p => Object.keys(p.losses)))].slice(0, 64).sort();
+  const isFew = ids.length <= 8, step = {title: "step", of: p => p.step}, time = {title: "time", of: p => p.time, isTime: true};
+  const round = {title: "round", of: p => p.n}, per = name => p => p[name] / p.rounds;
+  points.forEach((p, k) => p.rounds = p.n - (points[k - 1]?.n ?? 0));
+  const line = (name, color, of, width = 1.5) => ({name, color, of, width, gap: Infinity});
+  charts.loss.show({about: "Loss of each worker and of the global model", points, x: over === "step" ? step : time,
+    y: {title: "loss", text: fixed, isClipped: true}, marks: [...ids.map((id, k) => ({name: id, color: isFew ? `var(--c${k})` : "var(--quiet)",
+      width: isFew ? 1.5 : 0.7, isQuiet: !isFew, gap: 8, of: p => own(p.losses, id)})),
+      line("global model, evaluated", "var(--ink)", p => p.evaluation, 2.5)]});
+  charts.seconds.show({about: "Seconds per round", points, x: round, y: {title: "seconds per round", text: n => digits(n), low: 0},
+    marks: [line("whole round", "var(--ink)", per("seconds")), line("waiting for pushes", "var(--c1)", per("seconds_waiting")),
+      line("folding", "var(--c0)", per("seconds_folding"))]});
+  charts.bytes.show({about: "Bytes per round", points, x: round, y: {title: "bytes per round", text: bytes, low: 0},
+    marks: [line("up", "var(--c0)", per("bytes_up"), 4), line("down", "var(--c1)", per("bytes_down"))]});
+  charts.members.show({about: "Members over time", points, x: time, y: {title: "members", text: whole, low: 0, high: 2},
+    marks: [{...line("members", "var(--c2)", p => p.members), isStep: true}]});
+  showTimeline();
+}
+
+function showTimeline() {
+  const many = Math.max(6, Math.floor($("timeline").parentElement.clientWidth / 32)), shown = rounds.recent.slice(-many - 1);
+  const names = [...new Set(shown.flatMap(round => Object.keys(round.pushed)))].sort(), bars = KINDS.map(() => []);
+  names.forEach((id, row) => {
+    const mine = shown.filter(round => own(round.pushed, id));
+    for (let k = 1; k < mine.length; k++) {  // a push tells of the time since the one before
+      const {trained, transferred} = own(mine[k].pushed, id), [from, to] = [mine[k - 1].time, mine[k].time];
+      const scale = Math.min(1, (to - from) / (trained + transferred || 1)), [a, b] = [trained, trained + transferred].map(s => s * scale);
+      [[0, a], [a, b], [b, to - from]].forEach(([a, b], kind) => b > a && bars[kind].push([row, from + a, from + b]));
+    }
+  });
+  charts.timeline.show({about: "What each worker did in the last rounds", points: shown.slice(1), rows: names,
+    x: {title: "time", of: round => round.time, low: shown[0]?.time, isTime: true},
+    marks: KINDS.map(([name, color], kind) => ({name, color, bars: bars[kind]})),
+    read: (round, row) => {
+      const push = own(round.pushed, names[row]), parts = KINDS.map(([name,, field]) => push && `${name} ${duration(push[field])}`);
+      return [`${names[row]}, round ${whole(round.round)}`, ...push ? parts : ["no push"]];
+    }});
+}
+
+const COLUMNS = [["worker", "", w => w.id], ["is", "", w => w.state + (w.waits_for?.length ? ` for ${w.waits_for.join(", ")}` : "")],
+  ["host", "wide", w => w.host], ["step", "wide", w => whole(w.step)], ["steps/s", "", w => digits(w.steps_per_second, 3)],
+  ["loss", "", w => fixed(w.loss)], ["trains", "", w => w.training == null ? "-" : `${Math.round(100 * w.training)}%`],
+  ["behind", "wide", w => w.lag ? `${w.lag} rounds` : "-"], ["heard", "wide", w => `${duration(Math.round(w.heard_seconds_ago))} ago`]];
+
+function showWorkers() {
+  const table = $("workers"), ids = new Set(status_.workers.map(worker => worker.id));
+  if (!table.rows.length) table.append(make("tr", {}, ...COLUMNS.map(([name, className]) => make("th", {className, scope: "col"}, name)), make("td")));
+  for (const [id, row] of rows) if (!ids.has(id)) { row.remove(); rows.delete(id); }
+  for (const worker of status_.workers) {
+    if (!rows.has(worker.id)) {
+      const drop = make("button", {onclick: () => confirm("drop", worker.id), ariaLabel: `Drop ${worker.id}`}, "Drop");
+      rows.set(worker.id, make("tr", {}, ...COLUMNS.map(([, className]) => make("td", {className})), make("td", {}, drop)));
+      table.append(rows.get(worker.id));
+    }
+    const row = rows.get(worker.id);
+    row.className = worker.state === "away" ? "bad" : "";
+    COLUMNS.forEach(([,, text], k) => write(row.cells[k], text(worker)));
+  }
+}
+
+function warnings() {
+  const {watch, stalls = [], waiting_costs = [], last_round, save_error} = status_, found = [], heard = watch?.heard_seconds_ago;
+  if (lost) found.push(`status.py has not answered since ${clock(lost.since, 1)}: ${lost.why}`);
+  else if (watch?.error && heard == null) found.push(`The server at ${watch.server} does not answer: ${watch.error}`);
+  else if (watch?.error) found.push(`The server at ${watch.server} has not answered since ${clock(Date.now() / 1000 - heard, 1)} (${
+    duration(Math.round(heard))}). This is what it said then. ${watch.error}`);
+  for (const {slice, seconds, missing} of stalls)
+    found.push(`The round of slice ${slice} has waited ${duration(seconds)} for ${missing.join(", ") || "more workers (--min-workers)"}.`);
+  for (const [who, share, slowest] of waiting_costs)
+    found.push(`${who} waits ${Math.round(100 * share)}% of its time for ${slowest}; --own-pace would end that.`);
+  for (const [id, why] of Object.entries(last_round?.reasons ?? {})) found.push(`The last push of ${id} was refused: ${why}`);
+  return save_error ? [...found, save_error] : found;
+}
+
+function showStatus() {
+  list("warnings", warnings());
+  if (!status_.state) return;
+  const {step, max_steps, evaluation, loss, rate, ends_in_seconds: left, awaited, joining, watch} = status_;
+  const isHeard = !lost && !watch.error, isGood = isHeard && status_.state === "running";
+  $("state").className = isGood ? "" : "bad";
+  write($("state"), `DiLoCo is ${isHeard ? status_.state : "not heard"}`);
+  document.title = `${isGood ? "" : "! "}${whole(step)} · DiLoCo`;
+  const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""], ["round", whole(status_.round), status_.mode],
+    ["steps/s", rate ? digits(rate, 3) : "-", "of the run"],
+    evaluation ? ["loss", fixed(evaluation.loss), `global model, step ${whole(evaluation.step)}`] : ["loss", fixed(loss), "mean of the workers"],
+    ["members", whole(status_.workers.length), joining.length ? `${joining.length} joining` : ""],
+    ["ends in", left == null ? "-" : duration(Math.round(left)), left == null ? "" : `at ${clock(Date.now() / 1000 + left, left > 86400 ? 86400 : 60)}`]];
+  if (!$("figures").childElementCount) $("figures").append(...figures.map(() => make("div", {}, make("dt"), make("dd"), make("small"))));
+  figures.forEach((texts, k) => texts.forEach((text, j) => write($("figures").children[k].children[j], text)));
+  $("progress").hidden = !max_steps;
+  if (max_steps) Object.assign($("progress"), {max: max_steps, value: step});
+  write($("waits"), awaited.length ? `The round waits for ${awaited.join(", ")}.` : joining.length ? `${joining.join(", ")} is there.` : "");
+  showWorkers();
+  const gone = status_.gone.map(({id, seconds_ago, why}) => `${id} left at ${clock(status_.time - seconds_ago)}: ${why}`);
+  const faults = [...status_.faults.slice().reverse(), ...gone];
+  list("faults", faults.length ? faults : ["Nothing so far."]);
+}
+
+function show(said, more) {
+  status_ = said;
+  if (more.session === rounds.session && more.span === rounds.span && more.count >= rounds.count) {
+    const newest = (name, of) => [...new Map([...rounds[name], ...more[name]].map(p => [of(p), p])).values()];
+    more.points = newest("points", p => Math.ceil(p.n / more.span));  // the last one may have grown
+    more.recent = newest("recent", p => p.n).slice(-120);
+  }
+  rounds = more;
+  showStatus();
+  showRounds();
+}
+
+// --- Asking ---
+
+async function ask(path, body) {
+  const post = body && {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)};
+  const reply = await fetch(path, {...post, signal: AbortSignal.timeout(20000)}), said = await reply.json();
+  if (reply.status === 401 && path !== "login" && !$("dialog").open) confirm("login");
+  if (!reply.ok) throw Error(said.error);
+  return said;
+}
+
+const QUESTIONS = {
+  save: () => ["Save a checkpoint?", "The server writes the global model to its disk. Training goes on.", "Save"],
+  stop: () => ["Stop the run?", "Every worker sends its last steps, takes the final model and leaves. The run ends.", "Stop the run"],
+  drop: id => [`Drop ${id}?`, "The run waits for it no more. If it is alive, it is told to finish and leaves.", "Drop"],
+  login: () => ["Log in", "This page asks for the token of the run.", "Log in"],
+};
+function confirm(action, worker) {
+  const [question, meaning, yes] = QUESTIONS[action](worker);
+  write($("question"), question);
+  write($("meaning"), meaning);
+  write($("confirm"), yes);
+  $("token").hidden = action !== "login";
+  $("dialog").onsubmit = async event => {
+    event.preventDefault();
+    try {
+      await (action === "login" ? ask("login", {token: $("token").value}) : ask("do", {action, worker}));
+      $("token").value = "";
+      $("dialog").close();
+    } catch (error) { write($("meaning"), error.message); }
+  };
+  $("dialog").showModal();
+}
+$("cancel").onclick = () => $("dialog").close();
+for (const action of ["save", "stop"]) $(action).onclick = () => confirm(action);
+for (const way of ["step", "time"]) $(way).onclick = () => {
+  over = way;
+  for (const id of ["step", "time"]) $(id).setAttribute("aria-pressed", id === way);
+  showRounds();
+};
+
+async function poll() {
+  try {
+    if (!document.hidden) {
+      const said = await ask("status.json"), full = rounds.points.findLast(p => p.n % rounds.span === 0);
+      const more = await ask(`rounds.json?after=${full?.n ?? 0}&span=${rounds.span}`);
+      lost = null;
+      show(said, more);
+    }
+  } catch (error) {
+    lost = {since: lost?.since ?? Date.now() / 1000, why: error.message};
+    showStatus();
+  }
+  setTimeout(poll, 1000);
+}
+poll();
+</script>
+</html>
+"""
+
+
 def main(argv=None):
     """Do what the options say; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -557,6 +1317,8 @@ def main(argv=None):
     parser.add_argument("--save", action="store_true", help="have the server write a checkpoint")
     parser.add_argument("--drop", metavar="WORKER", help="have the run go on without this worker")
     parser.add_argument("--stop", action="store_true", help="have the workers finish and leave")
+    parser.add_argument("--web", nargs="?", type=web_address, const="8513", metavar="[HOST:]PORT",
+                        help="serve a page and metrics (8513, for this machine alone)")  # fmt: skip
     protocol.Access.add_options(parser)
     args = parser.parse_args(argv)
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
@@ -566,6 +1328,8 @@ def main(argv=None):
         print(f"status.py: {error}", file=sys.stderr)
         return 2
     try:
+        if args.web:
+            serve_page(args.web, server, access)
         orders = [name for name in ("save", "drop", "stop") if getattr(args, name)]
         for order in orders:
             ask(server, order, access, {"worker": args.drop} if order == "drop" else None)
