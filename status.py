@@ -699,7 +699,9 @@ class Site(socketserver.ThreadingTCPServer):
     def __init__(self, address, cache):
         family, *_, found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         is_loopback = ipaddress.ip_address(found[0].partition("%")[0]).is_loopback
-        self.token = b"" if is_loopback else cache.access.token.encode(errors="surrogateescape")
+        self.token = (
+            b"" if is_loopback else cache.feed.access.token.encode(errors="surrogateescape")
+        )
         if not is_loopback and not self.token:
             raise ValueError(
                 f"whoever reaches {address[0]} could stop the run: --web needs its token there "
@@ -711,6 +713,17 @@ class Site(socketserver.ThreadingTCPServer):
         self.open = {}  # socket of a reader -> (its address, time when it came)
         self.address_family = family
         super().__init__(found, Reader)
+
+    def serve(self):
+        """Serve readers until the process ends."""
+        host, port = self.server_address[:2]
+        token = (
+            "; it asks for the token, and without TLS the network can read along"
+            if self.token
+            else ""
+        )
+        print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}/{token}", flush=True)
+        self.serve_forever()
 
     def is_named(self, host):
         """Whether a Host header names this machine: a name of another site may lead here, too."""
@@ -890,17 +903,6 @@ def web_address(text):
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def serve_page(address, server, access):
-    """Serve the page until the process ends. Raises OSError and ValueError where that cannot be."""
-    with Site(address, Cache(server, access)) as site:
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        token = (
-            " with the run's token; without TLS the network can read along" if site.token else ""
-        )
-        print(f"the page: http://{host}:{site.server_address[1]}/{token}", flush=True)
-        site.serve_forever()
-
-
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>DiLoCo</title>
@@ -1029,7 +1031,7 @@ function ticks(low, high, most, isTime) {  // [numbers between low and high that
   return [found, step];
 }
 
-// What a chart shows: {about, points, x: {title, of: point -> x, low, isTime}, y: {title, text: y -> text, low, high, isClipped}, marks},
+// What a chart shows: {about, points, x: {title, of: point -> x, low, isTime}, y: {title, text: y -> text, tick: the same on the axis, low, high, isClipped}, marks},
 // and for bars {rows: names instead of y, read: (point, row) -> texts}. A mark: {name, color, width, of: point -> y or null,
 // gap: points without a value that its line bridges, isStep, isQuiet: one of many} or {name, color, bars: [[row, from, to], ...]}.
 class Chart {
@@ -1057,7 +1059,7 @@ class Chart {
   }
   draw() {
     const {about, points, x, y, rows, marks} = this.what, nodes = [];
-    if (this.box.hidden = !points.length) return;
+    if ((this.box.hidden = !points.length) || this.box.clientWidth < 200) return;
     this.pitch = rows?.length > 16 ? 12 : 20;
     const width = this.box.clientWidth, left = rows ? Math.min(110, width / 4) : 48, right = width - 12, top = 20;
     const bottom = rows ? top + rows.length * this.pitch : this.height - 20;
@@ -1075,7 +1077,7 @@ class Chart {
       sy = v => top + (high - v) / (high - low) * (bottom - top);
       for (const v of ticks(low, high, 5)[0]) {
         nodes.push(shape("path", {d: `M${left} ${sy(v)}H${right}`, stroke: "var(--line)"}));
-        text(left - 8, sy(v) + 4, "end", y.text(v));
+        text(left - 8, sy(v) + 4, "end", (y.tick ?? y.text)(v));
       }
       text(0, 10, "start", y.title);
     }
@@ -1142,7 +1144,7 @@ function showRounds() {
   points.forEach((p, k) => p.rounds = p.n - (points[k - 1]?.n ?? 0));
   const line = (name, color, of, width = 1.5) => ({name, color, of, width, gap: Infinity});
   charts.loss.show({about: "Loss of each worker and of the global model", points, x: over === "step" ? step : time,
-    y: {title: "loss", text: fixed, isClipped: true}, marks: [...ids.map((id, k) => ({name: id, color: isFew ? `var(--c${k})` : "var(--quiet)",
+    y: {title: "loss", text: fixed, tick: n => digits(n), isClipped: true}, marks: [...ids.map((id, k) => ({name: id, color: isFew ? `var(--c${k})` : "var(--quiet)",
       width: isFew ? 1.5 : 0.7, isQuiet: !isFew, gap: 8, of: p => own(p.losses, id)})),
       line("global model, evaluated", "var(--ink)", p => p.evaluation, 2.5)]});
   charts.seconds.show({about: "Seconds per round", points, x: round, y: {title: "seconds per round", text: n => digits(n), low: 0},
@@ -1220,7 +1222,7 @@ function showStatus() {
   document.title = `${isGood ? "" : "! "}${whole(step)} · DiLoCo`;
   const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""], ["round", whole(status_.round), status_.mode],
     ["steps/s", rate ? digits(rate, 3) : "-", "of the run"],
-    evaluation ? ["loss", fixed(evaluation.loss), `global model, step ${whole(evaluation.step)}`] : ["loss", fixed(loss), "mean of the workers"],
+    evaluation ? ["loss", fixed(evaluation.loss), `global, step ${whole(evaluation.step)}`] : ["loss", fixed(loss), "mean of the workers"],
     ["members", whole(status_.workers.length), joining.length ? `${joining.length} joining` : ""],
     ["ends in", left == null ? "-" : duration(Math.round(left)), left == null ? "" : `at ${clock(Date.now() / 1000 + left, left > 86400 ? 86400 : 60)}`]];
   if (!$("figures").childElementCount) $("figures").append(...figures.map(() => make("div", {}, make("dt"), make("dd"), make("small"))));
@@ -1324,12 +1326,13 @@ def main(argv=None):
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
     try:
         access = protocol.Access.of_options(args)
+        site = Site(args.web, Cache(server, access)) if args.web else None
     except (OSError, ValueError) as error:
         print(f"status.py: {error}", file=sys.stderr)
         return 2
     try:
-        if args.web:
-            serve_page(args.web, server, access)
+        if site:
+            site.serve()
         orders = [name for name in ("save", "drop", "stop") if getattr(args, name)]
         for order in orders:
             ask(server, order, access, {"worker": args.drop} if order == "drop" else None)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -36,6 +37,22 @@ ENV = {
 TORCH = ("torch", "torch._dynamo")
 LAUNCHER = (*TORCH, "torch.distributed.run")
 TRAINER = (*TORCH, "transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
+
+
+def lacking(what, command):
+    """Skip a test for something that this machine lacks and that a command would install, or fail
+    it where none may be skipped (DILOCO_ALL_TESTS=1)."""
+    text = f"{what} is missing here: {command}"
+    if os.environ.get("DILOCO_ALL_TESTS") == "1":
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say loudly, once for each reason, that tests were skipped."""
+    reports = terminalreporter.stats.get("skipped", [])
+    for reason, count in Counter(report.longrepr[2] for report in reports).items():
+        terminalreporter.write_line(f"{count} tests were NOT run. {reason}", red=True, bold=True)
 
 
 def until(condition, what, seconds=DEADLINE):
