@@ -238,8 +238,8 @@ def test_json_is_what_the_server_says_and_comes_in_parts(serve, web, toy):
     whole = look(page, "/rounds.json")
     last = whole["points"][-2]["n"]
     more = look(page, f"/rounds.json?after={last}&span={whole['span']}")
-    assert [p["n"] for p in more["points"]][0] == last + 1
-    assert [p["n"] for p in more["recent"]][0] == last + 1
+    assert more["points"][0]["n"] == last + 1
+    assert more["recent"][0]["n"] == last + 1
     other = look(page, f"/rounds.json?after={last}&span=64")
     assert other["points"][0]["n"] == 1
 
