@@ -1207,6 +1207,14 @@ def first_of(table):
     return dict(itertools.islice(table.items(), MOST_NAMES))
 
 
+def renew(table, key, value, most):
+    """Make an entry of a dict its newest one; at most so many are kept."""
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > most:
+        del table[next(iter(table))]
+
+
 @dataclass(eq=False, kw_only=True)
 class Point:
     """Closed rounds of a history, one or several in a row. It never changes."""
@@ -1304,17 +1312,14 @@ class History:
             self.gone.pop(id, None)
             self.joined.append(id)
 
-    def leave(self, id, why, time):
+    def leave(self, id, why, when):
         """A member has left, or was given up."""
         self.totals["departures"] += 1
         self.left.append([id, why])
-        self._note_gone(id, why, time)
+        self._note_gone(id, why, when)
 
-    def _note_gone(self, id, why, time):
-        self.gone.pop(id, None)
-        self.gone[id] = time, why
-        while len(self.gone) > MOST_GONE:
-            del self.gone[next(iter(self.gone))]
+    def _note_gone(self, id, why, when):
+        renew(self.gone, id, (when, why), MOST_GONE)
 
     def fault(self, count):
         """So many things have gone wrong and were survived."""
@@ -1323,10 +1328,8 @@ class History:
 
     def evaluate(self, id, step, loss, is_global):
         """A worker says its newest evaluation loss, which it says again until it has another one."""
-        before = self.evaluated.pop(id, (-1, None))
-        self.evaluated[id] = max(step, before[0]), loss
-        while len(self.evaluated) > KNOWN_WORKERS:
-            del self.evaluated[next(iter(self.evaluated))]
+        before = self.evaluated.get(id, (-1, None))
+        renew(self.evaluated, id, (max(step, before[0]), loss), KNOWN_WORKERS)
         if step <= before[0] and loss == before[1]:
             return
         self.tests[id] = loss
@@ -1339,8 +1342,9 @@ class History:
 
     def close(self, row, now):
         """A round is closed: complete its row, and add it."""
+        since = now if self.since is None else self.since
         row |= {
-            "seconds": round(max(0.0, now - (now if self.since is None else self.since)), 4),
+            "seconds": round(max(0.0, now - since), 4),
             "joined": [*self.joined],
             "left": [*self.left],
             "faults": self.faults,
@@ -1348,7 +1352,7 @@ class History:
             "evaluation": mean_of((loss, 1) for loss in self.tested),
         }
         self.begin()
-        self.since = now
+        self.since = max(since, now)  # folds of several slices may end in another order
         self.add(row)
         row["totals"] = {**self.totals}
 
@@ -1368,8 +1372,7 @@ class History:
         for id, why in row["left"]:
             self._note_gone(id, why, row["time"])
         for id, loss in row["evaluations"].items():
-            self.evaluated.pop(id, None)
-            self.evaluated[id] = row["step"] or 0, loss
+            renew(self.evaluated, id, (row["step"] or 0, loss), KNOWN_WORKERS)
         if row["evaluation"] is not None:
             self.evaluation = row["step"] or 0, row["evaluation"]
 
@@ -3550,7 +3553,7 @@ class Gate:
         spent = map(seconds, ("trained", "waited", "transferred"))
         self.run.paces.note(member, Reading(message.field("made", int, 0), *spent), is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
-        member.max_steps = message.field("max_steps", int, 0)
+        member.max_steps = message.field("max_steps", int, member.max_steps)
         note_evaluation(self.server, member, message)
 
     def on_leave(self, conn, message):

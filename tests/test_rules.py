@@ -382,6 +382,42 @@ def test_one_who_was_away_comes_back_after_a_stopped_run_has_ended_and_stops_too
     assert not run.is_open and not run.stopping
 
 
+def test_who_is_dropped_is_awaited_no_more_and_is_told_to_finish_alone():
+    run = opened("ada", "bob")
+    push(run, "ada")
+    assert run.missing(0) == {"bob"} and not run.over(0)
+    run.remove("bob", ends=False, drops=True)
+    assert not run.missing(0) and run.over(0) == [0]
+    assert refusal(lambda: run.hear("bob", "bob1", 0)) == "rejoin"
+    fold(run)
+    join(run, "bob", session="bob1", step=9)
+    assert run.is_to_finish(run.members["bob"]) and not run.is_to_finish(run.members["ada"])
+    assert not run.is_stopping
+    join(run, "cai")  # nobody else is kept out
+    run.remove("bob", ends=True)
+    assert not run.dropped and run.is_open
+
+
+def test_another_process_of_a_worker_that_was_dropped_takes_part():
+    run = opened("ada", "bob")
+    run.remove("bob", ends=False, drops=True)
+    join(run, "bob", session="bob2")
+    assert not run.is_to_finish(run.members["bob"])
+
+
+def test_a_drop_outlives_a_crash_and_keeps_no_run_from_opening():
+    before = opened("ada", "bob")
+    held = [slice.version for slice in before.slices]
+    before.remove("bob", ends=False, drops=True)
+    run = Run(Rules(workers=2), 0)
+    run.reopen(before.names(), [], 0)
+    assert not run.expected.keys() - {"ada"} and run.dropped == {"bob": "bob1"}
+    run.ask(member("bob", session="bob1", versions=held), 50)
+    run.ask(member("ada", versions=held), 50)
+    assert start(run, "ada", 50) == ["ada", "bob"] and not run.is_stopping
+    assert [m.id for m in run.members.values() if run.is_to_finish(m)] == ["bob"]
+
+
 def test_a_run_ends_when_the_last_member_leaves_and_not_when_it_is_lost():
     run = opened("ada")
     run.remove("ada", ends=False)

@@ -217,6 +217,11 @@ def test_the_best_checkpoint_stays_and_the_server_has_the_last_steps(run, tmp_pa
         assert not any(METRICS & entry.keys() for entry in lines)  # evaluations
     # The last is of the global model.
     assert [a == b for a, b in zip(*evaluations, strict=True)] == [False, False, True]
+    told = [list(line["evaluations"].values()) for line in rounds(tmp_path)[:2]]
+    assert [sorted(each) for each in told] == [
+        sorted(pair) for pair in [*zip(*evaluations, strict=True)][:2]
+    ]
+    assert rounds(tmp_path)[0]["evaluation"] is None  # neither is of the global model
 
 
 def test_a_trainer_that_stops_early_closes_before_it_loads_the_best(run, tmp_path):
@@ -494,6 +499,8 @@ def test_lightning(lightning):
     for run, (steps, local) in counted.items():
         assert [end[run]["step"] for end in ends] == [steps] * 2  # as Lightning counts
         assert [end[run]["metrics"]["diloco/local_step"] for end in ends] == [local] * 2
+    # Validation is after every fourth step, and the check before training is none.
+    assert [{*line["evaluations"]} for line in rounds(folders["plain"])[:2]] == [{*NAMES}] * 2
     # A push has the loss of the batch before its step.
     for run, batch in {"plain": 3, "accumulated": 8}.items():
         losses = {name: end[run]["losses"][batch] for name, end in zip(NAMES, ends, strict=True)}
