@@ -681,7 +681,7 @@ class Cache:
         watch = {"server": self.feed.server, "heard_seconds_ago": ago, "error": self.error}
         return self.status | {"watch": watch}
 
-    def rounds(self, after=0, span=0):
+    def rounds(self, after=0, span=0, **_):
         """The history, or what comes after a round in it: see the server's request `history`."""
         known = self.history
         is_more = int(span) == known["span"] and int(after) <= known.get("count", 0)
@@ -810,7 +810,7 @@ class Reader(http.server.BaseHTTPRequestHandler):
         reads = {
             "/": lambda: PAGE,
             "/status.json": lambda: cache.fresh().watched(),
-            "/rounds.json": lambda: cache.fresh().rounds(**self.query(query)),
+            "/rounds.json": lambda: cache.fresh().rounds(**dict(urllib.parse.parse_qsl(query))),
             "/metrics": lambda: metrics({} if cache.fresh().error else cache.status),
         }
         acts = {"/login": self.log_in, "/do": self.act}
@@ -833,11 +833,6 @@ class Reader(http.server.BaseHTTPRequestHandler):
         if not 0 <= length <= MAX_BODY_BYTES:
             raise protocol.Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes")
         return acts[path](protocol.parse_json(self.rfile.read(length), "the body"))
-
-    def query(self, text):
-        """The parameters `after` and `span` of a query."""
-        given = dict(urllib.parse.parse_qsl(text))
-        return {name: given[name] for name in ("after", "span") if name in given}
 
     def answer(self, code, content):
         """Send a page or metrics as text, or fields as JSON."""
@@ -918,46 +913,36 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0 }
 body { font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; max-width: 1160px;
   margin: auto; padding: 28px 20px 64px; background: var(--page); color: var(--ink) }
-h1 { font-size: 20px; font-weight: 600 }
-h1::before { content: "●"; color: var(--good); margin-right: 10px }
-h1.bad::before, .bad { color: var(--bad) }
-h2 { font-size: 16px; font-weight: 600 }
-section { margin-top: 44px }
+h1, h2 { font-size: 20px; font-weight: 600 } h2 { font-size: 16px } section { margin-top: 44px }
+h1::before { content: "●"; color: var(--good); margin-right: 10px } h1.bad::before, .bad { color: var(--bad) }
 .row { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; justify-content: space-between }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 40px }
 .soft, .legend, dt, th, small { color: var(--soft); font-size: 13px; font-weight: 400 }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 14px 24px; margin: 20px 0 14px }
-dd { font-size: 22px; line-height: 1.3 }
-small { display: block }
+dd { font-size: 22px; line-height: 1.3 } small { display: block }
 progress { width: 100%; height: 4px; appearance: none; border: 0; background: var(--line) }
-progress::-webkit-progress-bar { background: var(--line) }
-progress::-webkit-progress-value { background: var(--c0) }
+progress::-webkit-progress-bar { background: var(--line) } progress::-webkit-progress-value { background: var(--c0) }
 progress::-moz-progress-bar { background: var(--c0) }
-ul { list-style: none; padding: 0 }
-li { padding: 6px 0; border-bottom: 1px solid var(--line) }
-#warnings li { padding: 8px 12px; margin-top: 8px; border: 0; border-left: 3px solid var(--bad); background: var(--line) }
+ul { list-style: none; padding: 0 } main li { padding: 6px 0; border-bottom: 1px solid var(--line) }
+#waits li { padding: 2px 0; border: 0 } #warnings li { padding: 8px 12px; margin-top: 8px; border: 0; border-left: 3px solid var(--bad); background: var(--line) }
 button, input { font: inherit; color: inherit; background: none; border: 1px solid var(--quiet); border-radius: 6px;
   min-height: 32px; padding: 0 12px }
-button { cursor: pointer }
-button:hover, [aria-pressed=true] { background: var(--line) }
+button { cursor: pointer } button:hover, [aria-pressed=true] { background: var(--line) }
 td button { min-height: 24px; padding: 0 8px; font-size: 13px }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
 dialog { margin: auto; max-width: min(420px, 92vw); padding: 24px; border: 1px solid var(--quiet); border-radius: 10px;
   background: var(--page); color: var(--ink) }
-dialog::backdrop { background: #0009 }
-dialog p, dialog input { margin: 8px 0 20px; width: 100% }
+dialog::backdrop { background: #0009 } dialog p, dialog input { margin: 8px 0 20px; width: 100% }
 figure { position: relative; margin-top: 10px }
 figure > svg { display: block; width: 100%; touch-action: pan-y }
-svg * { pointer-events: none }
-svg text { fill: var(--soft); font-size: 11px }
+svg * { pointer-events: none } svg text { fill: var(--soft); font-size: 11px }
 .legend { display: flex; flex-wrap: wrap; gap: 0 16px }
 i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
 .tip { position: absolute; top: 30px; padding: 6px 10px; font-size: 13px; border-radius: 6px; pointer-events: none;
   background: var(--page); border: 1px solid var(--quiet); max-width: 240px }
 table { width: 100%; border-collapse: collapse; margin-top: 12px }
 th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line) }
-th, td:nth-child(n+4) { white-space: nowrap }
-:is(th, td):nth-child(-n+3) { text-align: left }
+th, td:nth-child(n+4) { white-space: nowrap } :is(th, td):nth-child(-n+3) { text-align: left }
 :is(th, td):first-child { padding-left: 0 }
 @media (max-width: 760px) { .wide { display: none } body { padding: 16px 14px 48px } dd { font-size: 18px }
   dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 13px } th, td { padding-left: 8px } }
@@ -968,7 +953,7 @@ th, td:nth-child(n+4) { white-space: nowrap }
 <main>
 <section><div class="row"><h2>Is it learning?</h2><span><button id="step" aria-pressed="true">steps</button>
   <button id="time" aria-pressed="false">time</button></span></div><figure id="loss"></figure></section>
-<section><h2>Who holds it up?</h2><p class="soft" id="waits"></p><figure id="timeline"></figure></section>
+<section><h2>Who holds it up?</h2><ul class="soft" id="waits"></ul><figure id="timeline"></figure></section>
 <section><h2>What does a sync cost?</h2><div class="pair"><figure id="seconds"></figure><figure id="bytes"></figure></div></section>
 <section><h2>Who takes part?</h2><figure id="members"></figure><table id="workers"></table></section>
 <section><h2>What went wrong?</h2><ul id="faults"></ul></section>
@@ -981,7 +966,7 @@ th, td:nth-child(n+4) { white-space: nowrap }
 const $ = id => document.getElementById(id);
 const digits = (n, most = 4) => n == null ? "-" : n.toLocaleString("en", {maximumSignificantDigits: most});
 const whole = n => n.toLocaleString("en");
-const fixed = n => n == null ? "-" : n.toPrecision(4);
+const fixed = n => n == null ? "-" : n && Math.abs(n) < 1e-3 ? n.toExponential(2) : n.toPrecision(4);
 const bytes = n => n < 1000 ? `${digits(n)} B` : `${short(n)}B`;
 function short(n) {
   const [size, unit] = [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]].find(([size]) => Math.abs(n) >= size) ?? [1, ""];
@@ -1135,7 +1120,7 @@ const own = (values, id) => Object.hasOwn(values, id) ? values[id] : null;  // a
 const charts = {loss: new Chart("loss", 300), timeline: new Chart("timeline"), seconds: new Chart("seconds", 200),
   bytes: new Chart("bytes", 200), members: new Chart("members", 120)};
 const rows = new Map();  // worker id -> its row in the table
-let status_ = {}, rounds = {points: [], recent: [], count: 0, span: 0}, over = "step", lost = null;
+let run = {}, rounds = {points: [], recent: [], count: 0, span: 0}, over = "step", lost = null;
 
 function showRounds() {
   const points = rounds.points, ids = [...new Set(points.slice().reverse().flatMap(p => Object.keys(p.losses)))].slice(0, 64).sort();
@@ -1183,10 +1168,10 @@ const COLUMNS = [["worker", "", w => w.id], ["is", "", w => w.state + (w.waits_f
   ["behind", "wide", w => w.lag ? `${w.lag} rounds` : "-"], ["heard", "wide", w => `${duration(Math.round(w.heard_seconds_ago))} ago`]];
 
 function showWorkers() {
-  const table = $("workers"), ids = new Set(status_.workers.map(worker => worker.id));
+  const table = $("workers"), ids = new Set(run.workers.map(worker => worker.id));
   if (!table.rows.length) table.append(make("tr", {}, ...COLUMNS.map(([name, className]) => make("th", {className, scope: "col"}, name)), make("td")));
   for (const [id, row] of rows) if (!ids.has(id)) { row.remove(); rows.delete(id); }
-  for (const worker of status_.workers) {
+  for (const worker of run.workers) {
     if (!rows.has(worker.id)) {
       const drop = make("button", {onclick: () => confirm("drop", worker.id), ariaLabel: `Drop ${worker.id}`}, "Drop");
       rows.set(worker.id, make("tr", {}, ...COLUMNS.map(([, className]) => make("td", {className})), make("td", {}, drop)));
@@ -1199,45 +1184,46 @@ function showWorkers() {
 }
 
 function warnings() {
-  const {watch, stalls = [], waiting_costs = [], last_round, save_error} = status_, found = [], heard = watch?.heard_seconds_ago;
+  const {watch, stalls = [], last_round, save_error} = run, found = [], heard = watch?.heard_seconds_ago;
   if (lost) found.push(`status.py has not answered since ${clock(lost.since, 1)}: ${lost.why}`);
   else if (watch?.error && heard == null) found.push(`The server at ${watch.server} does not answer: ${watch.error}`);
   else if (watch?.error) found.push(`The server at ${watch.server} has not answered since ${clock(Date.now() / 1000 - heard, 1)} (${
     duration(Math.round(heard))}). This is what it said then. ${watch.error}`);
   for (const {slice, seconds, missing} of stalls)
     found.push(`The round of slice ${slice} has waited ${duration(seconds)} for ${missing.join(", ") || "more workers (--min-workers)"}.`);
-  for (const [who, share, slowest] of waiting_costs)
-    found.push(`${who} waits ${Math.round(100 * share)}% of its time for ${slowest}; --own-pace would end that.`);
   for (const [id, why] of Object.entries(last_round?.reasons ?? {})) found.push(`The last push of ${id} was refused: ${why}`);
   return save_error ? [...found, save_error] : found;
 }
 
 function showStatus() {
   list("warnings", warnings());
-  if (!status_.state) return;
-  const {step, max_steps, evaluation, loss, rate, ends_in_seconds: left, awaited, joining, watch} = status_;
-  const isHeard = !lost && !watch.error, isGood = isHeard && status_.state === "running";
+  if (!run.state) return;
+  const {step, max_steps, evaluation, loss, rate, ends_in_seconds: left, awaited, joining, watch} = run;
+  const isHeard = !lost && !watch.error, isGood = isHeard && run.state === "running";
   $("state").className = isGood ? "" : "bad";
-  write($("state"), `DiLoCo is ${isHeard ? status_.state : "not heard"}`);
+  write($("state"), `DiLoCo is ${isHeard ? run.state : "not heard"}`);
   document.title = `${isGood ? "" : "! "}${whole(step)} · DiLoCo`;
-  const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""], ["round", whole(status_.round), status_.mode],
+  const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""], ["round", whole(run.round), run.mode],
     ["steps/s", rate ? digits(rate, 3) : "-", "of the run"],
     evaluation ? ["loss", fixed(evaluation.loss), `global, step ${whole(evaluation.step)}`] : ["loss", fixed(loss), "mean of the workers"],
-    ["members", whole(status_.workers.length), joining.length ? `${joining.length} joining` : ""],
+    ["members", whole(run.workers.length), joining.length ? `${joining.length} joining` : ""],
     ["ends in", left == null ? "-" : duration(Math.round(left)), left == null ? "" : `at ${clock(Date.now() / 1000 + left, left > 86400 ? 86400 : 60)}`]];
   if (!$("figures").childElementCount) $("figures").append(...figures.map(() => make("div", {}, make("dt"), make("dd"), make("small"))));
   figures.forEach((texts, k) => texts.forEach((text, j) => write($("figures").children[k].children[j], text)));
   $("progress").hidden = !max_steps;
   if (max_steps) Object.assign($("progress"), {max: max_steps, value: step});
-  write($("waits"), awaited.length ? `The round waits for ${awaited.join(", ")}.` : joining.length ? `${joining.join(", ")} is there.` : "");
+  const costs = run.waiting_costs.map(([who, share, slowest]) => `${who} waits ${Math.round(100 * share)}% of its time for ${slowest}`);
+  const waits = [awaited.length && `the round waits for ${awaited.join(", ")}`, joining.length && `there: ${joining.join(", ")}`,
+    costs.length && `${costs.join("; ")}: --own-pace would end that`];
+  list("waits", waits.filter(Boolean));
   showWorkers();
-  const gone = status_.gone.map(({id, seconds_ago, why}) => `${id} left at ${clock(status_.time - seconds_ago)}: ${why}`);
-  const faults = [...status_.faults.slice().reverse(), ...gone];
+  const gone = run.gone.map(({id, seconds_ago, why}) => `${id} left at ${clock(run.time - seconds_ago)}: ${why}`);
+  const faults = [...run.faults.slice().reverse(), ...gone];
   list("faults", faults.length ? faults : ["Nothing so far."]);
 }
 
 function show(said, more) {
-  status_ = said;
+  run = said;
   if (more.session === rounds.session && more.span === rounds.span && more.count >= rounds.count) {
     const newest = (name, of) => [...new Map([...rounds[name], ...more[name]].map(p => [of(p), p])).values()];
     more.points = newest("points", p => Math.ceil(p.n / more.span));  // the last one may have grown
