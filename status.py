@@ -566,6 +566,7 @@ def look(feed, args):
 # page as text only. The page's structure, style and script are the text PAGE.
 
 CACHE_SECONDS = 1.0  # pause between two looks at the server
+LATE_SECONDS = 5.0  # age of a status from which on the server counts as away
 READER_SECONDS = 30.0  # time that a connection has for its request and the reply
 MAX_READERS, MAX_PER_ADDRESS = 256, 128  # connections at once: in all, and of one address
 MAX_HEAD_BYTES, MAX_BODY_BYTES = 1 << 14, 1 << 12  # length of a request's head, of its body
@@ -617,9 +618,10 @@ worker_silence_seconds heard_seconds_ago Time since the worker was heard of.
 
 
 def metrics(status):
-    """What Prometheus reads of a status; {}: the server does not answer."""
-    run, workers = {"up": bool(status)}, []
-    if status:
+    """What Prometheus reads of a status with `watch`, as of Cache.watched: of a server that does not
+    answer, only that."""
+    run, workers = {"up": not status["watch"]["error"]}, []
+    if run["up"]:
         run |= status | {
             "running": status["state"] == "running",
             "members": len(status["workers"]),
@@ -676,9 +678,12 @@ class Cache:
         return self
 
     def watched(self):
-        """The status, and beside it how old that is, and why the server does not answer."""
+        """The status, and beside it how old that is, and why the server does not answer, or ""."""
         ago = None if self.heard is None else round(time.monotonic() - self.heard, 1)
-        watch = {"server": self.feed.server, "heard_seconds_ago": ago, "error": self.error}
+        error = self.error or (
+            "" if self.heard and ago < LATE_SECONDS else "it takes long to answer"
+        )
+        watch = {"server": self.feed.server, "heard_seconds_ago": ago, "error": error}
         return self.status | {"watch": watch}
 
     def rounds(self, after=0, span=0, **_):
@@ -811,7 +816,7 @@ class Reader(http.server.BaseHTTPRequestHandler):
             "/": lambda: PAGE,
             "/status.json": lambda: cache.fresh().watched(),
             "/rounds.json": lambda: cache.fresh().rounds(**dict(urllib.parse.parse_qsl(query))),
-            "/metrics": lambda: metrics({} if cache.fresh().error else cache.status),
+            "/metrics": lambda: metrics(cache.fresh().watched()),
         }
         acts = {"/login": self.log_in, "/do": self.act}
         host = self.headers.get("Host", "")
@@ -1255,7 +1260,7 @@ function confirm(action, worker) {
   write($("question"), question);
   write($("meaning"), meaning);
   write($("confirm"), yes);
-  $("token").hidden = action !== "login";
+  $("token").hidden = !($("cancel").hidden = action === "login");
   $("dialog").onsubmit = async event => {
     event.preventDefault();
     try {

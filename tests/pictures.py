@@ -45,7 +45,7 @@ def run(folder, rounds):
     for k, name in enumerate(("ada", "bob", "cleo", "dan")):
         options = {
             "server": address, "worker-id": name, "steps": 4000, "sync-every": 20, "seed": k,
-            "pause": 0.016 + 0.008 * (name == "cleo"), "lr": 0.0006, "evaluate": 1, "sizes": "64,192,64",
+            "pause": 0.016 + 0.008 * (name == "cleo"), "lr": 0.0004, "evaluate": 1, "sizes": "64,192,64",
         }  # fmt: skip
         arguments = [f"--{key}={value}" for key, value in options.items()]
         processes.append(Process(os.path.join(HERE, "toy_worker.py"), *arguments))
@@ -75,7 +75,7 @@ def page_of(display):
             spans.append(f'<span style="{style}">{text}</span>')
         lines.append("".join(spans))
     body = "\n".join(lines).rstrip()
-    style = "display:inline-block;margin:0;padding:16px;background:#16181b;color:#d8d6d0;font:14px/1.25 'DejaVu Sans Mono',monospace"
+    style = "display:inline-block;margin:0;padding:16px;background:#16181b;color:#d8d6d0;font:13px/1.3 'DejaVu Sans Mono',monospace"
     return f'<meta charset="utf-8"><pre style="{style}">{body}</pre>'
 
 
@@ -88,13 +88,13 @@ def main():
         address, web, processes = run(folder, args.rounds)
         try:
             script = os.path.join(ROOT, "status.py")
-            terminal = Terminal(script, "--server", address, "--watch", columns=100, lines=30)
+            terminal = Terminal(script, "--server", address, "--watch", columns=100, lines=29)
             terminal.see("cleo")
             browser = play.chromium.launch(
                 executable_path=shutil.which("chromium"),
                 args=["--no-sandbox", "--disable-lcd-text"],
             )
-            tab = browser.new_page(viewport={"width": 960, "height": 1290})
+            tab = browser.new_page(viewport={"width": 960, "height": 1170})
             tab.goto(web)
             tab.get_by_role("cell", name="cleo", exact=True).wait_for()
             tab.wait_for_function("rounds.points.length > 40")

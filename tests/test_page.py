@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -315,6 +316,7 @@ def test_metrics_of_a_server_that_is_away(web, nobody):
 def test_labels_are_escaped():
     worker = dict.fromkeys(["step", "loss", "training"], 1) | {"id": 'a"b\\c\nd', "state": "away"}
     fields = {"state": "running", "workers": [worker], "stalls": [], "save_error": None}
+    fields |= {"watch": {"error": ""}}
     assert 'diloco_worker_up{worker="a\\"b\\\\c\\nd"} 0\n' in status_program.metrics(fields)
 
 
@@ -463,6 +465,20 @@ def test_a_server_that_dies_is_said_and_what_it_said_stays(serve, web, toy, visi
     tab.said.clear()
 
 
+def test_a_server_that_hangs_counts_as_away_and_comes_back(serve, web, visit):
+    server = serve("-n", 2)
+    page = web(server)
+    tab = visit(page)
+    shows(tab, "DiLoCo is waiting for workers")
+    server.signal(signal.SIGSTOP)
+    try:
+        shows(tab, "it takes long to answer")
+        assert samples(fetch(page, "/metrics")[2]) == {"diloco_up": 0}
+    finally:
+        server.signal(signal.SIGCONT)
+    shows(tab, "DiLoCo is waiting for workers")
+
+
 def test_the_buttons_do_what_they_say(serve, web, toy, visit):
     server, toys = run_of_two(serve, toy)
     tab = visit(web(server))
@@ -511,7 +527,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(serve, web, toy, visit):
     page = web(server)
     for scheme in ("light", "dark"):
         tab = visit(page, viewport=PHONE, color_scheme=scheme)
-        tab.locator("#workers tr", has_text="w" * 100).wait_for()
+        tab.get_by_role("button", name="Drop www").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 361)"
         assert tab.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
