@@ -165,7 +165,7 @@ def sparkline(values, width, low=None, high=None):
         means += [sum(part) / len(part)] if part else means[-1:]
     ordered = sorted(means) or [0.0]
     low = ordered[0] if low is None else low
-    high = ordered[(len(ordered) - 1) * 19 // 20] if high is None else high
+    high = ordered[-1 - (len(ordered) - 1) // 20] if high is None else high
     scale = 7 / (high - low) if high > low else 0
     return "".join(BARS[max(0, min(7, round((mean - low) * scale)))] for mean in means)
 
@@ -291,7 +291,7 @@ def workers_in(status, width, height):
         trains = "-" if w["training"] is None else f"{100 * w['training']:.0f}%"
         ranks = f", {w['ranks']} ranks" if w["ranks"] > 1 else ""
         rows.append(
-            f"{w['index']}\t{cut(shown(w['id']), most)}\t{styled(style, cut(state, most))}\t"
+            f"{w['index']}\t{cut(shown(w['id']), most)}\t{styled(style, cut(state, most + 4))}\t"
             f"{figure(w['steps_per_second'], 2)}\t{trains}\t{figure(w['loss'])}\t{w['lag'] or '-'}\t"
             f"{w['step']}\t{w['pace']} steps\t{100 * w['waiting']:.0f}%\t"
             f"{w['heard_seconds_ago']:.0f}s ago\t{shown(w['host'])}{ranks}"
