@@ -402,8 +402,8 @@ def frames(raw, size):
     begin, *drawn = raw.replace(b"\r\r\n", b"\r\n").split(b"\x1b[H")
     assert begin.endswith(status_program.ENTER.encode())
     pictures = []
-    for frame in drawn:
-        frame = frame.split(status_program.LEAVE.encode())[0].decode()
+    for frame in drawn[:-1]:  # the last one may have been interrupted
+        frame = frame.decode()
         assert frame.count("\x1b[J") == 1 and "\x1b[2J" not in frame
         lines = frame.split("\x1b[J")[0].split("\r\n")
         assert len(lines) <= size[1] and all(line.endswith("\x1b[K") for line in lines)
