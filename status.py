@@ -287,7 +287,7 @@ def workers_in(status, width, height):
         if state == "away":
             state, style = f"away for {duration(w['heard_seconds_ago'])}", RED
         elif state == "waiting" and w["waits_for"]:
-            state = f"waiting for {listed(w['waits_for'], 1)}"
+            state = f"waits for {listed(w['waits_for'], 1)}"
         trains = "-" if w["training"] is None else f"{100 * w['training']:.0f}%"
         ranks = f", {w['ranks']} ranks" if w["ranks"] > 1 else ""
         rows.append(
@@ -334,7 +334,8 @@ def rounds_in(recent, width, most, slices):
             f"{sizes}\t{line['step']}\t{100 * line['share']:.0f}%"
         )
     events = ["", *map(events_in, newest)]
-    lines = [f"{row}  {text}" for row, text in zip(table(rows, width - 12), events, strict=True)]
+    room = width - 12 * any(events)
+    lines = [f"{row}  {text}" for row, text in zip(table(rows, room), events, strict=True)]
     note = f"{figure(waiting, 2)} waiting, {figure(folding, 2)} folding"
     text = curve("seconds", figure(usual, 2), spent["seconds"], note, width, low=0, high=2 * usual)
     return [*titled("Rounds", [text]), *lines]

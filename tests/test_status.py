@@ -230,7 +230,7 @@ def test_what_people_ask_is_on_80_by_24():
     text = "\n".join(lines)
     for words in ("DiLoCo sync, running: round 300, step 30,000 of 100,000, up 2h 30m",
                   "loss           2.0200  █", "global model   2.1100  █", "from 10.0000", "step 30,000",
-                  "Workers    4: 2 waiting, 1 training, 1 away", "waiting for node-01",
+                  "Workers    4: 2 waiting, 1 training, 1 away", "waits for node-01",
                   "away for 3m 20s", "3.25     93%  2.0100", "the round waits for: node-01, node-02",
                   "seconds         30.00  ", "1.50 waiting, 0.25 folding", "MB up  MB down", "49.38",
                   "; 70,000 steps to go, 3.20 steps/s", "faults: 2, refused: 1"):  # fmt: skip
