@@ -140,7 +140,7 @@ def figure(value, digits=4):
     """A number as people read it, or a dash for none."""
     if value is None:
         return "-"
-    is_usual = value == 0 or 0.1**digits <= abs(value) < 1e5
+    is_usual = value == 0 or 1e-4 <= abs(value) < 1e5
     return f"{value:.{digits}f}" if is_usual else f"{value:.2g}"
 
 
@@ -560,6 +560,8 @@ def main(argv=None):
     parser.add_argument("--stop", action="store_true", help="have the workers finish and leave")
     protocol.Access.add_options(parser)
     args = parser.parse_args(argv)
+    if args.watch is not None and not 0 < args.watch <= 86400:
+        parser.error("--watch takes seconds: more than 0, and at most a day's")
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
     try:
         access = protocol.Access.of_options(args)

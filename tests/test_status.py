@@ -300,6 +300,13 @@ def test_a_stalled_run_has_an_exit_code(stalls, code, option, monkeypatch, capsy
     assert "node-01" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_wrong_usage_has_exit_code_2(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        status_program.main(["--watch", seconds])
+    assert ended.value.code == 2 and "--watch" in capsys.readouterr().err
+
+
 # --- In a terminal ----------------------------------------------------------------------------
 
 
