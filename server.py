@@ -2244,17 +2244,22 @@ class Journal:
         """Yields the rows of all rounds, oldest first, one at a time. Lines that cannot be read are
         passed over."""
         for path in (self.old, self.path):
-            damaged = 0
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                while raw := file.readline(protocol.MAX_HEADER_BYTES):
-                    self.is_torn = not raw.endswith(b"\n")
-                    try:
-                        yield row_of(json.loads(raw))
-                    except (ValueError, RecursionError, AttributeError, ProtocolError):
-                        damaged += 1
-            if damaged:
+            fault, damaged = None, 0
+            try:
+                with open(path, "rb") as file:
+                    while raw := file.readline(protocol.MAX_HEADER_BYTES):
+                        self.is_torn = not raw.endswith(b"\n")
+                        try:
+                            yield row_of(json.loads(raw))
+                        except (ValueError, RecursionError, AttributeError, ProtocolError):
+                            damaged += 1
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                fault = str(error)
+            if fault or damaged:
                 log(
-                    f"WARNING: {damaged} lines of {path} cannot be read: the history goes on without"
+                    f"WARNING: the history lacks {fault or f'{damaged} lines of {path}'}, not readable"
                 )
 
 
@@ -3080,7 +3085,7 @@ class Shared:
         self.ready, self.is_making = threading.Condition(), False  # guards the next line
         self.begun, self.made = -STATUS_SECONDS, {}  # seconds; {what: (seconds, bytes)}
 
-    def get(self, *what):
+    def __call__(self, *what):
         """The reply. Under a mere lock, who asks again would go before those who wait."""
         asked, none = now(), (-math.inf, b"")
         with self.ready:
@@ -3102,6 +3107,11 @@ class Shared:
                 self.ready.notify_all()
 
 
+def without_names(point):
+    """A point of a history as it is told, but without what it says by worker."""
+    return {n: type(v)() if isinstance(v, dict | list) else v for n, v in point.items()}
+
+
 class Handouts:
     """What anybody may ask for, made once for all who ask, however many read it or do not."""
 
@@ -3121,20 +3131,16 @@ class Handouts:
         it comes without what is told by worker."""
         with self.server.lock:
             found = self.server.history.later(after, span)
-        points = [point.told for point in found["points"]]
-        last = [point.told | more for point, more in found["recent"]]
+        told = {
+            "points": [point.told for point in found["points"]],
+            "recent": [point.told | more for point, more in found["recent"]],
+        }
         reply = {"type": "history", **found, "session": self.server.session}
         try:
-            return protocol.encode_header(reply | {"points": points, "recent": last}, ())
+            return protocol.encode_header(reply | told, ())
         except ProtocolError:
-            bare = [
-                [
-                    {n: type(v)() if type(v) in (dict, list) else v for n, v in p.items()}
-                    for p in each
-                ]
-                for each in (points, last)
-            ]
-            return protocol.encode_header(reply | {"points": bare[0], "recent": bare[1]}, ())
+            bare = {name: [*map(without_names, each)] for name, each in told.items()}
+            return protocol.encode_header(reply | bare, ())
 
     def files(self):
         """{name: uint8 tensor} of the model's descriptive files that are not empty."""
@@ -4495,13 +4501,13 @@ class Server:
     def on_status(self, conn, message):
         """Answer with everything that status.py shows."""
         message.expect([])
-        conn.send_raw(self.handouts.status.get())
+        conn.send_raw(self.handouts.status())
 
     def on_history(self, conn, message):
         """Answer with what the run has been like: see History.later."""
         message.expect([])
         after, span = message.field("after", int, 0), message.field("span", int, 0)
-        conn.send_raw(self.handouts.history.get(after, span))
+        conn.send_raw(self.handouts.history(after, span))
 
     def note_faults(self):
         """Have the history count the faults since the last time. Needs the lock."""

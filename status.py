@@ -152,7 +152,7 @@ def figure(value, digits=4):
     """A number as people read it, or a dash for none."""
     if value is None:
         return "-"
-    is_usual = value == 0 or 0.1**digits <= abs(value) < 1e5
+    is_usual = value == 0 or 1e-4 <= abs(value) < 1e5
     return f"{value:.{digits}f}" if is_usual else f"{value:.2g}"
 
 
@@ -177,7 +177,7 @@ def sparkline(values, width, low=None, high=None):
         means += [sum(part) / len(part)] if part else means[-1:]
     ordered = sorted(means) or [0.0]
     low = ordered[0] if low is None else low
-    high = ordered[(len(ordered) - 1) * 19 // 20] if high is None else high
+    high = ordered[-1 - (len(ordered) - 1) // 20] if high is None else high
     scale = 7 / (high - low) if high > low else 0
     return "".join(BARS[max(0, min(7, round((mean - low) * scale)))] for mean in means)
 
@@ -299,11 +299,11 @@ def workers_in(status, width, height):
         if state == "away":
             state, style = f"away for {duration(w['heard_seconds_ago'])}", RED
         elif state == "waiting" and w["waits_for"]:
-            state = f"waiting for {listed(w['waits_for'], 1)}"
+            state = f"waits for {listed(w['waits_for'], 1)}"
         trains = "-" if w["training"] is None else f"{100 * w['training']:.0f}%"
         ranks = f", {w['ranks']} ranks" if w["ranks"] > 1 else ""
         rows.append(
-            f"{w['index']}\t{cut(shown(w['id']), most)}\t{styled(style, cut(state, most))}\t"
+            f"{w['index']}\t{cut(shown(w['id']), most)}\t{styled(style, cut(state, most + 4))}\t"
             f"{figure(w['steps_per_second'], 2)}\t{trains}\t{figure(w['loss'])}\t{w['lag'] or '-'}\t"
             f"{w['step']}\t{w['pace']} steps\t{100 * w['waiting']:.0f}%\t"
             f"{w['heard_seconds_ago']:.0f}s ago\t{shown(w['host'])}{ranks}"
@@ -346,7 +346,8 @@ def rounds_in(recent, width, most, slices):
             f"{sizes}\t{line['step']}\t{100 * line['share']:.0f}%"
         )
     events = ["", *map(events_in, newest)]
-    lines = [f"{row}  {text}" for row, text in zip(table(rows, width - 12), events, strict=True)]
+    room = width - 12 * any(events)
+    lines = [f"{row}  {text}" for row, text in zip(table(rows, room), events, strict=True)]
     note = f"{figure(waiting, 2)} waiting, {figure(folding, 2)} folding"
     text = curve("seconds", figure(usual, 2), spent["seconds"], note, width, low=0, high=2 * usual)
     return [*titled("Rounds", [text]), *lines]
@@ -1314,6 +1315,8 @@ def main(argv=None):
                         help="serve a page and metrics (8513, for this machine alone)")  # fmt: skip
     protocol.Access.add_options(parser)
     args = parser.parse_args(argv)
+    if args.watch is not None and not 0 < args.watch <= 86400:
+        parser.error("--watch takes seconds: more than 0, and at most a day's")
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
     try:
         access = protocol.Access.of_options(args)

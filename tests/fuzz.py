@@ -102,7 +102,45 @@ def changed_bytes(raw, rng):
 MANIFEST = [["w", "F32", [3, 4]], ["b", "BF16", [5]]]
 BUFFERS = [["mean", "F32", [2]]]
 FATES = {"ada": [3, "", 2], "bob": [1, "not finite", 1]}
-READING = {"cycle": 5, "made": 12, "trained": 3.5, "waited": 0.25}
+READING = {
+    **{
+        "cycle": 5,
+        "made": 12,
+        "trained": 3.5,
+        "waited": 0.25,
+        "transferred": 0.5,
+        "max_steps": 100,
+    },
+    "evaluation": {"step": 10, "loss": 2.5, "is_global": True},
+}
+LINE = {  # of rounds.jsonl
+    **{
+        "round": 3,
+        "fragment": 0,
+        "time": 1.7e9,
+        "step": 15,
+        "steps": 10,
+        "tokens": 5,
+        "share": 1.0,
+    },
+    **{
+        "members": ["ada"],
+        "losses": {"ada": 2.5, "bob": None},
+        "weights": {"ada": 1.0},
+        "norm": 0.5,
+    },
+    "pushed": {
+        "ada": {"trained": 3.5, "waited": 0.5, "transferred": 0.5, "steps": 5, "weight": 1.0}
+    },
+    **{
+        "reasons": {"bob": "too old"},
+        "refused": ["bob"],
+        "joined": ["ada"],
+        "left": [["bob", "done"]],
+    },
+    **{"evaluations": {"ada": 2.5}, "evaluation": 2.5, "faults": 1, "seconds": 2.5, "bytes_up": 5},
+    **{"seconds_waiting": 0.5, "totals": {"rounds": 3, "steps": 30}},
+}
 REQUESTS = {
     "join": {
         "manifest": MANIFEST,
@@ -148,6 +186,8 @@ REQUESTS = {
     },
     "leave": {"reason": "done"},
     "status": {},
+    "history": {"after": 2, "span": 1},
+    "drop": {"worker": "nobody"},
 }
 REPLIES = {
     "entry": {
@@ -275,8 +315,8 @@ class Fields(Kind):
     """The fields of requests, as the server's checks read them."""
 
     def one(self, rng):
-        type = rng.choice(["join", "push", "heartbeat", "bring"])
-        fields = changed_value(REQUESTS[type], rng)
+        type = rng.choice(["join", "push", "heartbeat", "bring", "line"])
+        fields = changed_value(LINE if type == "line" else REQUESTS[type], rng)
         fields = fields if isinstance(fields, dict) else {}
         message = protocol.Message(type, fields, [])
         conn = argparse.Namespace(worker=("ada", "s"))
@@ -292,7 +332,14 @@ class Fields(Kind):
                 message.field("loss", float, None, low=-1e30, high=1e30)
             elif type == "heartbeat":
                 server.blocked_of(message, 3)
+                server.evaluation_of(message)
                 message.field("steps_per_second", float, 0.0)
+            elif type == "line":
+                history = server.History()
+                for row in (server.row_of(LINE | {"round": 1}), server.row_of(fields)):
+                    history.restore(row)
+                protocol.encode_header({"points": [p.told for p in history.points]}, ())
+                protocol.encode_header({"recent": [more for _, more in history.recent]}, ())
             else:
                 protocol.file_sizes_of(message.field("files", dict, {}))
         except ProtocolError:

@@ -95,7 +95,7 @@ def door(monkeypatch, guard=OPEN, **rooms):
     said, ended = [], threading.Event()
     shell = SimpleNamespace(
         ended=ended, args=SimpleNamespace(n=1, tls_cert=None), lock=threading.Condition(), session="x",
-        run=SimpleNamespace(members={}, waiting={}), gate=None, rounds=None, hang_up=lambda conn: None,
+        run=SimpleNamespace(members={}, waiting={}), gate=None, rounds=None, orders=None, hang_up=lambda conn: None,
         on_echo=lambda conn, message: conn.send("echo"), **rooms,
     )  # fmt: skip
     made = server.Door(shell, guard)

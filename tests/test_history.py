@@ -336,6 +336,14 @@ def test_lines_that_cannot_be_read_are_passed_over(tmp_path, capsys):
     assert "8 lines of" in capsys.readouterr().out
 
 
+def test_files_that_cannot_be_read_keep_no_server_from_starting(tmp_path, capsys):
+    (tmp_path / "rounds-old.jsonl").mkdir()
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1, "fragment": 0}\n')
+    assert len([*Journal(tmp_path).rows()]) == 1
+    assert "Is a directory" in capsys.readouterr().out
+    assert [*Journal(tmp_path / "none").rows()] == []
+
+
 def test_a_line_without_an_end_does_not_spoil_the_next_one(tmp_path):
     path = tmp_path / "rounds.jsonl"
     path.write_text('{"round": 1, "fragment": 0}\n{"round": 2, "fra')
@@ -494,7 +502,7 @@ def test_names_that_are_far_too_long_leave_a_reply_that_can_be_sent():
         losses = {"\U00020000" * 250 + str(i): 1.0 for i in range(MOST_NAMES)}
         history.add(row(n, losses=losses, left=[[id, "gone"] for id in losses]))
     shell = types.SimpleNamespace(lock=threading.Lock(), history=history, session="5e55")
-    frame = Handouts(shell).history.get(0, 0)
+    frame = Handouts(shell).history(0, 0)
     fields = protocol.parse_json(protocol.parse_json(frame[8:], "")["__metadata__"]["diloco"], "")
     assert len(fields["points"]) == 130 and fields["recent"][-1]["n"] == 130
     assert fields["points"][0]["loss"] == 1.0 and fields["points"][0]["losses"] == {}
