@@ -951,7 +951,7 @@ th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid va
 th, td:nth-child(n+4) { white-space: nowrap } :is(th, td):nth-child(-n+3) { text-align: left }
 :is(th, td):first-child { padding-left: 0 }
 @media (max-width: 760px) { .wide { display: none } body { padding: 16px 14px 48px } dd { font-size: 18px }
-  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 13px } th, td { padding-left: 8px } }
+  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 12px } th, td { padding-left: 6px } td:first-child { min-width: 13ch } }
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1><span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
 <dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>

@@ -94,7 +94,7 @@ def main():
                 executable_path=shutil.which("chromium"),
                 args=["--no-sandbox", "--disable-lcd-text"],
             )
-            tab = browser.new_page(viewport={"width": 960, "height": 1170})
+            tab = browser.new_page(viewport={"width": 880, "height": 1110})
             tab.goto(web)
             tab.get_by_role("cell", name="cleo", exact=True).wait_for()
             tab.wait_for_function("rounds.points.length > 40")
