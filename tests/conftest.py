@@ -40,19 +40,24 @@ TRAINER = (*TORCH, "transformers.trainer", "transformers.models.gpt2.modeling_gp
 
 
 def lacking(what, command):
-    """Skip a test for something that this machine lacks and that a command would install, or fail
-    it where none may be skipped (DILOCO_ALL_TESTS=1)."""
-    text = f"{what} is missing here: {command}"
-    if os.environ.get("DILOCO_ALL_TESTS") == "1":
-        pytest.fail(text)
-    pytest.skip(text)
+    """Skip a test for something that this machine lacks and that a command would install."""
+    pytest.skip(f"{what} is missing here: {command}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With DILOCO_ALL_TESTS=1 a test that is skipped has failed."""
+    report = yield
+    if report.skipped and os.environ.get("DILOCO_ALL_TESTS") == "1":
+        report.outcome, report.longrepr = "failed", f"{report.longrepr[2]} (DILOCO_ALL_TESTS=1)"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say loudly, once for each reason, that tests were skipped."""
     reports = terminalreporter.stats.get("skipped", [])
     for reason, count in Counter(report.longrepr[2] for report in reports).items():
-        terminalreporter.write_line(f"{count} tests were NOT run. {reason}", red=True, bold=True)
+        terminalreporter.write_line(f"NOT run: {count} test(s). {reason}", red=True, bold=True)
 
 
 def until(condition, what, seconds=DEADLINE):
