@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -36,6 +37,27 @@ ENV = {
 TORCH = ("torch", "torch._dynamo")
 LAUNCHER = (*TORCH, "torch.distributed.run")
 TRAINER = (*TORCH, "transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
+
+
+def lacking(what, command):
+    """Skip a test for something that this machine lacks and that a command would install."""
+    pytest.skip(f"{what} is missing here: {command}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With DILOCO_ALL_TESTS=1 a test that is skipped has failed."""
+    report = yield
+    if report.skipped and os.environ.get("DILOCO_ALL_TESTS") == "1":
+        report.outcome, report.longrepr = "failed", f"{report.longrepr[2]} (DILOCO_ALL_TESTS=1)"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say loudly, once for each reason, that tests were skipped."""
+    reports = terminalreporter.stats.get("skipped", [])
+    for reason, count in Counter(report.longrepr[2] for report in reports).items():
+        terminalreporter.write_line(f"NOT run: {count} test(s). {reason}", red=True, bold=True)
 
 
 def until(condition, what, seconds=DEADLINE):

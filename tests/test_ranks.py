@@ -103,7 +103,7 @@ def test_two_ranks_are_one_worker(serve, torchrun, start):
     workers = until(lambda: status(host)["workers"], "the run starts")
     assert [(worker["id"], worker["ranks"]) for worker in workers] == [("w0", 2), ("w1", 2)]
     screen = start(os.path.join(ROOT, "status.py"), "--server", host.address)
-    screen.wait_for("w1 .*, 2 ranks ")
+    screen.wait_for("w1 .*, 2 ranks$")
 
 
 def test_what_rank_0_drops_all_ranks_drop(serve, torchrun):

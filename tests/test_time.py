@@ -508,12 +508,14 @@ def test_who_is_alive_but_stuck_is_given_up_and_joins_again(serve):
 
 
 def test_status_shows_who_is_missing_and_how_long(serve):
-    told = status(serve())
+    host = serve()
+    told = status(host)
     told["stalls"] = [
         {"slice": 3, "seconds": 75.0, "missing": ["bob", "cai"]},
         {"slice": 4, "seconds": 70.0, "missing": []},
     ]
-    lines = screen.render(told)
+    history = screen.ask(host.address, "history")
+    lines = [screen.STYLE.sub("", line) for line in screen.render(told, history)]
     assert "WARNING: the round of slice 3 has waited 1m 15s for bob, cai" in lines
     assert (
         "WARNING: the round of slice 4 has waited 1m 10s for more workers (--min-workers 1)"

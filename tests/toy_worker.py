@@ -67,6 +67,8 @@ def main():
     parser.add_argument("--source", default="")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes")
     parser.add_argument("--nan-at", default="", help="steps, as 3,8, whose gradient is made NaN")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--evaluate", type=int, default=0, help="1: tell a loss after each sync")
     parser.add_argument("--reconnect-timeout", type=float, default=60.0)
     parser.add_argument("--num-fragments", type=int, default=1)
     parser.add_argument("--fragment-sync-delay", type=int)
@@ -74,7 +76,7 @@ def main():
     torch.set_num_threads(1)
 
     model = build([int(size) for size in args.sizes.split(",")], args.dtype, args.model_seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     bad = {int(step) for step in args.nan_at.split(",") if step}
 
     def before_step(step):
@@ -102,6 +104,8 @@ def main():
                 if worker.sync_count != syncs:
                     syncs = worker.sync_count
                     print(f"synced {syncs} version {worker.version[1]}", flush=True)
+                    if args.evaluate:
+                        worker.evaluated(loss)
                 if worker.run_is_over(args.steps):
                     break
     except Refused as refusal:
