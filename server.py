@@ -739,7 +739,7 @@ class Run:
         was_stopping, session = self.is_stopping, self.members.pop(id).session
         if ends:
             self.stopping.discard(id)
-            self.dropped.pop(id, None)
+            self.dropped = {w: s for w, s in self.dropped.items() if s != session}
             self.forget(id, session)  # a join that was sent twice
         else:
             self.away.add(id)

@@ -415,14 +415,14 @@ class Folders(Kind):
             "stopping": [],
             "indices": {"ada": 0},
             "sessions": {"ada": "s"},
+            "dropped": {"bob": "t"},
         }
         for number in (2, 3):
             fates = {"ada": [3, "", number]}
             heads = [(Version(LIFE, number), fates)] * 3
             store.save({**state, "heads": heads}, model, model.freeze())
-        store.save_names(
-            {name: state[name] for name in ("members", "stopping", "indices", "sessions")}
-        )
+        named = "members", "stopping", "indices", "sessions", "dropped"
+        store.save_names({name: state[name] for name in named})
         newest = os.path.join(self.run, "checkpoint-3")
         self.valid = {}
         for path in (os.path.join(newest, n) for n in sorted(os.listdir(newest))):
@@ -456,7 +456,7 @@ class Folders(Kind):
             with open(path, "wb") as file:
                 file.write(self.valid[path])
         assert state is not None, "nothing is loaded, though an older checkpoint is whole"
-        for vector in (model.params, model.momentum, model.residual, model.values):
+        for vector in (model.params, *model.outer.values(), model.values):
             assert vector is None or vector.isfinite().all(), (
                 "numbers that are not finite are loaded"
             )

@@ -419,6 +419,7 @@ class Server:
         """Steps of honest workers are believed, unless they have trained on without the server."""
         honest = [process.furthest for process in self.world.processes if not process.lies]
         openings = 1 + self.world.crashes + self.world.kills + self.world.changes
+        openings += len(self.world.dropping)
         most = max(honest, default=0) + 100 * openings  # who comes in has a lead
         assert self.run.step <= most, f"the run is at {self.run.step}, over {most}"
         may_skip = member.sync_every < self.world.delay  # which no DiLoCoWorker allows
@@ -431,6 +432,7 @@ class Server:
         self.run.hear(process.id, process.session, self.world.now)
         self.run.remove(process.id, ends=True)
         self.world.note("left", process.id)
+        self.world.dropped.discard(process.session)  # it has finished, whatever comes late of it
         if not self.run.is_open and not any(slice.folding for slice in self.run.slices):
             slices = zip(self.run.slices, self.numbers, strict=True)
             self.keep([(s.version, dict(s.folded), Counter(n)) for s, n in slices])

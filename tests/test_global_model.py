@@ -512,6 +512,7 @@ def test_a_checkpoint_is_what_the_library_reads_and_is_opened_again(tmp_path, fr
         "stopping": [],
         "indices": {"a": 0, "b": 1},
         "sessions": {},
+        "dropped": {},
         "life": LIFE,
         "pace": 0,
     }
@@ -650,7 +651,7 @@ def test_names_on_disk_win_over_those_of_the_checkpoint(tmp_path, capsys):
     store.save_names(names)
     again = Store(str(tmp_path / "model"))
     again.open("bf16", "bf16", True)
-    assert again.names == {**names, "life": "", "pace": 0}
+    assert again.names == {**names, "dropped": {}, "life": "", "pace": 0}
     (tmp_path / "model" / "members.json").write_bytes(b'{"members": 3}')
     again = Store(str(tmp_path / "model"))
     again.open("bf16", "bf16", True)
@@ -662,7 +663,7 @@ def test_names_on_disk_win_over_those_of_the_checkpoint(tmp_path, capsys):
     fresh.save_names(names)  # a crash before the first checkpoint
     fresh = Store(str(tmp_path / "new"))
     assert fresh.open("bf16", "bf16", True) == (None, None)
-    assert fresh.names == {**names, "life": "", "pace": 0}
+    assert fresh.names == {**names, "dropped": {}, "life": "", "pace": 0}
 
 
 # --- Weights of -m, frozen tensors, the final model ------------------------------------------
