@@ -2751,21 +2751,21 @@ def doing(member, run, moving):
     """(what a member does, the ids that it waits for). moving: {(id, kind)} of the transfers."""
     of_mine = [kind.split() for id, kind in moving if id == member.id]
     moves = {(what, int(k)) for what, _, _, k in (words for words in of_mine if len(words) == 4)}
-    mine = {k for k, slice in enumerate(run.slices) if member.id in slice.pushers}
-    waits = [
-        k for k in mine for push in run.slices[k].pushes.values()
-        if push.worker == member.id and push.adopts <= now()
-    ]  # fmt: skip
+    pushes = {
+        (k, p) for k, s in enumerate(run.slices) for p in s.pushes.values() if p.worker == member.id
+    }
+    mine = {k for k, _ in pushes}
+    waits = {k for k, push in pushes if push.adopts <= now()} or mine.intersection(
+        member.blocked[:1]
+    )
     if now() - member.heard > 3 * run.rules.heartbeat_seconds:
         return "away", []
     if any(what == "push" for what, _ in moves):
         return "pushing", []
-    if waits or (member.blocked and member.blocked[0] in mine):
-        waits = waits or [member.blocked[0]]
+    if waits:
         return "waiting", sorted({id for k in waits for id in run.missing(k)})
-    return "pulling" if any(
-        what == "pull" and k not in mine for what, k in moves
-    ) else "training", []
+    is_pulling = any(what == "pull" and k not in mine for what, k in moves)
+    return "pulling" if is_pulling else "training", []
 
 
 def status_of(member, run, moving):
