@@ -715,8 +715,11 @@ def test_a_slice_that_was_not_taken_yet_is_brought_as_the_worker_has_it(serve):
         slice.is_blank = is_blank  # as where the server dies amid the join
 
     class Line:
+        def moved_since(self):
+            return lambda: 0
+
         def request(self, type, fields, specs, parts, on_wait):
-            return parts
+            return [*parts]
 
     wanted = Message("bring", {"slices": [0, 1], "files": False}, [])
     parts = a.worker.leader.admission.bring(Line(), wanted)

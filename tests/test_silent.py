@@ -33,11 +33,20 @@ from diloco_callback import (
 pytestmark = pytest.mark.usefixtures("clean")
 
 
+class Said(list):
+    """A log that is a list of its lines, but for those on rounds."""
+
+    __call__ = list.append
+
+    def seldom(self, kind, text):
+        assert kind == "rounds"
+
+
 @pytest.fixture
 def said(monkeypatch):
     """The lines that are logged."""
-    lines = []
-    monkeypatch.setattr("diloco_callback.log", lines.append)
+    lines = Said()
+    monkeypatch.setattr("diloco_callback.log", lines)
     return lines
 
 

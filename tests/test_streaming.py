@@ -183,7 +183,7 @@ def test_settings_that_differ_are_refused_with_both_values(serve, toy):
     ("options", "words"),
     [
         (dict(sync_every=3, num_fragments=4), "between 1 and sync_every"),
-        (dict(sync_every=8, fragment_sync_delay=9), "fragment_sync_delay is 0 to sync_every"),
+        (dict(sync_every=8, fragment_sync_delay=9), "fragment_sync_delay must be within"),
         (dict(fragment_update="overwrite"), "rebase or mix"),
         (dict(fragment_update="mix", fragment_update_alpha=2), "fragment_update_alpha"),
     ],

@@ -635,12 +635,17 @@ def test_a_server_that_says_wait_without_end_fills_no_log(capsys):
     log = diloco_callback.Admission.say_awaited
     worker = SimpleNamespace(worker_id="ada", leave_by=None)
     admission = SimpleNamespace(
-        worker=worker, said="", said_at=-1000.0, ended=[], has_gone=lambda holder: False
+        worker=worker,
+        replica=SimpleNamespace(awaited={}),
+        said="",
+        said_at=-1000.0,
+        ended=[],
+        has_gone=lambda holder: False,
     )
     for k in range(1000):
         log(admission, {"awaited": f"{k}" * 1000})
     [line] = capsys.readouterr().err.splitlines()
-    assert len(line) < 300
+    assert len(line) < 300 and len(admission.replica.awaited["join"]) == 200
 
 
 def test_many_workers_of_one_machine_join_push_and_end_with_the_same_numbers(serve):
