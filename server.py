@@ -4586,8 +4586,8 @@ class Server:
                 self.tried = versions if wanted else self.tried
                 self.lock.notify_all()
                 is_over = is_last and not self.run.anew.awaits_any(now())
-            if is_over and self.args.until_done:
-                self.ended.set()
+            if is_over and self.args.until_done and not self.args.spawn:
+                self.ended.set()  # else with the last of the workers, which have yet to save
 
     def has_saved(self):
         """Whether the disk has the model, or has just failed to take it, before it gets other tensors:

@@ -83,8 +83,8 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
 
 
 def test_the_same_command_again_goes_on(spawn, tmp_path):
-    first = spawn("default.yaml", train__max_steps=40, diloco__sync_every=20)
-    assert first.wait(120) == 0, first.output
+    first = spawn("default.yaml", "--until-done", train__max_steps=40, diloco__sync_every=20)
+    assert first.wait(120) == 0, first.output  # the workers end by themselves
     again = spawn("default.yaml", train__max_steps=60, diloco__sync_every=20)
     assert again.wait(120) == 0, again.output
     assert "continuing from" in again.output and "steps 40 to 60" in again.output
