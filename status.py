@@ -211,9 +211,9 @@ def sparkline(values, width, low=None, high=None):
 
 
 def table(rows, width):
-    """Rows of cells as lines with aligned columns, without the last columns where `width` is short.
-    Numbers stand at the right: the cells of all columns but the first two and the last."""
-    rows = [[cut(cell, max(20, width // 5)) for cell in row] for row in rows]
+    """Rows of texts between tabs as lines with aligned columns, without the last columns where `width`
+    is short. Numbers stand at the right: all columns but the first two and the last."""
+    rows = [[cut(cell, max(20, width // 5)) for cell in row.split("\t")] for row in rows]
     sizes = [max(map(columns, column)) for column in zip(*rows, strict=True)]
     most = len(sizes)
     while sum(sizes) + 2 * len(sizes) > width:
@@ -266,24 +266,21 @@ def warnings_in(status):
 
 def waits_in(status):
     """Texts about what a run waits for, if it waits."""
-    texts, there = [], listed(status["joining"]) or "none"
-    if status["expected"]:
-        whom = listed(status["expected"])
-        texts.append(
-            f"the run goes on with {whom}, as soon as they are back or given up; there: {there}"
-        )
-    elif status["state"] == "waiting for workers":
-        texts.append(f"the run starts with {status['workers_wanted']} workers; there: {there}")
-    elif status["joining"]:
-        texts.append(f"about to join: {there}")
-    if status["state"] == "too few workers":
-        texts.append(f"rounds wait until there are {status['min_workers']} workers (--min-workers)")
-    if status["awaited"]:
-        texts.append(f"the round waits for: {listed(status['awaited'])}")
-    for waiting, share, slowest in status["waiting_costs"]:
-        text = f"{shown(waiting)} waits {percent(share)} of its time for {shown(slowest)}"
-        texts.append(f"{text}; --own-pace would end that")
-    return texts
+    expected, joining, awaited = status["expected"], status["joining"], status["awaited"]
+    is_new = status["state"] == "waiting for workers" and not expected
+    is_short = status["state"] == "too few workers"
+    there, least = listed(joining) or "none", status["min_workers"]
+    told = {
+        f"the run goes on as soon as these are back or given up: {listed(expected)}": expected,
+        f"the run starts with {status['workers_wanted']} workers; there: {there}": is_new,
+        f"about to join: {there}": joining and not is_new,
+        f"rounds wait until there are {least} workers (--min-workers)": is_short,
+        f"the round waits for: {listed(awaited)}": awaited,
+    }
+    return [text for text, is_so in told.items() if is_so] + [
+        f"{shown(who)} waits {percent(share)} of its time for {shown(slowest)}; --own-pace would end that"
+        for who, share, slowest in status["waiting_costs"]
+    ]
 
 
 def troubles_in(status):
@@ -295,39 +292,23 @@ def troubles_in(status):
     return [*map(printable, status["faults"][::-1]), *gone]
 
 
-WORKER = [
-    "worker",
-    "state",
-    "steps/s",
-    "trains",
-    "loss",
-    "late",
-    "step",
-    "a round",
-    "heard",
-    "host",
-]
+WORKER = "worker\tstate\tsteps/s\ttrains\tloss\tlate\tstep\ta round\theard\thost"
 
 
 def row_of(worker):
-    """What the table of workers says of one, in the order of WORKER."""
-    state, ranks = worker["state"], worker["ranks"]
+    """What the table of workers says of one, between tabs, in the order of WORKER."""
+    state = worker["state"]
     if state == "away":
         state = f"away for {duration(worker['heard_seconds_ago'])}"
     elif state == "waiting" and worker["waits_for"]:
         state = f"waits for {listed(worker['waits_for'], 1)}"
-    return [
-        shown(worker["id"]),
-        state,
-        figure(worker["steps_per_second"], 2),
-        percent(worker["training"]),
-        figure(worker["loss"]),
-        str(worker["lag"] or "-"),
-        f"{worker['step']:,}",
-        f"{worker['pace']} steps",
-        f"{duration(worker['heard_seconds_ago'])} ago",
-        shown(worker["host"]) + (f", {ranks} ranks" if ranks > 1 else ""),
-    ]
+    ranks = f", {worker['ranks']} ranks" if worker["ranks"] > 1 else ""
+    return (
+        f"{shown(worker['id'])}\t{state}\t{figure(worker['steps_per_second'], 2)}\t"
+        f"{percent(worker['training'])}\t{figure(worker['loss'])}\t{worker['lag'] or '-'}\t"
+        f"{worker['step']:,}\t{worker['pace']} steps\t{duration(worker['heard_seconds_ago'])} ago\t"
+        f"{shown(worker['host'])}{ranks}"
+    )
 
 
 def end_of(status):
@@ -397,27 +378,13 @@ def rounds_in(recent, width):
     kinds = ("seconds", "seconds_waiting", "seconds_folding")
     spent = [[line[kind] for line in recent] for kind in kinds]
     usual, waiting, folding = map(statistics.median, spent)
-    rows = [
-        [
-            "round",
-            "at",
-            "loss",
-            "seconds",
-            "waited",
-            "folded",
-            "MB up",
-            "MB down",
-            "step",
-            "slice",
-            "share",
-        ]
-    ]
+    rows = ["round\tat\tloss\tseconds\twaited\tfolded\tMB up\tMB down\tstep\tslice\tshare"]
     for line in recent[:-13:-1]:
-        numbers = [line["bytes_up"] / 1e6, line["bytes_down"] / 1e6]
-        numbers = [figure(number, 2) for number in [*(line[kind] for kind in kinds), *numbers]]
-        place = [f"{line['step']:,}", str(line["fragment"]), percent(line["share"])]
+        seconds = "\t".join(figure(line[kind], 2) for kind in kinds)
+        sizes = "\t".join(figure(line[kind] / 1e6, 2) for kind in ("bytes_up", "bytes_down"))
         rows.append(
-            [str(line["round"]), clock(line["time"]), figure(line["loss"]), *numbers, *place]
+            f"{line['round']}\t{clock(line['time'])}\t{figure(line['loss'])}\t{seconds}\t{sizes}\t"
+            f"{line['step']:,}\t{line['fragment']}\t{percent(line['share'])}"
         )
     note = f"{figure(waiting, 2)} waiting, {figure(folding, 2)} folding"
     text = curve("seconds", figure(usual, 2), spent[0], note, width, low=0, high=2 * usual)
@@ -759,38 +726,37 @@ class Reader(http.server.BaseHTTPRequestHandler):
             "/rounds.json": lambda: feed.later(**dict(urllib.parse.parse_qsl(query))),
             "/metrics": lambda: metrics(feed.fresh()),
         }
-        acts, host = {"/login": self.log_in, "/do": self.act}, self.headers.get("Host", "")
-        origins = (f"http://{host}", f"https://{host}")
+        method = "GET" if path in reads else "POST"
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin", "")
+        is_own = origin in (f"http://{host}", f"https://{host}")
         length = int(self.headers.get("Content-Length", -1))
-        for is_wrong, code, why in (
-            (path not in reads | acts, 404, "there is nothing here"),
-            (
-                self.command != ("GET" if path in reads else "POST"),
-                405,
-                "another method is for this",
-            ),
-            (
-                not self.server.is_named(host),
-                403,
-                f"another site: --web {shown(host)} would allow it",
-            ),
-            (
-                path in acts and self.headers.get("Origin") not in origins,
-                403,
-                "the page sent no such",
-            ),
-            (
-                path not in ("/", "/login") and not self.is_known(),
-                401,
-                "this needs the run's token",
-            ),
-            (path in acts and not 0 <= length <= MAX_BODY_BYTES, 413, "the body is too long"),
-        ):
-            if is_wrong:
-                raise protocol.Refused(code, why)
+        require(path in [*reads, "/login", "/do"], 404, "there is nothing here")
+        require(self.command == method, 405, f"this path has the method {method}")
+        require(
+            self.server.is_named(host), 403, f"{shown(host)} is another site: see --web HOST:PORT"
+        )
+        require(path in reads or is_own, 403, "this was not sent by the page")
+        require(path == "/" or self.is_known(), 401, "this is not the token of the run")
         if path in reads:
             return reads[path]()
-        return acts[path](protocol.parse_json(self.rfile.read(length), "the body"))
+        require(0 <= length <= MAX_BODY_BYTES, 413, f"a body has at most {MAX_BODY_BYTES} bytes")
+        body = protocol.parse_json(self.rfile.read(length), "the body")
+        action = "login" if path == "/login" else body.get("action")
+        require(
+            action in ("login", "save", "stop", "drop"), 400, "the action is save, stop or drop"
+        )
+        if action == "login":  # which brings a cookie
+            return {}
+        fields = {"worker": body.get("worker")} if action == "drop" else {}
+        return ask(feed.server, action, feed.access, fields)
+
+    def is_known(self):
+        """Whether the reader may look at the run and change it: by the token, or by the cookie."""
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        has_token = hmac.compare_digest(token.encode("latin-1"), self.server.token)
+        cookies = map(str.strip, self.headers.get("Cookie", "").split(";"))
+        has_cookie = any(protocol.is_same(cookie, self.server.cookie) for cookie in cookies)
+        return self.server.is_open or (kind == "Bearer" and has_token) or has_cookie
 
     def answer(self, code, content):
         """Send a page or metrics as text, or fields as JSON."""
@@ -810,30 +776,11 @@ class Reader(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content.encode(errors="backslashreplace"))
 
-    def is_known(self):
-        """Whether the reader may look at the run and change it: by a cookie, or by the token."""
-        cookies = map(str.strip, self.headers.get("Cookie", "").split(";"))
-        kind, _, token = self.headers.get("Authorization", "").partition(" ")
-        has_token = kind == "Bearer" and self.is_token(token.encode("latin-1"))
-        has_cookie = any(protocol.is_same(cookie, self.server.cookie) for cookie in cookies)
-        return self.server.is_open or has_token or has_cookie
 
-    def is_token(self, token):
-        return hmac.compare_digest(token, self.server.token)
-
-    def log_in(self, body):
-        """Give the cookie to a reader who knows the token."""
-        if not self.is_token(str(body.get("token")).encode(errors="replace")):
-            raise protocol.Refused(401, "this is not the token of the run")
-        return {}
-
-    def act(self, body):
-        """Have the server do what a button says."""
-        action, feed = body.get("action"), self.server.feed
-        if action not in ("save", "stop", "drop"):
-            raise ValueError("the action is save, stop or drop")
-        fields = {"worker": body.get("worker")} if action == "drop" else {}
-        return ask(feed.server, action, feed.access, fields)
+def require(is_so, code, why):
+    """Refuse a request with a code of HTTP, unless it is as it should be."""
+    if not is_so:
+        raise protocol.Refused(code, why)
 
 
 def web_address(text):
@@ -1092,7 +1039,7 @@ function showStatus() {
   write($("end"), watch.end);
   list("waits", watch.waits);
   list("troubles", watch.troubles.length ? watch.troubles : ["Nothing so far."]);
-  showWorkers(watch.workers);
+  showWorkers(watch.workers.map(row => row.split("\t")));
 }
 
 function show(said, more) {
@@ -1105,8 +1052,8 @@ function show(said, more) {
 
 // --- Asking ---
 
-async function ask(path, body) {
-  const post = body && {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)};
+async function ask(path, body, headers = {}) {
+  const post = body && {method: "POST", headers, body: JSON.stringify(body)};
   const reply = await fetch(path, {...post, signal: AbortSignal.timeout(20000)}), said = await reply.json();
   if (reply.status === 401) $("login").hidden = false;
   if (!reply.ok) throw Error(said.error);
@@ -1127,7 +1074,7 @@ for (const way of ["step", "time"]) $(way).onclick = () => {
 };
 $("login").onsubmit = event => {
   event.preventDefault();
-  ask("login", {token: $("token").value}).then(() => $("login").hidden = true, error => alert(error.message));
+  ask("login", {}, {Authorization: `Bearer ${$("token").value}`}).then(() => $("login").hidden = true, error => alert(error.message));
 };
 
 async function poll() {
