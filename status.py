@@ -321,6 +321,20 @@ def end_of(status):
     return f"ends in about {lasts}, {at}; {left:,} steps to go, {pace}"
 
 
+ROUND = "round\tat\tloss\tseconds\twaited\tfolded\tMB up\tMB down\tstep\tglobal\tslice\tshare"
+
+
+def row_of_round(line, form="%H:%M:%S"):
+    """What the table of rounds and the log say of one, between tabs, in the order of ROUND."""
+    seconds = (line[kind] for kind in ("seconds", "seconds_waiting", "seconds_folding"))
+    sizes = (line[kind] / 1e6 for kind in ("bytes_up", "bytes_down"))
+    numbers = "\t".join(figure(number, 2) for number in (*seconds, *sizes))
+    return (
+        f"{line['round']}\t{clock(line['time'], form)}\t{figure(line['loss'])}\t{numbers}\t"
+        f"{line['step']:,}\t{figure(line['evaluation'])}\t{line['fragment']}\t{percent(line['share'])}"
+    )
+
+
 def events_in(line):
     """What happened in a round beside its arithmetic, in words."""
     late = [(worker, push["late"]) for worker, push in line["pushed"].items() if push["late"]]
@@ -376,34 +390,27 @@ def rounds_in(recent, width):
     if not recent:
         return titled("Rounds", ["no round has closed yet"])
     kinds = ("seconds", "seconds_waiting", "seconds_folding")
-    spent = [[line[kind] for line in recent] for kind in kinds]
-    usual, waiting, folding = map(statistics.median, spent)
-    rows = ["round\tat\tloss\tseconds\twaited\tfolded\tMB up\tMB down\tstep\tslice\tshare"]
-    for line in recent[:-13:-1]:
-        seconds = "\t".join(figure(line[kind], 2) for kind in kinds)
-        sizes = "\t".join(figure(line[kind] / 1e6, 2) for kind in ("bytes_up", "bytes_down"))
-        rows.append(
-            f"{line['round']}\t{clock(line['time'])}\t{figure(line['loss'])}\t{seconds}\t{sizes}\t"
-            f"{line['step']:,}\t{line['fragment']}\t{percent(line['share'])}"
-        )
-    note = f"{figure(waiting, 2)} waiting, {figure(folding, 2)} folding"
-    text = curve("seconds", figure(usual, 2), spent[0], note, width, low=0, high=2 * usual)
-    return [*titled("Rounds", [text]), *table(rows, width)]
+    usual, waiting, folding = (statistics.median(line[kind] for line in recent) for kind in kinds)
+    past, note = (
+        [line["seconds"] for line in recent],
+        f"{waiting:.2f} waiting, {folding:.2f} folding",
+    )
+    text = curve("seconds", figure(usual, 2), past, note, width, low=0, high=2 * usual)
+    rows = table([ROUND, *map(row_of_round, recent[:-13:-1])], width)
+    return [*titled("Rounds", [text]), *rows]
 
 
 def about(status):
     """The lines about the run so far, its slices, its model and its settings."""
     total, outer, fragments = status["totals"], status["settings"], status["fragments"]
-    past = [
-        f"faults: {total['faults']}, refused: {total['refused']}, joined: {total['joins']}, left: "
-        f"{total['departures']}",
-        f"{total['rounds']:,} rounds, {total['steps']:,} steps, {total['tokens']:,} tokens; up "
-        f"{total['bytes_up'] / 1e9:.2f} GB, down {total['bytes_down'] / 1e9:.2f} GB",
-    ]
-    if len(fragments) > 1:
-        told = ", ".join(f"{f['version']} ({f['pushes']} pushes)" for f in fragments)
-        past.append(f"fragments, their versions and open rounds: {told}")
+    slices = ", ".join(f"{one['version']} ({one['pushes']} pushes)" for one in fragments)
     warmup = " (warmed up)" if outer["momentum_warmup"] else ""
+    past = [
+        "faults: {faults}, refused: {refused}, joined: {joins}, left: {departures}".format(**total),
+        "{rounds:,} rounds, {steps:,} steps, {tokens:,} tokens; ".format(**total)
+        + f"up {total['bytes_up'] / 1e9:.2f} GB, down {total['bytes_down'] / 1e9:.2f} GB",
+        f"fragments, by their versions: {slices or 'none yet'}",
+    ]
     model = [
         f"{status['parameters']:,} parameters, data: {printable(status['source'] or 'none yet')}",
         f"lr {outer['outer_lr']:g}, momentum {outer['outer_momentum']:g}{warmup}, up "
@@ -422,15 +429,10 @@ def render(status, history, width=WIDE, height=WIDE):
         f"DiLoCo {status['mode']}, {state}: round {status['round']}, step {status['step']:,}{total}, "
         f"up {duration(status['uptime_seconds'])}  {styled(DIM, clock(status['time']))}"
     )
-    recent, last = history["recent"], status["last_round"] or {"norms": {}, "weights": {}}
+    recent, last = history["recent"], status["last_round"] or {"norms": {}}
+    norms = paired(last["norms"].items(), "{} {:.3g}")
     events = [f"round {line['round']}: {text}" for line in recent if (text := events_in(line))]
-    pushes = {"weights": "{} {:.4g}", "norms": "{} {:.3g}"}
-    pushes = [
-        f"{name} of its pushes: {paired(last[name].items(), form)}"
-        for name, form in pushes.items()
-        if last[name]
-    ]
-    blank = [""], 0.001  # they go first, and all at once
+    blank = [""], 0.2  # all of them go at once
     parts = [
         ([head], 99),
         ([styled(RED, f"WARNING: {text}") for text in warnings_in(status)], 1),
@@ -438,11 +440,11 @@ def render(status, history, width=WIDE, height=WIDE):
         blank,
         (learning_in(status, history["points"], width), 1),
         blank,
-        (workers_in(status, width, height), 4),
+        (workers_in(status, width, height), 5),
         (titled("Lately", troubles_in(status)[:4] + events[:-5:-1]), 1),
         blank,
         (rounds_in(recent, width), 1.5),
-        (titled("Last round", pushes), 0.5),
+        (titled("Norms", [f"of the last pushes: {norms}"] if norms else []), 0.5),
         blank,
         (titled("End", [end_of(status)]), 99),
         (about(status), 0.5),
@@ -515,20 +517,6 @@ def watch(feed, seconds):
             put(LEAVE)
 
 
-def round_line(line):
-    """A round in one line of a log."""
-    seconds = [line[kind] for kind in ("seconds", "seconds_waiting", "seconds_folding")]
-    texts = [
-        f"{clock(line['time'], '%F %T')} round {line['round']}, slice {line['fragment']}, step "
-        f"{line['step']}",
-        f"loss {figure(line['loss'])}, global model {figure(line['evaluation'])}",
-        "{:.2f} s, waited {:.2f} s, folded {:.2f} s".format(*seconds),
-        f"up {line['bytes_up'] / 1e6:.2f} MB, down {line['bytes_down'] / 1e6:.2f} MB",
-        events_in(line),
-    ]
-    return " | ".join(filter(None, texts))
-
-
 def follow(looks, as_json):
     """Print a line for each round: first for those that the server still has, then as they close."""
     session, last, at, error = None, 0, 0.0, None
@@ -541,7 +529,10 @@ def follow(looks, as_json):
         for line in feed.history["recent"]:
             # After a restart the count may be lower than it was, but what is new is later.
             if (line["n"] > last) if is_same else (line["time"] > at):
-                say(json.dumps(line) if as_json else round_line(line))
+                names, cells = ROUND.split("\t"), row_of_round(line, "%F %T").split("\t")
+                texts = [f"{name} {cell}" for name, cell in zip(names, cells, strict=True)]
+                texts += [events_in(line)] if events_in(line) else []
+                say(json.dumps(line) if as_json else ", ".join(texts))
                 last, at = line["n"], line["time"]
 
 
@@ -828,7 +819,7 @@ th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid va
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1>
   <span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
-<form id="login" class="row" hidden><label>token of the run <input id="token" type="password"></label>
+<form id="login" class="row" hidden><label>token of the run <input id="token" type="password" autocomplete="current-password"></label>
   <button>Log in</button></form>
 <ul id="warnings" role="status"></ul>
 <dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>
@@ -1001,8 +992,8 @@ function showRounds() {
   const names = [...new Set(shown.flatMap(round => Object.keys(round.pushed)))].sort();
   const part = field => (round, row) => own(round.pushed, names[row])?.[field];
   charts.timeline.show({about: "What each worker did in the last rounds", points: shown, x: round, y: "seconds", names,
-    marks: [line("trains", "var(--c0)", part("trained")), line("waits", "var(--wait)", part("waited")),
-      line("sends and receives", "var(--c1)", part("transferred"))]});
+    marks: [line("trains", "var(--c0)", part("trained")), line("sends and receives", "var(--c1)", part("transferred")),
+      line("waits", "var(--wait)", part("waited"))]});
 }
 
 function showWorkers(rows) {
