@@ -95,9 +95,8 @@ class Feed:
 
     def told(self, is_late=False):
         """The status, and in its `watch` how old that is and why the server does not answer, or ""."""
-        error = (
-            protocol.reason_of(self.error) if self.error else "it takes long to answer" * is_late
-        )
+        late = "it takes long to answer" if is_late else ""
+        error = protocol.reason_of(self.error) if self.error else late
         ago = None if self.heard is None else round(time.time() - self.heard, 1)
         watch = {"server": self.server, "heard_seconds_ago": ago, "error": error}
         return self.status | {"watch": watch}
@@ -123,6 +122,7 @@ class Feed:
 
     def later(self, after="0", span="0", session="", **_):
         """The history, for who has that of a session up to a round: what comes after it."""
+        self.fresh()
         known, after = self.history, int(after)
         is_known = session in ("", known["session"]) and int(span) == known["span"]
         after = after if is_known and after <= known["count"] else 0
@@ -615,15 +615,14 @@ def metrics(status):
             "save_error": bool(status["save_error"]),
         }
         workers = [worker | {"up": worker["state"] != "away"} for worker in status["workers"]]
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     lines = []
     for name, path, meaning in (line.split(maxsplit=2) for line in METRICS.splitlines()):
         lines.append(f"# HELP diloco_{name} {meaning}")
         lines.append(f"# TYPE diloco_{name} {'counter' if name.endswith('_total') else 'gauge'}")
-        for value in workers if name.startswith("worker_") else [run]:
-            label = ""
-            if name.startswith("worker_"):
-                id = value["id"].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-                label = f'{{worker="{id}"}}'
+        is_own = name.startswith("worker_")
+        for value in workers if is_own else [run]:
+            label = f'{{worker="{value["id"].translate(escapes)}"}}' if is_own else ""
             for key in path.split("."):
                 value = (value or {}).get(key)
             if value is not None:
@@ -723,21 +722,17 @@ class Reader(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", -1))
         require(path in [*reads, "/login", "/do"], 404, "there is nothing here")
         require(self.command == method, 405, f"this path has the method {method}")
-        require(
-            self.server.is_named(host), 403, f"{shown(host)} is another site: see --web HOST:PORT"
-        )
+        require(self.server.is_named(host), 403, f"{shown(host)} is another site: --web HOST:PORT")
         require(path in reads or is_own, 403, "this was not sent by the page")
         require(path == "/" or self.is_known(), 401, "this is not the token of the run")
         if path in reads:
             return reads[path]()
         require(0 <= length <= MAX_BODY_BYTES, 413, f"a body has at most {MAX_BODY_BYTES} bytes")
         body = protocol.parse_json(self.rfile.read(length), "the body")
-        action = "login" if path == "/login" else body.get("action")
-        require(
-            action in ("login", "save", "stop", "drop"), 400, "the action is save, stop or drop"
-        )
-        if action == "login":  # which brings a cookie
+        if path == "/login":  # which brings a cookie
             return {}
+        action = body.get("action")
+        require(action in ("save", "stop", "drop"), 400, "the action is save, stop or drop")
         fields = {"worker": body.get("worker")} if action == "drop" else {}
         return ask(feed.server, action, feed.access, fields)
 
