@@ -359,13 +359,15 @@ def curve(name, newest, past, note, width, **scale):
 def learning_in(status, points, width):
     """The lines about the losses: the newest ones, and the past of the whole run."""
     lines, tested = [], status["evaluation"] or {"loss": None, "step": 0}
-    told = ("loss", "loss", status["loss"], ""), (
-        "global model", "evaluation", tested["loss"], f"; step {tested['step']:,}")  # fmt: skip
-    for name, key, newest, note in told:
+    names = {"loss": "loss", "evaluation": "global model"}
+    newest = {"loss": status["loss"], "evaluation": tested["loss"]}
+    notes = {"loss": "", "evaluation": f"; step {tested['step']:,}"}
+    for key, name in names.items():
         past = [point[key] for point in points]
-        first = next((loss for loss in past if loss is not None), newest)
+        first = next((loss for loss in past if loss is not None), newest[key])
         if first is not None:
-            lines.append(curve(name, figure(newest), past, f"from {figure(first)}{note}", width))
+            note = f"from {figure(first)}{notes[key]}"
+            lines.append(curve(name, figure(newest[key]), past, note, width))
     return titled("Learning", lines or ["no loss is known yet"])
 
 
@@ -777,7 +779,8 @@ def web_address(text):
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>DiLoCo</title><link rel="icon" href="data:,">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>DiLoCo</title>
+<link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { color-scheme: light dark; --page: light-dark(#fbfaf8, #15171a); --ink: light-dark(#1d1f21, #e6e4df);
   --soft: light-dark(#666b71, #9aa0a6); --line: light-dark(#e6e3dd, #2b2f35); --quiet: light-dark(#b4b1aa, #565c64);
@@ -798,9 +801,9 @@ dl { grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); gap: 14px 24px
 dd { font-size: 22px; line-height: 1.3 } progress { width: 100%; accent-color: var(--c0) }
 ul { list-style: none; padding: 0 } li { padding: 3px 0 }
 #warnings li { padding: 8px 12px; margin-top: 8px; border-left: 3px solid var(--bad); background: var(--line) }
-button, input { font: inherit; color: inherit; background: none; border: 1px solid var(--quiet);
+button, input, select { font: inherit; color: inherit; background: none; border: 1px solid var(--quiet);
   border-radius: 6px; min-height: 30px; padding: 0 10px }
-button:hover, [aria-pressed=true] { background: var(--line) }
+button:hover { background: var(--line) }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
 figure { position: relative; margin-top: 10px } figure > svg { display: block; width: 100%; touch-action: pan-y }
 svg * { pointer-events: none } svg text { fill: var(--soft); font-size: 11px }
@@ -814,13 +817,15 @@ th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid va
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1>
   <span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
-<form id="login" class="row" hidden><label>token of the run <input id="token" type="password" autocomplete="current-password"></label>
+<form id="login" class="row" hidden>
+  <label>token of the run <input id="token" type="password" autocomplete="current-password"></label>
   <button>Log in</button></form>
 <ul id="warnings" role="status"></ul>
 <dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>
 <p class="soft" id="end"></p>
-<section><div class="row"><h2>Is it learning?</h2><span><button id="step" aria-pressed="true">steps</button>
-  <button id="time" aria-pressed="false">time</button></span></div><figure id="loss"></figure></section>
+<section><div class="row"><h2>Is it learning?</h2><select id="over" aria-label="over steps or over time">
+  <option value="step">over steps</option><option value="time">over time</option></select></div>
+  <figure id="loss"></figure></section>
 <section><h2>Who holds it up?</h2><ul class="soft" id="waits"></ul><figure id="timeline"></figure></section>
 <section><h2>What does a sync cost?</h2>
   <div class="pair"><figure id="seconds"></figure><figure id="bytes"></figure></div></section>
@@ -830,7 +835,7 @@ th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid va
 "use strict";
 const $ = id => document.getElementById(id);
 const digits = n => n == null ? "-" : n.toLocaleString("en", {maximumSignificantDigits: 4});
-const short = n => n.toLocaleString("en", {maximumSignificantDigits: 4, notation: "compact"});
+const short = n => n.toLocaleString("en", {maximumSignificantDigits: 6, notation: "compact"});
 const whole = n => n.toLocaleString("en");
 const clock = (s, hasDay) => new Date(s * 1000).toLocaleString("en-GB", hasDay
   ? {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"} : {timeStyle: "medium"});
@@ -889,8 +894,9 @@ class Chart {
     };
   }
   range() {  // [lowest, highest] value; the first fall may leave the plot, so that it does not hide the rest
-    const {points, marks, low, names} = this.what, first = points.length > 30 ? Math.floor(points.length / 12) : 0;
+    const {points, marks, low, names} = this.what;
     if (names) return [names.length - 0.5, -0.5];
+    const first = points.length > 30 ? Math.floor(points.length / 12) : 0;
     const values = marks.flatMap(mark => points.slice(first).map(mark.of)).filter(y => y != null);
     const most = values.reduce((a, b) => Math.max(a, b), -Infinity);
     const least = low ?? values.reduce((a, b) => Math.min(a, b), most);
@@ -900,37 +906,41 @@ class Chart {
     this.what = what;
     const {about, points, x, y, names, marks} = what, nodes = [];
     if ((this.box.hidden = !points.length) || this.box.clientWidth < 200) return;
-    const width = this.box.clientWidth, left = names ? Math.min(110, width / 4) : 48, right = width - 12, top = 20;
-    const bottom = this.bottom = names ? top + 18 * names.length : this.height - 20;
+    const left = names ? Math.min(110, this.box.clientWidth / 4) : 48, right = this.box.clientWidth - 12;
+    const top = 20, bottom = this.bottom = names ? top + 18 * names.length : this.height - 20;
     const x0 = x.of(points[0]) - (names ? 1 : 0), x1 = x.of(points.at(-1)), [low, high] = this.range();
     const sx = this.sx = v => left + (v - x0) / (x1 - x0 || 1) * (right - left);
     const sy = v => top + (high - v) / (high - low) * (bottom - top);
     const text = (x, y, anchor, words) => nodes.push(shape("text", {x, y, "text-anchor": anchor}, words));
-    const rows = names?.map((name, row) => [row, name.length > left / 7 ? name.slice(0, left / 7 - 1) + "…" : name]);
+    const cut = name => name.length > left / 7 ? name.slice(0, left / 7 - 1) + "…" : name;
+    const rows = names?.map((name, row) => [row, cut(name)]);
     for (const [v, words] of rows ?? ticks(low, high, 5).map(v => [v, digits(v)])) {
       nodes.push(shape("path", {d: `M${left} ${sy(v)}H${right}`, stroke: "var(--line)"}));
       text(left - 8, sy(v) + 4, "end", words);
     }
-    const most = Math.ceil((right - left) / 100), places = Array.from({length: most}, (_, k) => (k + 0.5) / most);
-    for (const v of x.isTime ? places.map(part => x0 + part * (x1 - x0)) : ticks(x0, x1, most))
+    const most = Math.ceil((right - left) / 100), apart = (x1 - x0) / most;
+    for (const v of x.isTime ? Array.from({length: most}, (_, k) => x0 + (k + 0.5) * apart) : ticks(x0, x1, most))
       text(sx(v), bottom + 16, "middle", x.isTime ? clock(v, x1 - x0 > 86400) : short(v));
     text(0, 10, "start", y);
     text(right, 10, "end", x.title);
-    const inside = [left - 2, top - 2, right - left + 4, bottom - top + 4];  // a line that leaves it is cut
-    const plot = shape("svg", {x: inside[0], y: inside[1], width: inside[2], height: inside[3], viewBox: inside});
-    (names ? this.bars(sx, sy) : this.lines(sx, sy)).forEach((d, k) => plot.append(shape("path",
-      {d, fill: "none", stroke: marks[k].color, "stroke-width": names ? 12 : marks[k].width, "stroke-linejoin": "round"})));
+    const size = {x: left - 2, y: top - 2, width: right - left + 4, height: bottom - top + 4};
+    const plot = shape("svg", {...size, viewBox: Object.values(size)});  // a line that leaves it is cut
+    (names ? this.bars(sx, sy) : this.lines(sx, sy)).forEach((d, k) => plot.append(shape("path", {
+      d, fill: "none", stroke: marks[k].color, "stroke-width": names ? 12 : marks[k].width})));
     this.svg.setAttribute("height", bottom + 22);
     this.svg.setAttribute("aria-label", `${about}. The arrow keys read values.`);
     this.svg.replaceChildren(...nodes, plot, this.rule);
-    const named = marks.filter(mark => !mark.isQuiet).map(({name, color}) => make("span", {}, key(color), name));
-    this.legend.replaceChildren(...named);
+    this.legend.replaceChildren(...marks.filter(({isQuiet}, k) => !isQuiet || k === 0).map(
+      ({name, color, isQuiet}) => make("span", {}, key(color), isQuiet ? "each worker" : name)));
     this.tell(this.at, this.row);
   }
   lines(sx, sy) {  // the path of each mark
-    const {points, x, marks} = this.what, at = (point, y) => `${sx(x.of(point)).toFixed(1)} ${sy(y).toFixed(1)}`;
-    return marks.map(({of}) => points.filter(point => of(point) != null))
-      .map((known, k) => known.length ? `M${known.map(point => at(point, marks[k].of(point))).join("L")}h.1` : "");
+    const {points, x, marks} = this.what;
+    return marks.map(({of}) => {
+      const known = points.filter(point => of(point) != null);
+      const places = known.map(point => `${sx(x.of(point)).toFixed(1)} ${sy(of(point)).toFixed(1)}`);
+      return places.length ? `M${places.join("L")}h.1` : "";
+    });
   }
   bars(sx, sy) {
     const {points, x, names, marks} = this.what, paths = marks.map(() => "");
@@ -944,7 +954,7 @@ class Chart {
     return paths;
   }
   tell(at, row) {  // Show the values at a point, and in a row; of no point: none.
-    const {points, x, names, marks} = this.what, point = points[at], width = this.box.clientWidth;
+    const {points, x, names, marks} = this.what, point = points[at];
     this.at = point ? at : null;
     this.row = row = Math.max(0, Math.min((names?.length ?? 1) - 1, row || 0));
     this.rule.setAttribute("visibility", point ? "visible" : "hidden");
@@ -952,11 +962,13 @@ class Chart {
     const px = this.sx(x.of(point)), from = names ? 20 + 18 * row : 20;
     this.rule.setAttribute("d", `M${px} ${from}V${names ? from + 18 : this.bottom}`);
     const title = x.isTime ? clock(x.of(point)) : `${x.title} ${whole(x.of(point))}`;
-    const known = marks.filter(mark => mark.of(point, row) != null).slice(-12);
+    const known = marks.filter(mark => mark.of(point, row) != null)
+      .sort((a, b) => b.of(point, row) - a.of(point, row))
+      .filter((mark, k, all) => !mark.isQuiet || k === 0 || k === all.length - 1);
     this.tip.replaceChildren(make("div", {}, names ? `${names[row]}, ${title}` : title), ...known.map(mark =>
       make("div", {}, key(mark.color), `${mark.name} ${digits(mark.of(point, row))}`)));
-    const room = width - this.tip.offsetWidth, beside = px < width / 2 ? px + 14 : px - this.tip.offsetWidth - 14;
-    this.tip.style.left = `${Math.max(0, Math.min(room, beside))}px`;
+    const width = this.tip.offsetWidth, room = this.box.clientWidth - width;
+    this.tip.style.left = `${Math.max(0, Math.min(room, px < room / 2 ? px + 14 : px - width - 14))}px`;
   }
 }
 
@@ -964,16 +976,19 @@ class Chart {
 
 const charts = {loss: new Chart("loss", 300), timeline: new Chart("timeline"), seconds: new Chart("seconds", 200),
   bytes: new Chart("bytes", 200), members: new Chart("members", 120)};
-let run = {}, rounds = {points: [], recent: [], count: 0, span: 0, session: ""}, over = "step", lost = null;
+let run = {}, rounds = {points: [], recent: [], count: 0, span: 0, session: ""}, lost = null;
 
 function showRounds() {
-  const points = rounds.points, ids = [...new Set(points.flatMap(p => Object.keys(p.losses)))].slice(-64).sort();
+  const points = rounds.points, every = points.flatMap(p => Object.keys(p.losses));
+  const ids = [...new Set(every.reverse())].slice(0, 64).sort();  // the newest ones, if they are many
   const step = {title: "step", of: p => p.step}, time = {title: "time", of: p => p.time, isTime: true};
-  const round = {title: "round", of: p => p.n}, line = (name, color, of, width = 1.5) => ({name, color, of, width});
+  const round = {title: "round", of: p => p.n}, over = $("over").value === "step" ? step : time;
+  const line = (name, color, of, width = 1.5) => ({name, color, of, width});
   const quiet = {color: "var(--quiet)", width: 0.7, isQuiet: true};
-  const losses = ids.map((id, k) => ({...line(id, `var(--c${k})`, p => own(p.losses, id)), ...ids.length > 8 && quiet}));
-  charts.loss.show({about: "Loss of each worker and of the global model", points, x: over === "step" ? step : time,
-    y: "loss", marks: [...losses, line("global model, evaluated", "var(--ink)", p => p.evaluation, 2.5)]});
+  const losses = ids.map((id, k) => line(id, `var(--c${k})`, p => own(p.losses, id)));
+  if (ids.length > 8) losses.forEach(mark => Object.assign(mark, quiet));
+  charts.loss.show({about: "Loss of each worker and of the global model", points, x: over, y: "loss",
+    marks: [...losses, line("global model, evaluated", "var(--ink)", p => p.evaluation, 2.5)]});
   const sizes = new Map(points.map((p, k) => [p, p.n - (points[k - 1]?.n ?? 0)]));
   const per = (name, unit = 1) => p => p[name] / unit / sizes.get(p);
   charts.seconds.show({about: "Seconds per round", points, x: round, y: "seconds per round", low: 0,
@@ -986,9 +1001,9 @@ function showRounds() {
   const shown = rounds.recent.slice(-Math.max(6, Math.floor(document.body.clientWidth / 32)));
   const names = [...new Set(shown.flatMap(round => Object.keys(round.pushed)))].sort();
   const part = field => (round, row) => own(round.pushed, names[row])?.[field];
-  charts.timeline.show({about: "What each worker did in the last rounds", points: shown, x: round, y: "seconds", names,
-    marks: [line("trains", "var(--c0)", part("trained")), line("sends and receives", "var(--c1)", part("transferred")),
-      line("waits", "var(--wait)", part("waited"))]});
+  charts.timeline.show({about: "What each worker did in the last rounds", points: shown, x: round, y: "seconds",
+    names, marks: [line("trains", "var(--c0)", part("trained")),
+      line("sends and receives", "var(--c1)", part("transferred")), line("waits", "var(--wait)", part("waited"))]});
 }
 
 function showWorkers(rows) {
@@ -1002,7 +1017,8 @@ function showWorkers(rows) {
     }
     texts.forEach((text, column) => write(table.rows[k].cells[column], text));
     table.rows[k].className = state === "away" ? "bad" : "";
-    if (k) Object.assign(table.rows[k].lastChild.firstChild, {ariaLabel: `Drop ${id}`, onclick: () => act("drop", id)});
+    const drop = table.rows[k].lastChild.firstChild;
+    if (drop) Object.assign(drop, {ariaLabel: `Drop ${id}`, onclick: () => act("drop", id)});
   });
 }
 
@@ -1014,7 +1030,8 @@ function showStatus() {
   $("state").className = isGood ? "" : "bad";
   write($("state"), `DiLoCo is ${isHeard ? run.state : "not heard"}`);
   document.title = `${isGood ? "" : "! "}${whole(step)} · DiLoCo`;
-  const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""], ["round", whole(run.round), run.mode],
+  const figures = [["step", whole(step), max_steps ? `of ${whole(max_steps)}` : ""],
+    ["round", whole(run.round), run.mode],
     evaluation ? ["loss", digits(evaluation.loss), `global, step ${whole(evaluation.step)}`]
       : ["loss", digits(loss), "mean of the workers"],
     ["steps/s", digits(run.rate), "of the run"], ["members", whole(run.workers.length), ""]];
@@ -1053,26 +1070,25 @@ function act(action, worker) {
   if (confirm(QUESTIONS[action](worker))) ask("do", {action, worker}).catch(error => alert(error.message));
 }
 for (const action of ["save", "stop"]) $(action).onclick = () => act(action);
-for (const way of ["step", "time"]) $(way).onclick = () => {
-  over = way;
-  for (const id of ["step", "time"]) $(id).setAttribute("aria-pressed", id === way);
-  showRounds();
-};
+$("over").onchange = () => showRounds();
 $("login").onsubmit = event => {
   event.preventDefault();
-  ask("login", {}, {Authorization: `Bearer ${$("token").value}`}).then(() => $("login").hidden = true, error => alert(error.message));
+  const proof = {Authorization: `Bearer ${$("token").value}`};
+  ask("login", {}, proof).then(() => $("login").hidden = true, error => alert(error.message));
 };
 
 async function poll() {
   try {
     if (!document.hidden) {
-      const {count, span, session} = rounds, after = span && count - count % span, said = await ask("status.json");
+      const {count, span, session} = rounds, after = span && count - count % span;
+      const said = await ask("status.json");
       const more = await ask(`rounds.json?after=${after}&span=${span}&session=${session}`);
       lost = null;
       show(said, more);
     }
   } catch (error) {
-    lost ??= ($("login").hidden ? `status.py has not answered since ${clock(Date.now() / 1000)}: ` : "") + error.message;
+    const since = $("login").hidden ? `status.py has not answered since ${clock(Date.now() / 1000)}: ` : "";
+    lost ??= since + error.message;
     showStatus();
   }
   setTimeout(poll, 1000);
