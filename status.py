@@ -358,16 +358,16 @@ def curve(name, newest, past, note, width, **scale):
 
 def learning_in(status, points, width):
     """The lines about the losses: the newest ones, and the past of the whole run."""
-    lines, tested = [], status["evaluation"] or {"loss": None, "step": 0}
-    names = {"loss": "loss", "evaluation": "global model"}
-    newest = {"loss": status["loss"], "evaluation": tested["loss"]}
-    notes = {"loss": "", "evaluation": f"; step {tested['step']:,}"}
-    for key, name in names.items():
+
+    def line(name, key, newest, note=""):
         past = [point[key] for point in points]
-        first = next((loss for loss in past if loss is not None), newest[key])
-        if first is not None:
-            note = f"from {figure(first)}{notes[key]}"
-            lines.append(curve(name, figure(newest[key]), past, note, width))
+        first = next((loss for loss in past if loss is not None), newest)
+        text = curve(name, figure(newest), past, f"from {figure(first)}{note}", width)
+        return [] if first is None else [text]
+
+    tested = status["evaluation"] or {"loss": None, "step": 0}
+    lines = line("loss", "loss", status["loss"])
+    lines += line("global model", "evaluation", tested["loss"], f"; step {tested['step']:,}")
     return titled("Learning", lines or ["no loss is known yet"])
 
 
