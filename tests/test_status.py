@@ -143,7 +143,7 @@ def test_waiting_running_and_stopped(start, serve, toy):
     said["last_round"] |= {"norms": {"bob": 0.125}, "reasons": {"a b": "too \x1blarge"}}
     screen = plain(said, said["history"])
     assert not any("n" * 81 in line or "h" * 81 in line for line in screen)
-    assert "Norms      of the last pushes: bob 0.125" in screen
+    assert "Last round norms of its pushes: bob 0.125" in screen
     assert "WARNING: 'a b': 'too \\x1blarge'" in screen
 
     assert run(start, "--server", server.address, "--save")[0] == 0
@@ -226,6 +226,7 @@ def test_the_screen_fits(workers, size):
         rows = re.findall(r"^  (node-\d+)", text, re.MULTILINE)
         assert rows[:2] == ["node-02", "node-01"] and "Workers    50: " in text
         assert len(rows) >= (5 if size[1] == 24 else 20)
+        assert f"  and {50 - len(rows)} more" in text
 
 
 def test_what_people_ask_is_on_80_by_24():
@@ -263,6 +264,17 @@ def test_what_happened_in_a_round_is_said():
     text = "\n".join(plain(status, history))
     assert "round 300: late: node-00 by 2; joined: eve; left: dan ('it was\\x1b dropped')" in text
     assert "round 299: refused: mallory ('too large')" in text
+
+
+def test_a_part_of_an_outer_step_is_said_with_its_weights():
+    status, history = made()
+    status["last_round"] |= {"share": 0.5, "quorum": 2, "grace": 0.25, "weights": {"node-01": 0.75}}
+    assert (
+        "Last round it was 50% of an outer step of 2 pushes that counted, after a grace of 0.25 s; "
+        "weights: node-01 0.75" in plain(status, history)
+    )
+    status["strangers"] = 3
+    assert any("connections that belong to no member: 3" in line for line in plain(status, history))
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 50), (40, 12)])
@@ -494,7 +506,7 @@ def test_an_output_of_ascii(hostile_run, start):
     code, output = run(
         start, "--server", hostile_run.address, env={"PYTHONIOENCODING": "ascii"}, fresh=True
     )
-    assert code == 0 and output.isascii() and re.search(r"seconds  .*\\u258", output)
+    assert code == 0 and output.isascii() and re.search(r"seconds  .*  [.:=+*#@-]{3,}  ", output)
 
 
 # --- For programs and logs --------------------------------------------------------------------
@@ -568,6 +580,10 @@ def test_a_round_is_a_line(capsys):
         r"0.25, MB up 49.38, MB down 49.38, step 30,000, global 2.1267, slice 0, share 100%$",
         output.out.splitlines()[-1],
     )
+    later = Feed("", status_program.protocol.PLAIN)
+    later.history = feed.history | {"recent": [feed.history["recent"][-1] | {"n": 310}]}
+    status_program.follow([feed, later], False)
+    assert capsys.readouterr().err == "9 rounds before this one were missed\n"
 
 
 def test_dropping_a_worker(serve, toy, start):
