@@ -135,7 +135,7 @@ def cut(text, width):
 
 def clock(seconds, form="%H:%M:%S"):
     """A time in unix seconds as clocks here show it."""
-    return time.strftime(form, time.localtime(seconds))
+    return time.strftime(form, time.localtime(max(0, min(seconds, 250e9))))  # to the year 9892
 
 
 def duration(seconds):
@@ -687,7 +687,7 @@ class Cache:
         watch = {"server": self.feed.server, "heard_seconds_ago": ago, "error": error}
         return self.status | {"watch": watch}
 
-    def rounds(self, after=0, span=0, **_):
+    def rounds(self, /, after=0, span=0, **_):
         """The history, or what comes after a round in it: see the server's request `history`."""
         known = self.history
         is_more = int(span) == known["span"] and int(after) <= known.get("count", 0)
@@ -940,18 +940,18 @@ dialog { margin: auto; max-width: min(420px, 92vw); padding: 24px; border: 1px s
   background: var(--page); color: var(--ink) }
 dialog::backdrop { background: #0009 } dialog p, dialog input { margin: 8px 0 20px; width: 100% }
 figure { position: relative; margin-top: 10px }
-figure > svg { display: block; width: 100%; touch-action: pan-y }
+figure > svg { display: block; width: 100%; overflow: visible; touch-action: pan-y }
 svg * { pointer-events: none } svg text { fill: var(--soft); font-size: 11px }
 .legend { display: flex; flex-wrap: wrap; gap: 0 16px }
 i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle }
 .tip { position: absolute; top: 30px; padding: 6px 10px; font-size: 13px; border-radius: 6px; pointer-events: none;
   background: var(--page); border: 1px solid var(--quiet); max-width: 240px }
 table { width: 100%; border-collapse: collapse; margin-top: 12px }
-th, td { text-align: right; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line) }
+th, td { text-align: right; max-width: 30ch; padding: 5px 0 5px 12px; border-bottom: 1px solid var(--line) }
 th, td:nth-child(n+4) { white-space: nowrap } :is(th, td):nth-child(-n+3) { text-align: left }
 :is(th, td):first-child { padding-left: 0 }
 @media (max-width: 760px) { .wide { display: none } body { padding: 16px 14px 48px } dd { font-size: 18px }
-  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 12px } th, td { padding-left: 6px } td:first-child { min-width: 13ch } }
+  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 12px } th, td { padding-left: 6px } td { max-width: 13ch } td:nth-child(-n+2) { min-width: 7ch } }
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1><span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
 <dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>
@@ -1016,9 +1016,9 @@ function list(id, texts) {
 const TIMES = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000];
 function ticks(low, high, most, isTime) {  // [numbers between low and high that people like, their step]
   const rough = (high - low || 1) / most, power = 10 ** Math.floor(Math.log10(rough)), found = [];
-  const steps = isTime ? TIMES : [1, 2, 5, 10].map(n => n * power), step = steps.find(step => step >= rough) ?? steps.at(-1);
+  const steps = isTime ? TIMES : [1, 2, 5, 10].map(n => n * power), step = steps.find(step => step >= rough) ?? rough;
   const shift = isTime ? new Date(low * 1000).getTimezoneOffset() * 60 : 0;
-  for (let n = Math.ceil((low - shift) / step); n * step + shift <= high; n++) found.push(n * step + shift);
+  for (let n = Math.ceil((low - shift) / step); n * step + shift <= high && found.length < 100; n++) found.push(n * step + shift);
   return [found, step];
 }
 
@@ -1062,7 +1062,8 @@ class Chart {
     if (!rows) {
       for (const mark of marks) mark.ys = points.map(mark.of);
       const begin = y.isClipped && points.length > 30 ? Math.floor(points.length / 12) : 0;  // the first fall hides the rest
-      const ys = marks.flatMap(mark => mark.ys.slice(begin)).filter(v => v != null);
+      const known = from => marks.flatMap(mark => mark.ys.slice(from)).filter(v => v != null);
+      const ys = [known(begin), known(0), [0]].find(ys => ys.length);  // a run may report no loss
       const low = y.low ?? ys.reduce((a, b) => Math.min(a, b), Infinity), most = ys.reduce((a, b) => Math.max(a, b), y.high ?? -Infinity);
       const high = most > low ? most : low + (Math.abs(low) || 1);
       sy = v => top + (high - v) / (high - low) * (bottom - top);
@@ -1073,7 +1074,7 @@ class Chart {
       text(0, 10, "start", y.title);
     }
     const [stops, step] = ticks(x0, x1, (right - left) / (x.isTime ? 80 : 55), x.isTime);
-    for (const v of stops) text(this.sx(v), bottom + 16, "middle", x.isTime ? clock(v, step) : short(v));
+    for (const v of stops) text(this.sx(v), bottom + 16, "middle", x.isTime ? clock(v, step > 7200 && !new Date(v * 1000).getHours() ? 86400 : step) : short(v));
     text(right, 10, "end", x.title);
     const inside = [left - 2, top - 2, right - left + 4, bottom - top + 4];  // a line that leaves it is cut
     const plot = shape("svg", {x: inside[0], y: inside[1], width: inside[2], height: inside[3], viewBox: inside.join(" ")});

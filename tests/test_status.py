@@ -23,7 +23,7 @@ from conftest import status as ask
 from wcwidth import wcswidth
 
 import status as status_program
-from status import STYLE, Feed, columns, cut, duration, figure, render, sparkline, table
+from status import STYLE, Feed, clock, columns, cut, duration, figure, render, sparkline, table
 
 HOSTILE = ["\x1b[2J\x1b[31mred", "漢字の作業者" * 9, "w" * 64, "e\u0301" * 40, "<b onclick='x'>; \\", "tab\there\nand there", "\u202eright"]  # fmt: skip
 
@@ -173,6 +173,7 @@ def test_texts():
         "1e-09",
         "1e+09",
     ]
+    assert clock(1e300) == clock(1e30) and clock(-1e300) == clock(0)  # as damaged files have them
     assert [columns(t) for t in ("abc", "漢字", "e\u0301", "\x1b[31mred\x1b[m")] == [3, 4, 1, 3]
     assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 6) == "abcde…"
     assert cut("漢字漢字", 6) == "漢字…" and cut("\x1b[31mabcdefg\x1b[m", 4) == "\x1b[31mabc…\x1b[m"
