@@ -901,6 +901,8 @@ class Reader(http.server.BaseHTTPRequestHandler):
 def web_address(text):
     """(host, port) of a text [HOST:]PORT."""
     host, _, port = text.rpartition(":")
+    if not (port.isdecimal() and int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"[HOST:]PORT, with a port below 65536, not {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -1328,7 +1330,7 @@ def main(argv=None):
     try:
         if site:
             site.serve()
-        orders = [name for name in ("save", "drop", "stop") if getattr(args, name)]
+        orders = [o for o in ("save", "drop", "stop") if getattr(args, o) not in (None, False)]
         for order in orders:
             ask(server, order, access, {"worker": args.drop} if order == "drop" else None)
             print(f"{server}: {order} is under way")

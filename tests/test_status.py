@@ -301,11 +301,14 @@ def test_a_stalled_run_has_an_exit_code(stalls, code, option, monkeypatch, capsy
     assert "node-01" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
-def test_wrong_usage_has_exit_code_2(seconds, capsys):
+WRONG = [("--watch", text) for text in ("0", "-1", "nan", "inf", "soon")]
+
+
+@pytest.mark.parametrize("usage", [*WRONG, ("--web", "65536"), ("--web", "host:"), ("--web", "x")])
+def test_wrong_usage_has_exit_code_2(usage, capsys):
     with pytest.raises(SystemExit) as ended:
-        status_program.main(["--watch", seconds])
-    assert ended.value.code == 2 and "--watch" in capsys.readouterr().err
+        status_program.main([*usage])
+    assert ended.value.code == 2 and usage[0] in capsys.readouterr().err
 
 
 # --- In a terminal ----------------------------------------------------------------------------
@@ -574,6 +577,7 @@ def test_dropping_a_worker(serve, toy, start):
     assert re.search(r"^Gone +bob \d+s ago \(", output, re.MULTILINE)
     code, output = run(start, "--server", server.address, "--drop", "eve")
     assert code == 1 and "eve" in output and len(output.splitlines()) == 1
+    assert run(start, "--server", server.address, "--drop", "")[0] == 1  # a shell's empty variable
 
 
 def test_who_reads_no_more_ends_it_quietly(serve, start):
