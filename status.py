@@ -55,9 +55,8 @@ LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 def ask(server, request="status", access=protocol.PLAIN, fields=None):
     """The fields of the server's reply to a request. Raises OSError, protocol.Refused,
     protocol.ProtocolError."""
-    conn, _ = protocol.connect(server, {}, access=access)
+    conn, _ = protocol.connect(server, {}, access, stall=ANSWER_SECONDS)
     with contextlib.closing(conn):
-        conn.stall = ANSWER_SECONDS
         return conn.request(request, fields).fields
 
 

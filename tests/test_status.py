@@ -113,6 +113,13 @@ def test_a_peer_that_speaks_something_else_is_one_line_and_exit_code_1(start):
     assert len(process.lines) == 1 and "no DiLoCo server answers" in process.output
 
 
+def test_a_server_that_hangs_is_not_waited_for_longer_than_said(monkeypatch):
+    monkeypatch.setattr(status_program, "ANSWER_SECONDS", 0.5)
+    silent = pytest.raises(OSError, match="sent no byte for 1 s")
+    with socket.create_server(("127.0.0.1", 0)) as hung, silent:  # the system takes connections
+        status_program.ask(f"127.0.0.1:{hung.getsockname()[1]}")
+
+
 def test_waiting_running_and_stopped(start, serve, toy):
     server = serve("-n", 2)
     code, output = run(start, "--server", server.address)
