@@ -952,7 +952,8 @@ th, td { text-align: right; max-width: 30ch; padding: 5px 0 5px 12px; border-bot
 th, td:nth-child(n+4) { white-space: nowrap } :is(th, td):nth-child(-n+3) { text-align: left }
 :is(th, td):first-child { padding-left: 0 }
 @media (max-width: 760px) { .wide { display: none } body { padding: 16px 14px 48px } dd { font-size: 18px }
-  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 12px } th, td { padding-left: 6px } td { max-width: 13ch } td:nth-child(-n+2) { min-width: 7ch } }
+  dl { grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 12px } table { font-size: 12px } th, td { padding-left: 4px } td { max-width: 13ch } td:nth-child(-n+2) { min-width: 7ch }
+  td button { padding: 0 5px } }
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1><span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
 <dl id="figures"></dl><progress id="progress" aria-label="share of the steps" hidden></progress>
@@ -1137,7 +1138,7 @@ function showRounds() {
   points.forEach((p, k) => p.rounds = p.n - (points[k - 1]?.n ?? 0));
   const line = (name, color, of, width = 1.5) => ({name, color, of, width, gap: Infinity});
   charts.loss.show({about: "Loss of each worker and of the global model", points, x: over === "step" ? step : time,
-    y: {title: "loss", text: fixed, tick: n => digits(n), isClipped: true}, marks: [...ids.map((id, k) => ({name: id, color: isFew ? `var(--c${k})` : "var(--quiet)",
+    y: {title: "loss", text: fixed, tick: n => n && !(Math.abs(n) >= 1e-3 && Math.abs(n) < 1e5) ? (+n.toPrecision(3)).toExponential() : digits(n), isClipped: true}, marks: [...ids.map((id, k) => ({name: id, color: isFew ? `var(--c${k})` : "var(--quiet)",
       width: isFew ? 1.5 : 0.7, isQuiet: !isFew, gap: 8, of: p => own(p.losses, id)})),
       line("global model, evaluated", "var(--ink)", p => p.evaluation, 2.5)]});
   charts.seconds.show({about: "Seconds per round", points, x: round, y: {title: "seconds per round", text: n => digits(n), low: 0},

@@ -24,7 +24,7 @@ import status as status_program
 
 TOKEN = "an example of a token that is long"
 HOSTILE = "<img src=x onerror=document.title='owned'></script>\"'&"
-PHONE = {"width": 360, "height": 740}
+PHONE = {"width": 320, "height": 568}
 
 
 @pytest.fixture
@@ -451,6 +451,9 @@ def test_odd_losses_and_clocks_do_not_hang_the_page(serve, web, toy, visit):
     far = {"all": {"step": 1 << 53}, "first": {"time": 0}}
     for change in ({"all": none}, {"all": none, "first": some}, {"first": {"time": -1e18}}, far):
         assert all(5 < texts < 120 for texts in tab.evaluate(drawn, change)), change
+    tab.evaluate(drawn, {"all": {"losses": {"ada": 3e-13}, "evaluation": 1e30}})
+    labels = tab.locator("#loss svg text").all_text_contents()
+    assert "1e+30" in labels and max(map(len, labels)) < 8
 
 
 def test_the_page_follows_a_death_and_a_return(serve, web, toy, visit):
@@ -548,7 +551,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(serve, web, toy, visit):
         tab.get_by_role("button", name="Drop www").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         assert tab.locator("tr:last-child td:nth-child(2)").bounding_box()["width"] > 40
-        wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 361)"
+        wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 321)"
         assert tab.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
 
 
