@@ -445,14 +445,13 @@ def test_odd_losses_and_clocks_do_not_hang_the_page(serve, web, toy, visit):
       const points = Array.from({length: 60}, row);
       points.forEach((p, k) => Object.assign(p, change.all, k < 2 ? change.first : {}));
       show(run, {...rounds, session: "", points});
-      return ["loss", "members"].map(id => $(id).querySelectorAll("svg text").length);
+      return ["loss", "members"].map(id => [...$(id).querySelectorAll("svg text")].map(t => t.textContent));
     }"""
     none, some = {"losses": {}, "evaluation": None}, {"losses": {"ada": 2.5}}
     far = {"all": {"step": 1 << 53}, "first": {"time": 0}}
     for change in ({"all": none}, {"all": none, "first": some}, {"first": {"time": -1e18}}, far):
-        assert all(5 < texts < 120 for texts in tab.evaluate(drawn, change)), change
-    tab.evaluate(drawn, {"all": {"losses": {"ada": 3e-13}, "evaluation": 1e30}})
-    labels = tab.locator("#loss svg text").all_text_contents()
+        assert all(5 < len(texts) < 120 for texts in tab.evaluate(drawn, change)), change
+    labels = tab.evaluate(drawn, {"all": {"losses": {"ada": 3e-13}, "evaluation": 1e30}})[0]
     assert "1e+30" in labels and max(map(len, labels)) < 8
 
 
