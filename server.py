@@ -3433,7 +3433,7 @@ class Gate:
             self.server.history.opens(now())
             self.server.run_id = self.server.run_id or run.life
             for absent in sorted(before - run.members.keys() - run.expected.keys()):
-                self.note_left(absent, "has not come back")
+                self.server.note_left(absent, "has not come back")
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
             log(
                 f"the run starts at round {self.server.round} with {', '.join(map(shown, entered))}"
@@ -3592,15 +3592,10 @@ class Gate:
     def remove(self, id, why, ends, drops=False):
         """Remove a member, and have the names written without it. Needs the lock."""
         self.run.remove(id, ends, drops)
-        self.note_left(id, why)
+        self.server.note_left(id, why)
         if not self.run.members:
             self.server.save_wanted.add("final")
         self.server.clerk.keep_names()
-
-    def note_left(self, id, why):
-        """Say that a worker is no member any more. Needs the lock."""
-        log(f"{shown(id)} {why}")
-        self.server.history.leave(id, why, time.time())
 
     def give_up(self, member, why):
         """Wait no longer for a worker that takes part, or has asked to. Needs the lock."""
@@ -3984,7 +3979,7 @@ class Orders:
                 gate.remove(id, why, ends=False, drops=True)
             elif id in run.expected:
                 if run.anew.drop(id):
-                    gate.note_left(id, why)
+                    self.server.note_left(id, why)
             else:
                 members = ", ".join(map(shown, sorted(run.members | run.expected))) or "none"
                 raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
@@ -4534,6 +4529,11 @@ class Server:
         message.expect([])
         after, span = message.field("after", int, 0), message.field("span", int, 0)
         conn.send_raw(self.handouts.history(after, span))
+
+    def note_left(self, id, why):
+        """Say that a worker is no member any more. Needs the lock."""
+        log(f"{shown(id)} {why}")
+        self.history.leave(id, why, time.time())
 
     def note_faults(self):
         """Have the history count the faults since the last time. Needs the lock."""
