@@ -1991,7 +1991,7 @@ def parse_address(text):
     return host, number
 
 
-def connect(server, session_fields, access=PLAIN):
+def connect(server, session_fields, access=PLAIN, stall=STALL_SECONDS):
     """Connect to "host:port", say hello and return (Connection, the server's hello fields).
 
     `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
@@ -2001,7 +2001,7 @@ def connect(server, session_fields, access=PLAIN):
     sock = socket.create_connection((host, port), CONNECT_SECONDS)
     try:
         sock = access.secured(sock, host, server)
-        conn = Connection(sock, server)
+        conn = Connection(sock, server, stall)
         return conn, introduce(conn, session_fields, access.token)
     except BaseException:
         sock.close()

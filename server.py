@@ -982,6 +982,16 @@ class Anew:
         for known in (self.run.waiting, self.run.expected, self.gone):
             known.pop(id, None)
 
+    def drop(self, id):
+        """Expect somebody no more: its process, which may be back, is to finish, alone. Returns whether it
+        is not back."""
+        run, back = self.run, self.run.waiting.get(id)
+        run.dropped[id] = back.session if back else run.sessions.get(id, "")
+        if not back:
+            self.turn_away(id)
+            run.away.add(id)
+        return not back
+
     def give_up_absent(self, now):
         """While the run is open, expect nobody any more who is silent for the worker timeout."""
         run = self.run
@@ -3422,6 +3432,8 @@ class Gate:
             facts = run.members[id].facts
             self.server.history.opens(now())
             self.server.run_id = self.server.run_id or run.life
+            for absent in sorted(before - run.members.keys() - run.expected.keys()):
+                self.server.note_left(absent, "has not come back")
             self.store.note_frozen(facts.frozen, f"{shown(id)} on {shown(facts.host)}")
             log(
                 f"the run starts at round {self.server.round} with {', '.join(map(shown, entered))}"
@@ -3580,8 +3592,7 @@ class Gate:
     def remove(self, id, why, ends, drops=False):
         """Remove a member, and have the names written without it. Needs the lock."""
         self.run.remove(id, ends, drops)
-        log(f"{shown(id)} {why}")
-        self.server.history.leave(id, why, time.time())
+        self.server.note_left(id, why)
         if not self.run.members:
             self.server.save_wanted.add("final")
         self.server.clerk.keep_names()
@@ -3962,11 +3973,16 @@ class Orders:
         """Wait no longer for a member, and tell its process to finish, if that lives."""
         message.expect([])
         id = message.field("worker", str)
+        why, gate, run = f"is dropped, as {conn.peer} asks", self.server.gate, self.run
         with self.lock:
-            if id not in self.run.members:
-                members = ", ".join(map(shown, sorted(self.run.members))) or "none"
+            if id in run.members:
+                gate.remove(id, why, ends=False, drops=True)
+            elif id in run.expected:
+                if run.anew.drop(id):
+                    self.server.note_left(id, why)
+            else:
+                members = ", ".join(map(shown, sorted(run.members | run.expected))) or "none"
                 raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
-            self.server.gate.remove(id, f"is dropped, as {conn.peer} asks", ends=False, drops=True)
         self.server.clerk.settle(FAREWELL_SECONDS)
         self.server.rounds.turn()
         conn.send("drop")
@@ -4513,6 +4529,11 @@ class Server:
         message.expect([])
         after, span = message.field("after", int, 0), message.field("span", int, 0)
         conn.send_raw(self.handouts.history(after, span))
+
+    def note_left(self, id, why):
+        """Say that a worker is no member any more. Needs the lock."""
+        log(f"{shown(id)} {why}")
+        self.history.leave(id, why, time.time())
 
     def note_faults(self):
         """Have the history count the faults since the last time. Needs the lock."""

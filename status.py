@@ -53,9 +53,8 @@ LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 def ask(server, request="status", access=protocol.PLAIN, fields=None):
     """The fields of the server's reply to a request. Raises OSError, protocol.Refused,
     protocol.ProtocolError."""
-    conn, _ = protocol.connect(server, {}, access=access)
+    conn, _ = protocol.connect(server, {}, access, stall=ANSWER_SECONDS)
     with contextlib.closing(conn):
-        conn.stall = ANSWER_SECONDS
         return conn.request(request, fields).fields
 
 
@@ -121,7 +120,7 @@ class Feed:
         looker.join(LATE_SECONDS)
         return self.told(is_late=looker.is_alive())
 
-    def later(self, after="0", span="0", session="", **_):
+    def later(self, /, after="0", span="0", session="", **_):
         """The history, for who has that of a session up to a round: what comes after it."""
         self.fresh()
         known, after = self.history, int(after)
@@ -160,7 +159,7 @@ def cut(text, width):
 
 def clock(seconds, form="%H:%M:%S"):
     """A time in unix seconds as clocks here show it."""
-    return time.strftime(form, time.localtime(seconds))
+    return time.strftime(form, time.localtime(max(0, min(seconds, 250e9))))  # to the year 9892
 
 
 def duration(seconds):
@@ -805,6 +804,8 @@ def require(is_so, code, why):
 def web_address(text):
     """(host, port) of a text [HOST:]PORT."""
     host, _, port = text.rpartition(":")
+    if not (port.isdecimal() and int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"[HOST:]PORT, with a port below 65536, not {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -865,7 +866,8 @@ th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid va
 <script nonce="NONCE">
 "use strict";
 const $ = id => document.getElementById(id);
-const digits = n => n == null ? "-" : n.toLocaleString("en", {maximumSignificantDigits: 4});
+const digits = n => n == null ? "-" : n && !(Math.abs(n) >= 1e-3 && Math.abs(n) < 1e6)
+  ? (+n.toPrecision(3)).toExponential() : n.toLocaleString("en", {maximumSignificantDigits: 4});
 const short = n => n.toLocaleString("en", {maximumSignificantDigits: 6, notation: "compact"});
 const whole = n => n.toLocaleString("en");
 const clock = (s, hasDay) => new Date(s * 1000).toLocaleString("en-GB", hasDay
@@ -928,7 +930,8 @@ class Chart {
     const {points, marks, low, names} = this.what;
     if (names) return [names.length - 0.5, -0.5];
     const first = points.length > 30 ? Math.floor(points.length / 12) : 0;
-    const values = marks.flatMap(mark => points.slice(first).map(mark.of)).filter(y => y != null);
+    const known = from => marks.flatMap(mark => points.slice(from).map(mark.of)).filter(y => y != null);
+    const values = [known(first), known(0), [0]].find(values => values.length);  // a run may report no loss
     const most = values.reduce((a, b) => Math.max(a, b), -Infinity);
     const least = low ?? values.reduce((a, b) => Math.min(a, b), most);
     return [least, most > least ? most : least + (Math.abs(least) || 1)];
@@ -1147,6 +1150,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.watch is not None and not 0 < args.watch <= 86400:
         parser.error("--watch takes seconds: more than 0, and at most a day's")
+    orders = [o for o in ("save", "drop", "stop") if getattr(args, o) not in (None, False)]
+    if orders and args.web:
+        parser.error(f"--web serves until it is ended: --{orders[0]} goes by itself")
     sys.stdout.reconfigure(errors="backslashreplace")
     server = args.server or os.environ.get("DILOCO_SERVER") or f"localhost:{protocol.PORT}"
     try:
@@ -1159,7 +1165,6 @@ def main(argv=None):
         if site:
             print(f"the page: {site.url}", flush=True)
             site.serve_forever()
-        orders = [name for name in ("save", "drop", "stop") if getattr(args, name)]
         for order in orders:
             ask(server, order, access, {"worker": args.drop} if order == "drop" else None)
             print(f"{server}: {order} is under way")

@@ -5,6 +5,7 @@ python -m pytest tests/test_history.py
 
 import json
 import os
+import signal
 import threading
 import time
 import types
@@ -548,6 +549,31 @@ def test_a_stuck_worker_that_is_dropped_is_awaited_no_more(serve, toy):
     found = status(server)
     assert [each["id"] for each in found["workers"]] == ["ada"]
     assert found["gone"][0]["id"] == "bob" and "is dropped" in found["gone"][0]["why"]
+
+
+def test_who_does_not_come_back_after_a_crash_has_gone_and_can_be_dropped(serve, toy):
+    """A member from before a crash that is away holds up the others: --drop ends that, too."""
+    server = serve("-n", 3, "--worker-timeout", 12)
+    port = server.port
+    ada, bob, cleo = [
+        toy(server, id, steps=100000, sync_every=5, pause=0.01, lr=0.001) for id in ("ada", "bob", "cleo")
+    ]  # fmt: skip
+    until(lambda: status(server)["round"] >= 2, "rounds")
+    bob.kill()
+    cleo.signal(signal.SIGSTOP)
+    server.kill()
+    server = serve("-n", 3, "--worker-timeout", 12, "--port", port)
+    until(lambda: status(server)["expected"] == ["bob", "cleo"], "ada is back")
+    with pytest.raises(Refused, match="eve; the members: ada, bob, cleo"):
+        ask(server, "drop", worker="eve")
+    ask(server, "drop", worker="cleo")
+    assert status(server)["expected"] == ["bob"]
+    cleo.signal(signal.SIGCONT)
+    until(lambda: [w["id"] for w in status(server)["workers"]] == ["ada"], "the run goes on")
+    gone = {each["id"]: each["why"] for each in status(server)["gone"]}
+    assert gone["bob"] == "has not come back" and gone["cleo"]
+    assert cleo.wait() == 0, cleo.output
+    assert ada.process.poll() is None
 
 
 # --- What a worker says ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import status as status_program
 
 TOKEN = "an example of a token that is long"
 HOSTILE = "<img src=x onerror=document.title='owned'></script>\"'&"
-PHONE = {"width": 360, "height": 740}
+PHONE = {"width": 320, "height": 568}
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_unknown_paths_methods_and_bodies_are_refused(web, nobody):
         assert fetch(page, "/", method)[0] == (405 if method == "POST" else 501), method
     assert fetch(page, "/do")[0] == 405
     assert fetch(page, "/rounds.json?after=x&span=1")[0] == 400
+    assert fetch(page, "/rounds.json?self=1&known=2")[0] == 200
     assert post(page, "/do", "not JSON")[0] == 400
     assert post(page, "/do", "[]")[0] == 400
     assert post(page, "/do", {"action": "format"})[0] == 400
@@ -412,6 +413,25 @@ def test_the_page_shows_what_the_run_says(serve, web, toy, visit):
     assert re.search(r"^step [\d,]+\n(.*\n)*ada \d", tab.locator("#loss .tip").inner_text())
 
 
+def test_odd_losses_and_clocks_do_not_hang_the_page(serve, web, toy, visit):
+    server, _ = run_of_two(serve, toy)
+    tab = visit(web(server))
+    until(lambda: tab.evaluate("rounds.points.length") > 2, "charts")
+    drawn = """change => {
+      const point = rounds.points[0], row = (_, k) => ({...point, n: k + 1, time: point.time + k});
+      const points = Array.from({length: 60}, row);
+      points.forEach((p, k) => Object.assign(p, change.all, k < 2 ? change.first : {}));
+      show(run, {...rounds, session: "", points});
+      return ["loss", "members"].map(id => [...$(id).querySelectorAll("svg text")].map(t => t.textContent));
+    }"""
+    none, some = {"losses": {}, "evaluation": None}, {"losses": {"ada": 2.5}}
+    far = {"all": {"step": 1 << 53}, "first": {"time": 0}}
+    for change in ({"all": none}, {"all": none, "first": some}, {"first": {"time": -1e18}}, far):
+        assert all(5 < len(texts) < 120 for texts in tab.evaluate(drawn, change)), change
+    labels = tab.evaluate(drawn, {"all": {"losses": {"ada": 3e-13}, "evaluation": 1e30}})[0]
+    assert "1e+30" in labels and max(map(len, labels)) < 8
+
+
 def test_the_page_follows_a_death_and_a_return(serve, web, toy, visit):
     server, toys = run_of_two(serve, toy, "--worker-timeout", 3)
     page = web(server)
@@ -500,7 +520,8 @@ def test_a_phone_shows_it_without_scrolling_sideways(serve, web, toy, visit):
         tab = visit(page, viewport=PHONE, color_scheme=scheme)
         tab.get_by_role("button", name="Drop www").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-        wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 361)"
+        assert tab.locator("tr:last-child td:nth-child(2)").bounding_box()["width"] > 40
+        wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 321)"
         assert tab.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
 
 

@@ -23,7 +23,7 @@ from conftest import status as ask
 from wcwidth import wcswidth
 
 import status as status_program
-from status import STYLE, Feed, columns, cut, duration, figure, render, sparkline, table
+from status import STYLE, Feed, clock, columns, cut, duration, figure, render, sparkline, table
 
 HOSTILE = ["\x1b[2J\x1b[31mred", "漢字の作業者" * 9, "w" * 64, "e\u0301" * 40, "<b onclick='x'>; \\", "tab\there\nand there", "\u202eright"]  # fmt: skip
 
@@ -113,6 +113,13 @@ def test_a_peer_that_speaks_something_else_is_one_line_and_exit_code_1(start):
     assert len(process.lines) == 1 and "no DiLoCo server answers" in process.output
 
 
+def test_a_server_that_hangs_is_not_waited_for_longer_than_said(monkeypatch):
+    monkeypatch.setattr(status_program, "ANSWER_SECONDS", 0.5)
+    silent = pytest.raises(OSError, match="sent no byte for 1 s")
+    with socket.create_server(("127.0.0.1", 0)) as hung, silent:  # the system takes connections
+        status_program.ask(f"127.0.0.1:{hung.getsockname()[1]}")
+
+
 def test_waiting_running_and_stopped(start, serve, toy):
     server = serve("-n", 2)
     code, output = run(start, "--server", server.address)
@@ -173,6 +180,7 @@ def test_texts():
         "1e-09",
         "1e+09",
     ]
+    assert clock(1e300) == clock(1e30) and clock(-1e300) == clock(0)  # as damaged files have them
     assert [columns(t) for t in ("abc", "漢字", "e\u0301", "\x1b[31mred\x1b[m")] == [3, 4, 1, 3]
     assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 6) == "abcde…"
     assert cut("漢字漢字", 6) == "漢字…" and cut("\x1b[31mabcdefg\x1b[m", 4) == "\x1b[31mabc…\x1b[m"
@@ -317,11 +325,16 @@ def test_a_stalled_run_has_an_exit_code(stalls, code, option, monkeypatch, capsy
     assert "node-01" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
-def test_wrong_usage_has_exit_code_2(seconds, capsys):
+WRONG = [("--watch", text) for text in ("0", "-1", "nan", "inf", "soon")]
+
+
+@pytest.mark.parametrize(
+    "usage", [*WRONG, ("--web", "--save"), ("--web", "65536"), ("--web", "host:"), ("--web", "x")]
+)
+def test_wrong_usage_has_exit_code_2(usage, capsys):
     with pytest.raises(SystemExit) as ended:
-        status_program.main(["--watch", seconds])
-    assert ended.value.code == 2 and "--watch" in capsys.readouterr().err
+        status_program.main([*usage])
+    assert ended.value.code == 2 and usage[0] in capsys.readouterr().err
 
 
 # --- In a terminal ----------------------------------------------------------------------------
@@ -598,6 +611,7 @@ def test_dropping_a_worker(serve, toy, start):
     assert re.search(r"^Lately +bob left \d+s ago: ", output, re.MULTILINE)
     code, output = run(start, "--server", server.address, "--drop", "eve")
     assert code == 1 and "eve" in output and len(output.splitlines()) == 1
+    assert run(start, "--server", server.address, "--drop", "")[0] == 1  # a shell's empty variable
 
 
 def test_who_reads_no_more_ends_it_quietly(serve, start):
