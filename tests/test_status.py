@@ -356,6 +356,9 @@ class Terminal:
     def __init__(self, *command, columns=80, lines=24, **env):
         self.pid, self.fd = pty.fork()
         if not self.pid:
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # it may be ignored where tests run unattended
             env = {"TERM": "xterm-256color", **ENV, **env}
             os.execve(sys.executable, [sys.executable, *map(str, command)], env)
         self.raw, self.code = b"", None
@@ -397,7 +400,12 @@ class Terminal:
 
     def wait(self):
         """The exit code, once the program has ended."""
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+        def end():
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            return (os.waitstatus_to_exitcode(status),) if pid else None
+
+        (self.code,) = until(end, "the program has ended")
         self.reader.join(5)
         return self.code
 
