@@ -1991,17 +1991,18 @@ def parse_address(text):
     return host, number
 
 
-def connect(server, session_fields, access=PLAIN, stall=STALL_SECONDS):
+def connect(server, session_fields, access=PLAIN, **limits):
     """Connect to "host:port", say hello and return (Connection, the server's hello fields).
 
-    `session_fields`: worker id and session, or {} for a peer that only looks. Raises OSError
-    when there is nobody, Refused when the server says no or is not the one that `access` names.
+    `session_fields`: worker id and session, or {} for a peer that only looks. limits: of the
+    Connection, from the greeting on. Raises OSError when there is nobody, Refused when the server
+    says no or is not the one that `access` names.
     """
     host, port = parse_address(server)
     sock = socket.create_connection((host, port), CONNECT_SECONDS)
     try:
         sock = access.secured(sock, host, server)
-        conn = Connection(sock, server, stall)
+        conn = Connection(sock, server, **limits)
         return conn, introduce(conn, session_fields, access.token)
     except BaseException:
         sock.close()

@@ -843,9 +843,10 @@ i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical
 .tip { position: absolute; top: 30px; padding: 6px 10px; font-size: 13px; border: 1px solid var(--quiet);
   border-radius: 6px; background: var(--page); pointer-events: none; max-width: 240px }
 table { width: 100%; border-collapse: collapse; margin-top: 12px; font-size: 14px }
-th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid var(--line) }
+th, td { text-align: right; max-width: 30ch; padding: 5px 0 5px 10px; border-bottom: 1px solid var(--line) }
 :is(th, td):nth-child(-n+2) { text-align: left; padding-left: 0 }
-@media (max-width: 760px) { :is(th, td):nth-child(n+6):not(:last-child) { display: none } table { font-size: 12px } }
+@media (max-width: 760px) { :is(th, td):nth-child(n+6):not(:last-child) { display: none } table { font-size: 12px }
+  td { max-width: 13ch } td:nth-child(-n+2) { min-width: 7ch } }
 </style>
 <header class="row"><h1 id="state">DiLoCo</h1>
   <span><button id="save">Save</button> <button id="stop">Stop</button></span></header>
@@ -866,7 +867,7 @@ th, td { text-align: right; padding: 5px 0 5px 10px; border-bottom: 1px solid va
 <script nonce="NONCE">
 "use strict";
 const $ = id => document.getElementById(id);
-const digits = n => n == null ? "-" : n && !(Math.abs(n) >= 1e-3 && Math.abs(n) < 1e6)
+const digits = n => n == null ? "-" : n && !(Math.abs(n) >= 1e-4 && Math.abs(n) < 1e6)
   ? (+n.toPrecision(3)).toExponential() : n.toLocaleString("en", {maximumSignificantDigits: 4});
 const short = n => n.toLocaleString("en", {maximumSignificantDigits: 6, notation: "compact"});
 const whole = n => n.toLocaleString("en");
