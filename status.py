@@ -234,12 +234,13 @@ def titled(title, lines):
 
 def stacked(parts, height):
     """The lines of parts (lines, share), one part below the other. Where they are more than so many,
-    the part that is longest for its share loses its last line, until they fit."""
+    the part that is longest for its share loses its last line, until they fit. One with a large share
+    ends with the number of lines that it has lost."""
     whole = [len(lines) for lines, _ in parts]
     while sum(len(lines) for lines, _ in parts) > height:
         max(parts, key=lambda part: len(part[0]) / part[1])[0].pop()
     for (lines, share), count in zip(parts, whole, strict=True):
-        if share > 1 and 1 < len(lines) < count:
+        if share > 2 and 1 < len(lines) < count:
             lines[-1] = styled(DIM, f"  and {count - len(lines) + 1} more")
     return [line for lines, _ in parts for line in lines]
 
