@@ -111,6 +111,7 @@ class TrainSettings:
     grad_accumulation: int = setting(1, least=1)  # forward passes in a step
     learning_rate: float = setting(1e-3, above=0)  # highest learning rate, after the warmup
     min_learning_rate: float = setting(1e-4, least=0)  # learning rate at the end of the cosine
+    optimizer: str = setting("adamw", choices=("adamw", "muon"))  # see make_optimizers
     warmup_steps: int = setting(100, least=0)
     weight_decay: float = setting(0.1, least=0)
     beta1: float = setting(0.9, least=0, most=0.9999)
@@ -675,15 +676,28 @@ def loss_of(model, ids, targets):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def make_optimizer(model, train):
-    """AdamW with weight decay on matrices only: shrinking a gain or a bias regularizes nothing."""
+def make_optimizers(model, train):
+    """{name: optimizer} in the order in which they step: with train.optimizer muon, Muon for the
+    matrices within the model, and AdamW for the rest, as embeddings, head, gains and biases. Both take
+    one learning rate: Muon's steps are made as large as AdamW's (arXiv 2502.16982). Weight decay is on
+    matrices only: shrinking a gain or a bias regularizes nothing."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    outer = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    head = getattr(model, "get_output_embeddings", lambda: model.lm_head)()
+    outer += [head.weight] if head is not None else []
+    inner = [p for p in parameters if p.dim() == 2 and not any(p is other for other in outer)]
+    inner = inner if train.optimizer == "muon" else []
+    rest = [p for p in parameters if not any(p is other for other in inner)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, fused=True)
+    rate, betas = train.learning_rate, (train.beta1, train.beta2)
+    found = {}
+    if inner:
+        decay, scale = train.weight_decay, "match_rms_adamw"
+        found["muon"] = torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn=scale)
+    return found | {"adamw": torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)}
 
 
 def learning_rate(step, train):
@@ -945,7 +959,7 @@ class Run:
         model, tokenizer, self.files = build_model(self.settings, files)
         check_fit(model.config, tokenizer, train.context)
         self.model = model.to(self.device).train()
-        self.optimizer = make_optimizer(self.model, train)
+        self.optimizers = make_optimizers(self.model, train)
         bf16 = train.precision == "bf16"
         if train.precision == "auto":
             bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -961,7 +975,13 @@ class Run:
             )
         try:
             self.model.load_state_dict(models.load(folder)[0].state_dict())
-            self.optimizer.load_state_dict(saved["optimizer"])
+            states = saved["optimizer"]
+            if "state" in states:  # as AdamW alone was saved once
+                states = {"adamw": states}
+            if states.keys() != self.optimizers.keys():
+                raise ValueError(f"its optimizers are {' and '.join(map(str, states))[:80]!r}")
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(states[name])
         except (OSError, RuntimeError, ValueError) as error:
             raise RunError(f"{folder} does not fit: {' '.join(str(error).split())}") from None
         self.step = saved["step"]
@@ -979,7 +999,7 @@ class Run:
             "step": self.step,
             "source": self.source.identity,
             "data": self.source.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {name: each.state_dict() for name, each in self.optimizers.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
             "callback": self.callback.state_dict(),
@@ -1006,14 +1026,15 @@ class Run:
         self.trained = self.model  # module of the forward pass in training
         if self.ranks.count > 1:
             self.trained = torch.nn.parallel.DistributedDataParallel(self.model)
-        given = self.args, self.state, self.control, self.model, self.optimizer
+        given = self.args, self.state, self.control, self.model, [*self.optimizers.values()]
         self.callback.on_train_begin(*given)
         worker = self.callback.worker
         if worker:
             self.step = worker.step
             self.syncs = worker.sync_count
             if self.resumed and not worker.kept_local:
-                self.optimizer.state.clear()  # the moments belong to parameters that are gone
+                for optimizer in self.optimizers.values():
+                    optimizer.state.clear()  # the moments belong to parameters that are gone
                 self.output.line(f"the run has moved on: taking its model at step {self.step}")
         if not self.resumed or self.ranks.count > 1:  # a checkpoint has rank 0's generator only
             place = [self.rank]
@@ -1046,8 +1067,9 @@ class Run:
         """Make one optimizer step, after which the callback may put global parameters in place."""
         train, total = self.settings.train, 0.0
         self.take_shares()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, train)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, train)
         for _ in range(train.grad_accumulation):
             batch = self.next_batch().to(self.device)
             with self.autocast:
@@ -1058,8 +1080,9 @@ class Run:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
         if self.callback.worker:
             self.callback.worker.tokens += self.step_tokens
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.losses.append(total)
         self.ends.append(time.monotonic())
         if protocol.live.status and self.ends[-1] > self.seen + SEEN_SECONDS:

@@ -506,11 +506,44 @@ def test_learning_rate_by_hand():
 
 def test_only_matrices_decay(tmp_path):
     model = worker.build_model(load(tmp_path), {})[0]
-    decayed, others = worker.make_optimizer(model, worker.TrainSettings()).param_groups
+    (adamw,) = worker.make_optimizers(model, worker.TrainSettings()).values()
+    decayed, others = adamw.param_groups
     assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.1
     assert {p.dim() for p in others["params"]} == {1} and others["weight_decay"] == 0
     count = len(decayed["params"]) + len(others["params"])
     assert count == len(list(model.parameters()))
+
+
+def muon_names(model):
+    """Names of the parameters that Muon has of a model, and those that AdamW has."""
+    found = worker.make_optimizers(model, worker.TrainSettings(optimizer="muon"))
+    assert list(found) == ["muon", "adamw"]  # the last one's steps count as the worker's
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [
+        [p for group in each.param_groups for p in group["params"]] for each in found.values()
+    ]
+    return [{names[id(parameter)] for parameter in group} for group in groups]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_has_the_matrices_within_the_model_and_adamw_the_rest(tmp_path, tied):
+    model = worker.build_model(load(tmp_path, model={"tie_word_embeddings": tied}), {})[0]
+    muon, adamw = muon_names(model)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in muon} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert muon | adamw == dict(model.named_parameters()).keys() and not muon & adamw
+    assert ("lm_head.weight" in adamw) is not tied and "model.embed_tokens.weight" in adamw
+
+
+def test_of_a_model_of_transformers_muon_has_no_embeddings_either():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    muon, adamw = muon_names(transformers.GPT2LMHeadModel(config))
+    assert {name.removeprefix("transformer.h.0.") for name in muon} == {
+        *("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    }
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= adamw
 
 
 def test_a_model_that_is_not_ours_comes_from_transformers(tmp_path):
@@ -550,7 +583,7 @@ def test_a_model_from_the_server_trains_and_resumes(tmp_path):
         run = worker.Run(settings, worker.Output(folder), [*filter(None, [checkpoint])])
         if checkpoint is None:  # as if a server had described this model
             run.model, run.files = model.train(), files
-            run.optimizer = worker.make_optimizer(model, settings.train)
+            run.optimizers = worker.make_optimizers(model, settings.train)
         run.begin()
         run.loop()
         run.finish()
@@ -617,8 +650,9 @@ def test_the_evaluation_touches_neither_data_nor_random_numbers(tmp_path):
     assert finals[0] == finals[1]
 
 
-def test_resume_goes_on_to_the_same_bits(tmp_path, start):
-    config = config_file(tmp_path, train={"grad_accumulation": 2})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_goes_on_to_the_same_bits(tmp_path, start, optimizer):
+    config = config_file(tmp_path, train={"grad_accumulation": 2, "optimizer": optimizer})
     whole = start(ROOT / "worker.py", config, "--output-dir", "whole", cwd=tmp_path)
     assert whole.wait() == 0, whole.output
     (tmp_path / "cut").mkdir()
@@ -639,6 +673,17 @@ def test_resume_on_a_text_goes_on_to_the_same_bits(tmp_path, main):
     os.rename(tmp_path / "whole" / "step-8", tmp_path / "cut" / "step-8")
     assert main(config, "--output-dir", "cut", "--resume") == 0
     assert_same_end(tmp_path)
+
+
+def test_a_checkpoint_from_when_adamw_was_the_only_optimizer_is_read(tmp_path, main, capsys):
+    config = config_file(tmp_path, train={"max_steps": 4})
+    assert main(config) == 0
+    path = tmp_path / "worker-out" / "standalone" / "step-4" / "trainer.pt"
+    state = torch.load(path)
+    torch.save(state | {"optimizer": state["optimizer"]["adamw"]}, path)
+    (path.parent / "checksums.json").unlink()
+    assert main(config, "--resume", "--max-steps", 6) == 0, capsys.readouterr().err
+    assert "steps 4 to 6" in capsys.readouterr().out
 
 
 def assert_same_end(folder):
@@ -671,6 +716,8 @@ def test_a_resume_that_cannot_be_is_refused(tmp_path, main, capsys):
     assert main(config, "--resume", "--set", "data.seed=2") == 1
     told = capsys.readouterr().err
     assert "was trained on builtin:seed1, and data.source gives builtin:seed2" in told
+    assert main(config, "--resume", "--set", "train.optimizer=muon") == 1
+    assert "step-4 does not fit: its optimizers are 'adamw'" in capsys.readouterr().err
     (tmp_path / "worker-out" / "standalone" / "step-4" / "trainer.pt").write_bytes(b"PK\3\4 torn")
     assert main(config, "--resume") == 1
     assert "step-4 is damaged" in capsys.readouterr().err
