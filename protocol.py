@@ -2340,18 +2340,25 @@ class Cast(Codec):
 
 
 class Blocks(Codec):
-    """A codec that stores BLOCK numbers as integers of `bits` (8 or 4) and one scale.
+    """A codec that stores BLOCK numbers as integers of `bits` (8, 4 or 2) and one scale.
 
     A scale is the largest absolute value of its block over the largest integer, as bfloat16 rounded
     up: with float16 the small updates of a late round would underflow. Each chunk has its scales
     first, then its integers; of 4 bits, the first half of the chunk's numbers is in the low halves
-    of the bytes, the second in the high ones. A last block that is not full is filled with zeros.
+    of the bytes, the second in the high ones, and of 2 bits each quarter has its own two. A last block
+    that is not full is filled with zeros.
+
+    With 2 bits the levels are -1.5, -0.5, 0.5 and 1.5 scales, and a scale is two fifths of the largest
+    absolute value: so the largest numbers are cut to six tenths of what they are. Of the rules that
+    were tried (tests/bench_codecs.py) this loses least of what AdamW's and Muon's steps add up to.
     """
 
     TINY = 1e-30  # a block of smaller numbers is sent as zeros: the reciprocal would overflow
 
     def __init__(self, bits):
-        self.bits, self.top = bits, (1 << (bits - 1)) - 1
+        self.bits, self.parts = bits, 8 // bits
+        self.top = {8: 127, 4: 7, 2: 2.5}[bits]  # scales in the largest number
+        self.most = {8: 128, 4: 8, 2: 2.5}[bits]  # scales that no number may be larger than
 
     def layout(self, count):
         blocks = -(-count // BLOCK)
@@ -2376,12 +2383,17 @@ class Blocks(Codec):
         largest.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
         scales.copy_(largest)
         inverse = torch.where(largest > self.TINY, largest.reciprocal(), 0)
-        torch.mul(blocks, inverse.unsqueeze(1), out=work).round_()
+        torch.mul(blocks, inverse.unsqueeze(1), out=work)
         if self.bits == 8:
-            integers.view(torch.int8).copy_(work.view(-1))
-        else:
-            low, high = work.view(2, -1)
+            integers.view(torch.int8).copy_(work.view(-1).round_())
+        elif self.bits == 4:
+            low, high = work.round_().view(2, -1)
             integers.copy_(low.add_(high, alpha=16).add_(8 + 16 * 8))
+        else:
+            parts = work.floor_().clamp_(-2, 1).view(4, -1)
+            for part, shift in zip(parts[1:], (4, 16, 64), strict=True):
+                parts[0].add_(part, alpha=shift)
+            integers.copy_(parts[0].add_(2 * (1 + 4 + 16 + 64)))
 
     def decode(self, tensors, start, out):
         scales, integers = self._parts(tensors, start, out.numel())
@@ -2389,18 +2401,91 @@ class Blocks(Codec):
         blocks = out if out.numel() == size else out.new_empty(size)
         if self.bits == 8:
             blocks.copy_(integers.view(torch.int8))
-        else:
-            low, high = blocks.view(2, -1)
-            half = scratch("halves", integers, len(integers))
-            low.copy_(torch.bitwise_and(integers, 15, out=half).sub_(8).view(torch.int8))
-            torch.bitwise_right_shift(integers, 4, out=half)
-            high.copy_(half.sub_(8).view(torch.int8))
+        for row, part in enumerate(blocks.view(self.parts, -1) if self.bits < 8 else ()):
+            bits = scratch("part", integers, len(integers))
+            torch.bitwise_right_shift(integers, row * self.bits, out=bits)
+            bits.bitwise_and_((1 << self.bits) - 1).sub_(1 << self.bits - 1)
+            part.copy_(bits.view(torch.int8))
+        if self.bits == 2:
+            blocks.add_(0.5)
         blocks.view(-1, BLOCK).mul_(scales.float().unsqueeze(1))
         if blocks is not out:
             out.copy_(blocks[: out.numel()])
 
     def finite(self, tensors, start, stop):
-        return within(self._parts(tensors, start, stop - start)[0], MAX_ABS / (self.top + 1))
+        return within(self._parts(tensors, start, stop - start)[0], MAX_ABS / self.most)
+
+
+class Largest(Codec):
+    """A codec that stores of `every` numbers (16 or 32) the largest one, in one byte, and zero for the
+    others: its place among them in the low bits, above that its sign, and its size in what is left.
+
+    The numbers that compete lie far apart, one in each 16th or 32nd of a chunk, so that most are of other
+    tensors' rows. Each chunk has the scales of BLOCK kept numbers first, as in `Blocks`; a size is 0,
+    1, 2, ... scales. For the way up, with error feedback: what is not sent now grows until it is, as in
+    SparseLoCo (arXiv 2508.15706), which keeps the 64 largest of 4,096 neighbours. For the same bytes
+    this keeps more of a pseudo-gradient, and finds it sooner (tests/bench_codecs.py).
+    """
+
+    def __init__(self, every):
+        self.every = every
+        self.most = 128 // every - 1  # scales in the largest number
+
+    def layout(self, count):
+        blocks = -(-count // (self.every * BLOCK))
+        return [TensorSpec("values", torch.uint8, (blocks * (2 + BLOCK),))]
+
+    def _parts(self, tensors, start, count):
+        """(scales bfloat16 [blocks], bytes uint8 [blocks * BLOCK]) of the chunk at `start`."""
+        begin, end = (payload_bytes(self.layout(n)) for n in (start, start + count))
+        raw = tensors["values"][begin:end]
+        scales = 2 * (len(raw) // (2 + BLOCK))
+        return raw[:scales].view(torch.bfloat16), raw[scales:]
+
+    def encode(self, numbers, tensors, start):
+        scales, raw = self._parts(tensors, start, numbers.numel())
+        size = len(raw) * self.every
+        if numbers.numel() < size:
+            numbers = torch.nn.functional.pad(numbers, (0, size - numbers.numel()))
+        rows = numbers.view(self.every, -1)
+        # Of floats without their sign, the order is that of their bits. The last bits give way to the
+        # place, so that the largest integer tells both.
+        work = scratch("bits", rows.view(torch.int32), size).view(rows.shape)
+        torch.bitwise_and(rows.view(torch.int32), 0x7FFFFFFF & -self.every, out=work)
+        work.bitwise_or_(
+            torch.arange(self.every, dtype=torch.int32, device=work.device).unsqueeze(1)
+        )
+        best = work.amax(0)
+        places = torch.bitwise_and(best, self.every - 1)
+        sizes = best.bitwise_and_(-self.every).view(torch.float32).view(-1, BLOCK)
+        largest = sizes.amax(1).div_(self.most)
+        largest.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
+        scales.copy_(largest)
+        inverse = torch.where(largest > Blocks.TINY, largest.reciprocal(), 0)
+        sizes.mul_(inverse.unsqueeze(1)).round_().clamp_(0, self.most)
+        negative = rows.gather(0, places.long().unsqueeze(0)).squeeze(0) < 0
+        raw.copy_(sizes.view(-1).mul_(2).add_(negative).mul_(self.every).add_(places))
+
+    def kept(self, tensors, start, count):
+        """(places int64, numbers float32, one each of `every`) of the chunk at `start`."""
+        scales, raw = self._parts(tensors, start, count)
+        places = torch.bitwise_and(raw, self.every - 1).long()
+        signed = torch.bitwise_right_shift(raw, self.every.bit_length() - 1)
+        numbers = torch.bitwise_right_shift(signed, 1).float()
+        numbers.mul_(torch.bitwise_and(signed, 1).float().mul_(-2).add_(1))
+        numbers.view(-1, BLOCK).mul_(scales.float().unsqueeze(1))
+        return places, numbers
+
+    def decode(self, tensors, start, out):
+        places, numbers = self.kept(tensors, start, out.numel())
+        size = len(places) * self.every
+        rows = out if out.numel() == size else out.new_empty(size)
+        rows.zero_().view(self.every, -1).scatter_(0, places.unsqueeze(0), numbers.unsqueeze(0))
+        if rows is not out:
+            out.copy_(rows[: out.numel()])
+
+    def finite(self, tensors, start, stop):
+        return within(self._parts(tensors, start, stop - start)[0], MAX_ABS / self.most)
 
 
 CODECS = {
@@ -2408,6 +2493,9 @@ CODECS = {
     "bf16": Cast(torch.bfloat16),
     "int8": Blocks(8),
     "int4": Blocks(4),
+    "int2": Blocks(2),
+    "top16": Largest(16),
+    "top32": Largest(32),
 }
 
 

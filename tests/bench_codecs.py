@@ -1,4 +1,4 @@
-"""What each block size of the integer codecs costs and gives, on a pseudo-gradient of real training.
+"""What each codec and block size costs and gives, on a pseudo-gradient of real training.
 
     python tests/bench_codecs.py                       # some 20 seconds
     python tests/bench_codecs.py --steps 200 --text my.txt
@@ -12,6 +12,7 @@ scales included): the block with the least of it makes the most of its bytes.
 import argparse
 import os
 import sys
+import time
 
 import numpy as np
 import torch
@@ -57,20 +58,40 @@ def main():
     delta = pseudo_gradient(args.steps, text)
     print(f"{delta.numel():,} numbers, {args.steps} steps, largest over mean size "
           f"{delta.abs().max() / delta.abs().mean():.0f}")  # fmt: skip
-    print("codec  block  bytes a number    error    error at equal bytes")
-    for bits in (8, 4):
+    print(
+        "codec           bytes a number    error    error at equal bytes    ns a number, both ways"
+    )
+    for bits in (8, 4, 2):
         for block in (16, 32, 64, 128, 256, 512):
             protocol.BLOCK = block
-            codec, decoded = protocol.Blocks(bits), torch.empty_like(delta)
-            buffer = protocol.Payload(codec.layout(delta.numel()))
-            for start, stop in protocol.chunks(delta.numel()):
-                codec.encode(delta[start:stop], buffer.tensors, start)
-                codec.decode(buffer.tensors, start, decoded[start:stop])
-            size = len(buffer.raw) / delta.numel()
-            error = ((delta - decoded).norm() / delta.norm()).item()
-            print(
-                f"int{bits}   {block:5}  {size:14.4f}  {error:8.5f}  {error * 2 ** (8 * size):8.3f}"
-            )
+            show(f"int{bits}, block {block}", protocol.Blocks(bits), delta)
+    protocol.BLOCK = 64
+    for every in (16, 32):
+        show(f"top{every}", protocol.Largest(every), delta)
+    pieces = torch.nn.functional.pad(delta, (0, -delta.numel() % 4096)).view(-1, 4096)
+    for kept in (64, 128):
+        at = pieces.abs().topk(kept, 1).indices
+        left = pieces.scatter(1, at, 0.0).norm() / delta.norm()
+        size = (kept * 14 / 8 + 4) / 4096  # 12 bits for a place, 2 for a value, two scales
+        print(f"{kept} of 4096     {size:14.4f}  {left:8.5f}    (values as they are)")
+
+
+def show(name, codec, delta):
+    """Print what a codec costs and loses on a vector."""
+    decoded, buffer = torch.empty_like(delta), protocol.Payload(codec.layout(delta.numel()))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for start, stop in protocol.chunks(delta.numel()):
+            codec.encode(delta[start:stop], buffer.tensors, start)
+            codec.decode(buffer.tensors, start, decoded[start:stop])
+        seconds.append(time.perf_counter() - began)
+    size = len(buffer.raw) / delta.numel()
+    error = ((delta - decoded).norm() / delta.norm()).item()
+    print(
+        f"{name:16}{size:14.4f}  {error:8.5f}  {error * 2 ** (8 * size):22.3f}  "
+        f"{min(seconds) / delta.numel() * 1e9:24.2f}"
+    )
 
 
 if __name__ == "__main__":

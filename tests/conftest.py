@@ -300,17 +300,47 @@ def rounded(vector, codec):
         return vector.float()
     if codec == "bf16":
         return vector.bfloat16().float()
-    top = np.float32({"int8": 127, "int4": 7}[codec])
-    padded = np.zeros(-(-vector.numel() // 64) * 64, dtype=np.float32)
-    padded[: vector.numel()] = vector.float().numpy()
-    blocks = padded.reshape(-1, 64)
-    largest = np.abs(blocks).max(1) / top
+    if codec.startswith("top"):
+        return torch.cat(
+            [largest(chunk.float(), int(codec[3:])) for chunk in vector.split(1 << 19)]
+        )
+    blocks = blocks_of(vector.float(), 64)
+    scale, inverse = scales_of(blocks, {"int8": 127, "int4": 7, "int2": 2.5}[codec])
+    if codec == "int2":
+        levels = np.clip(np.floor(blocks * inverse), -2, 1) + np.float32(0.5)
+    else:
+        levels = np.rint(blocks * inverse) + np.float32(0)  # which has no -0.0
+    return torch.from_numpy((levels * scale).reshape(-1)[: vector.numel()].copy())
+
+
+def blocks_of(vector, size):
+    """A vector as rows of so many numbers, the last one filled with zeros."""
+    padded = np.zeros(-(-vector.numel() // size) * size, dtype=np.float32)
+    padded[: vector.numel()] = vector.numpy()
+    return padded.reshape(-1, size)
+
+
+def scales_of(blocks, top):
+    """(scales, their reciprocals) of rows whose largest number is `top` scales, as columns."""
+    largest = np.abs(blocks).max(1, keepdims=True) / np.float32(top)
     scale = ((largest.view(np.uint32) + 0xFFFF) & 0xFFFF0000).view(np.float32)  # up, to bfloat16
     with np.errstate(divide="ignore"):
-        inverse = np.where(scale > 1e-30, np.float32(1) / scale, np.float32(0))
-    integers = np.rint(blocks * inverse[:, None]) + np.float32(0)  # which has no -0.0
-    decoded = integers * scale[:, None]
-    return torch.from_numpy(decoded.reshape(-1)[: vector.numel()].copy())
+        return scale, np.where(scale > 1e-30, np.float32(1) / scale, np.float32(0))
+
+
+def largest(vector, every):
+    """What is left of a chunk of which one of `every` numbers is kept, in sizes from 0 to
+    128 / every - 1. Numbers
+    that differ in their last bits only count as equal; then the last one is kept."""
+    columns = blocks_of(vector, 64 * every).reshape(every, -1)
+    sizes = (np.abs(columns).view(np.uint32) & np.uint32(-every & 0xFFFFFFFF)).view(np.float32)
+    places = every - 1 - sizes[::-1].argmax(0)
+    kept, at = sizes.max(0), np.arange(columns.shape[1])
+    scale, inverse = scales_of(kept.reshape(-1, 64), 128 // every - 1)
+    levels = np.rint(kept.reshape(-1, 64) * inverse)
+    found = np.zeros_like(columns)
+    found[places, at] = (levels * scale).reshape(-1) * np.sign(columns[places, at])
+    return torch.from_numpy(found.reshape(-1)[: vector.numel()].copy())
 
 
 class Outer:

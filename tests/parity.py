@@ -10,7 +10,8 @@
 Trains a small model on one text: alone, alone with twice the batch (what two data-parallel workers
 would do), with DiLoCo at two workers, and with streaming DiLoCo in 2 or 4 fragments, with a delay of one
 interval (or, "tenth", of a tenth of the cycle) and each `fragment_update`; and the full model in each
-codec both ways ("full" is bf16; "plain": without error feedback). Every run takes the same number of
+codec both ways ("full" is bf16; "plain": without error feedback; "top": up, with int4 down), and with Muon
+as the inner optimizer. `--rate` is the learning rate of all. Every run takes the same number of
 steps and is judged by the loss of the global model on the same held-out text. The percentages are
 against one variant (full-model DiLoCo, or `--against`) of the same seed, averaged.
 
@@ -76,9 +77,10 @@ def variants(sync_every):
             "diloco.fragment_sync_delay": "null" if delay is None else delay,
         }
 
-    def codec(name, *more):
-        return 2, {}, ["--upload-codec", name, "--download-codec", name, *more]
+    def codec(up, *more, down="", **settings):
+        return 2, settings, ["--upload-codec", up, "--download-codec", down or up, *more]
 
+    muon = {"train.optimizer": "muon"}
     tenth = max(1, sync_every // 10)
     return {
         "one": (0, {}, []),
@@ -88,6 +90,13 @@ def variants(sync_every):
         "full-int8": codec("int8"),
         "full-int4": codec("int4"),
         "full-int4-plain": codec("int4", "--no-error-feedback"),
+        "full-int2": codec("int2"),
+        "full-top16": codec("top16", down="int4"),
+        "full-top32": codec("top32", down="int4"),
+        "full-muon": (2, muon, []),
+        "full-muon-int4": codec("int4", **muon),
+        "full-muon-int2": codec("int2", **muon),
+        "full-muon-top16": codec("top16", down="int4", **muon),
         "full-paper": (2, {}, ["--no-momentum-warmup"]),
         "stream-2": (2, streaming(2, "predict"), []),
         "stream-2-rebase": (2, streaming(2, "rebase"), []),
@@ -730,6 +739,7 @@ def main():
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sync-every", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=0.002, help="learning rate (%(default)s)")
     parser.add_argument("--only", help="names of variants or rows, separated by commas")
     parser.add_argument("--against", default="full", help="the variant that others are held to")
     parser.add_argument("--unequal", action="store_true", help="machines that are not alike")
@@ -738,6 +748,7 @@ def main():
     parser.add_argument("--step-ms", type=float, default=60, help="of its steps (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="--unequal with --simulate's model")
     args = parser.parse_args()
+    SMALL.update({"train.learning_rate": args.rate, "train.min_learning_rate": args.rate / 10})
     # Leave by way of what ends our processes and removes our files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     source = args.text or (TEXT if os.path.isfile(TEXT) else "builtin")

@@ -880,13 +880,17 @@ def test_one_number_that_is_not_finite_is_found(codec, at):
     assert protocol.within(torch.tensor([-1e30, 1e30, 0.0]))
 
 
-@pytest.mark.parametrize("name, per_number", [("int8", 1.07), ("int4", 0.57)])
+SIZES = {"int8": 1.032, "int4": 0.532, "int2": 0.282, "top16": 0.065, "top32": 0.033}
+
+
+@pytest.mark.parametrize("name, per_number", SIZES.items(), ids=SIZES)
 @pytest.mark.parametrize("count", [1, 63, 64, 65, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_blocks_are_as_worked_out_with_numpy(name, per_number, count):
     codec, buffer = CODECS[name], Payload(CODECS[name].layout(count))
     scales = torch.logspace(-35, 20, 55)  # from less than can be sent to far more than is likely
     numbers = torch.randn(count) * scales[torch.arange(count) // 64 % 55]
-    assert codec.lossy and len(buffer.raw) <= per_number * (count + 128)
+    last = 2048 if name.startswith("top") else 64  # numbers that the end is filled up to at most
+    assert codec.lossy and len(buffer.raw) <= per_number * (count + last)
     decoded, added, left = (torch.ones(count) for _ in range(3))
     for a, b in protocol.chunks(count):
         codec.encode(numbers[a:b], buffer.tensors, a)
@@ -908,6 +912,26 @@ def test_the_bytes_of_a_block_by_hand():
     low, high = [-7.0, 7, 0, 1] * 8, [3.0, -1, 0, -7] * 8
     CODECS["int4"].encode(torch.tensor([*low, *high]), buffer.tensors, 0)
     assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes([0xB1, 0x7F, 0x88, 0x19] * 8)
+    # Of two bits, 0 to 3 stand for -1.5, -0.5, 0.5 and 1.5 scales; here the largest is 2.5.
+    buffer = Payload(CODECS["int2"].layout(64))
+    quarters = [[-2.5, 0], [2.5, 0.9], [1.0, -0.1], [-1.0, -1.2]]
+    CODECS["int2"].encode(torch.tensor([part * 8 for part in quarters]).view(-1), buffer.tensors, 0)
+    levels = [0b01_11_11_00, 0b00_01_10_10]
+    assert bytes(memory(buffer.raw)) == b"\x80\x3f" + bytes(levels * 8)
+
+
+def test_the_bytes_of_the_largest_by_hand():
+    """Of each 32 numbers, 64 apart: the place, 32 for negative, and 64 times its size in scales."""
+    buffer, numbers = Payload(CODECS["top32"].layout(2048)), torch.full((32, 64), 0.4)
+    numbers[7, 0], numbers[31, 1], numbers[0, 2] = 3.0, -2.1, 0.9
+    CODECS["top32"].encode(numbers.view(-1), buffer.tensors, 0)
+    raw = bytes(memory(buffer.raw))
+    assert raw[:5] == b"\x80\x3f" + bytes([7 + 64 * 3, 31 + 32 + 64 * 2, 64])
+    assert set(raw[5:]) == {31}  # of equal ones the last; under half a scale it is sent as zero
+    decoded = torch.empty(2048)
+    CODECS["top32"].decode(buffer.tensors, 0, decoded)
+    assert decoded.view(32, 64)[[7, 31, 0], [0, 1, 2]].tolist() == [3, -2, 1]
+    assert decoded.count_nonzero() == 3
 
 
 def checksum_by_hand(numbers):
