@@ -2349,8 +2349,8 @@ class Blocks(Codec):
     that is not full is filled with zeros.
 
     With 2 bits the levels are -1.5, -0.5, 0.5 and 1.5 scales, and a scale is two fifths of the largest
-    absolute value: so the largest numbers are cut to six tenths of what they are. Of the rules that
-    were tried (tests/bench_codecs.py) this loses least of what AdamW's and Muon's steps add up to.
+    absolute value: so the largest numbers are cut to six tenths of what they are. Of what AdamW's steps
+    add up to, this loses less than scales from a block's mean size or its root mean square.
     """
 
     TINY = 1e-30  # a block of smaller numbers is sent as zeros: the reciprocal would overflow
