@@ -295,6 +295,31 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def make_optimizers(model, train):
+    """{name: optimizer} for a model of ours or of transformers, in the order in which they step. With
+    `train.optimizer` "muon", Muon has the matrices within the model, and AdamW the rest: embeddings, head,
+    gains and biases. Both take one learning rate: Muon's steps are made as large as AdamW's (arXiv
+    2502.16982). Weight decay is on matrices only: shrinking a gain or a bias regularizes nothing."""
+    head = getattr(model, "get_output_embeddings", lambda: model.lm_head)()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer = {id(table) for table in [*tables, *([head.weight] if head is not None else [])]}
+    inner, matrices, vectors = [], [], []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        is_inner = train.optimizer == "muon" and p.dim() == 2 and id(p) not in outer
+        (inner if is_inner else matrices if p.dim() >= 2 else vectors).append(p)
+    rate, decay, betas = train.learning_rate, train.weight_decay, (train.beta1, train.beta2)
+    groups = [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)}
+    if not inner:
+        return adamw
+    scale = "match_rms_adamw"
+    muon = torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn=scale)
+    return {"muon": muon, **adamw}
+
+
 # --- Tokenizers -----------------------------------------------------------------------------
 
 

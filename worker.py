@@ -111,7 +111,7 @@ class TrainSettings:
     grad_accumulation: int = setting(1, least=1)  # forward passes in a step
     learning_rate: float = setting(1e-3, above=0)  # highest learning rate, after the warmup
     min_learning_rate: float = setting(1e-4, least=0)  # learning rate at the end of the cosine
-    optimizer: str = setting("adamw", choices=("adamw", "muon"))  # see make_optimizers
+    optimizer: str = setting("adamw", choices=("adamw", "muon"))  # see models.make_optimizers
     warmup_steps: int = setting(100, least=0)
     weight_decay: float = setting(0.1, least=0)
     beta1: float = setting(0.9, least=0, most=0.9999)
@@ -587,7 +587,7 @@ def story(seed, number):
     return text
 
 
-# --- Model and optimizer --------------------------------------------------------------------
+# --- Model and learning rate ----------------------------------------------------------------
 # A new run trains our small Llama in the sizes of the settings. If the server's folder describes
 # another model, that one is built, by transformers if our own code does not know it. All workers start
 # from the same seed, and so from the same weights, until the server's weights replace them.
@@ -674,30 +674,6 @@ def loss_of(model, ids, targets):
         return model(ids, targets)
     logits = model(input_ids=ids).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def make_optimizers(model, train):
-    """{name: optimizer} in the order in which they step: with train.optimizer muon, Muon for the
-    matrices within the model, and AdamW for the rest, as embeddings, head, gains and biases. Both take
-    one learning rate: Muon's steps are made as large as AdamW's (arXiv 2502.16982). Weight decay is on
-    matrices only: shrinking a gain or a bias regularizes nothing."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    outer = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    head = getattr(model, "get_output_embeddings", lambda: model.lm_head)()
-    outer += [head.weight] if head is not None else []
-    inner = [p for p in parameters if p.dim() == 2 and not any(p is other for other in outer)]
-    inner = inner if train.optimizer == "muon" else []
-    rest = [p for p in parameters if not any(p is other for other in inner)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    rate, betas = train.learning_rate, (train.beta1, train.beta2)
-    found = {}
-    if inner:
-        decay, scale = train.weight_decay, "match_rms_adamw"
-        found["muon"] = torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn=scale)
-    return found | {"adamw": torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)}
 
 
 def learning_rate(step, train):
@@ -959,7 +935,7 @@ class Run:
         model, tokenizer, self.files = build_model(self.settings, files)
         check_fit(model.config, tokenizer, train.context)
         self.model = model.to(self.device).train()
-        self.optimizers = make_optimizers(self.model, train)
+        self.optimizers = models.make_optimizers(self.model, train)
         bf16 = train.precision == "bf16"
         if train.precision == "auto":
             bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()

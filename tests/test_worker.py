@@ -506,7 +506,7 @@ def test_learning_rate_by_hand():
 
 def test_only_matrices_decay(tmp_path):
     model = worker.build_model(load(tmp_path), {})[0]
-    (adamw,) = worker.make_optimizers(model, worker.TrainSettings()).values()
+    (adamw,) = models.make_optimizers(model, worker.TrainSettings()).values()
     decayed, others = adamw.param_groups
     assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.1
     assert {p.dim() for p in others["params"]} == {1} and others["weight_decay"] == 0
@@ -516,7 +516,7 @@ def test_only_matrices_decay(tmp_path):
 
 def muon_names(model):
     """Names of the parameters that Muon has of a model, and those that AdamW has."""
-    found = worker.make_optimizers(model, worker.TrainSettings(optimizer="muon"))
+    found = models.make_optimizers(model, worker.TrainSettings(optimizer="muon"))
     assert list(found) == ["muon", "adamw"]  # the last one's steps count as the worker's
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [
@@ -583,7 +583,7 @@ def test_a_model_from_the_server_trains_and_resumes(tmp_path):
         run = worker.Run(settings, worker.Output(folder), [*filter(None, [checkpoint])])
         if checkpoint is None:  # as if a server had described this model
             run.model, run.files = model.train(), files
-            run.optimizers = worker.make_optimizers(model, settings.train)
+            run.optimizers = models.make_optimizers(model, settings.train)
         run.begin()
         run.loop()
         run.finish()
