@@ -201,16 +201,23 @@ def clean(monkeypatch):
         worker.close()
 
 
-@pytest.fixture
-def start():
-    """start(script, *args): a Process that is ended with the test."""
+@contextlib.contextmanager
+def ending(make, end):
+    """Yields a function that makes things as `make` does, and calls end(thing) of each at the end."""
     with contextlib.ExitStack() as stack:
 
         def run(*command, **options):
-            process = Process(*command, **options)
-            stack.callback(process.kill)
-            return process
+            found = make(*command, **options)
+            stack.callback(end, found)
+            return found
 
+        yield run
+
+
+@pytest.fixture
+def start():
+    """start(script, *args): a Process that is ended with the test."""
+    with ending(Process, Process.kill) as run:
         yield run
 
 

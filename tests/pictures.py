@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from conftest import ROOT, Process, until
-from test_status import Terminal
+from terminals import Terminal
 
 HERE = os.path.join(ROOT, "tests")
 COLORS = {"red": "#d8605a", "green": "#7ab06a", "brown": "#d0a850", "yellow": "#d0a850"}

@@ -3,27 +3,21 @@
 python -m pytest tests/test_live.py
 """
 
-import contextlib
-import fcntl
 import http.server
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import sys
-import termios
 import threading
 import time
 
-import pyte
 import pytest
 import test_trainers
 import torch
 import yaml
-from conftest import DEADLINE, ENV, ROOT, until
+from conftest import DEADLINE, ROOT, ending, until
 from peers import Counter, Gate
+from terminals import Terminal
 
 import diloco_callback
 import protocol
@@ -44,74 +38,10 @@ WHOLE = re.compile(
 )
 
 
-class Terminal:
-    """A program in a terminal of `columns`. raw: all that it has written; code: how it ended."""
-
-    def __init__(self, *command, columns=80, cwd=None):
-        self.raw, self.code, self.columns = b"", None, columns
-        self.screen = pyte.Screen(columns, 50)
-        self.stream = pyte.ByteStream(self.screen)
-        self.pid, self.handle = pty.fork()
-        if self.pid == 0:
-            os.chdir(cwd or ROOT)
-            command = [sys.executable, *map(str, command)]
-            os.execvpe(command[0], command, {**ENV, "TERM": "xterm"})
-        self.resize(columns)
-
-    def resize(self, columns):
-        self.columns = columns
-        self.screen.resize(50, columns)
-        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-
-    def read(self):
-        """What stands on the screen now."""
-        with contextlib.suppress(OSError):  # the program has ended
-            while select.select([self.handle], [], [], 0.05)[0]:
-                part = os.read(self.handle, 1 << 16)
-                self.raw += part
-                self.stream.feed(part)
-        return [line.rstrip() for line in self.screen.display]
-
-    @property
-    def foot(self):
-        """The line in which the cursor stands."""
-        return self.read()[self.screen.cursor.y]
-
-    def wait_for(self, pattern):
-        """The match of a regular expression with the line at the foot."""
-        return until(lambda: re.search(pattern, self.foot), f"{pattern!r} in {self.foot!r}")
-
-    def wait(self):
-        def ended():
-            self.read()
-            return os.waitpid(self.pid, os.WNOHANG)[0]
-
-        until(ended, "the program has ended")
-        self.read()
-
-    def lines(self):
-        """(lines of the log as they came, without what was wiped; drawings of the line at the foot)"""
-        *whole, rest = self.raw.decode().split("\r\n")
-        drawn = [text for line in [*whole, rest] for text in line.split(protocol.CLEAR)[:-1]]
-        return [line.split(protocol.CLEAR)[-1] for line in whole], drawn
-
-    def close(self):
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.handle)
-
-
 @pytest.fixture
 def terminal():
     """terminal(*command, columns=80): a Terminal, which is ended with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def run(*command, **options):
-            found = Terminal(*command, **options)
-            stack.callback(found.close)
-            return found
-
+    with ending(Terminal, Terminal.close) as run:
         yield run
 
 
@@ -148,15 +78,15 @@ def test_the_live_line_of_a_worker(serve, start, terminal, script, tmp_path):
     ada.wait_for(r"  waiting for bob, [\d.]+ s  ends in ")
     bob.signal(signal.SIGCONT)
     ada.wait_for(training)
-    lines, _ = ada.lines()
+    lines, _ = ada.drawn()
     assert any(re.search(r"\| waited \d+\.\d\d s for bob \|", line) for line in lines)
 
-    before = len(ada.lines()[1])
-    ada.resize(40)
-    until(lambda: ada.read() and len(ada.lines()[1]) > before + 20, "drawings in 40 columns")
+    before = len(ada.drawn()[1])
+    ada.resize(40, 24)
+    until(lambda: len(ada.drawn()[1]) > before + 20, "drawings in 40 columns")
     os.kill(ada.pid, signal.SIGTERM)
     ada.wait()
-    lines, drawn = ada.lines()
+    lines, drawn = ada.drawn()
     assert ada.foot == "" and not ada.raw.endswith(drawn[-1].encode())  # nothing is left of it
     broken = [line for line in lines if not WHOLE.fullmatch(line)]
     assert not broken, broken
@@ -188,7 +118,7 @@ def test_a_log_of_several_threads_keeps_clear_of_the_line(terminal, tmp_path):
     )
     found = terminal(tmp_path / "many.py", columns=30)
     found.wait()
-    lines, drawn = found.lines()
+    lines, drawn = found.drawn()
     assert lines[-1] == "the end" and len(lines) == 1201
     assert sorted(lines[:-1]) == sorted([f"a log: line {k} <" for k in range(300)] * 4)
     assert {len(text) for text in drawn} <= {0, 29}
@@ -376,7 +306,7 @@ def test_a_download_of_data(slow_site, start, terminal, tmp_path, where):
         found.wait_for(text)
         slow_site.may_go_on.set()
         found.wait()
-        lines, _ = found.lines()
+        lines, _ = found.drawn()
     else:
         found = start(*command, fresh=True)
         found.wait_for(text)

@@ -3,23 +3,17 @@
 python -m pytest tests/test_status.py
 """
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
 import socket
-import struct
 import sys
-import termios
-import threading
 
-import pyte
 import pytest
-from conftest import ENV, ROOT, until
+from conftest import ROOT, ending, until
 from conftest import status as ask
+from terminals import Terminal
 from wcwidth import wcswidth
 
 import status as status_program
@@ -340,93 +334,15 @@ def test_wrong_usage_has_exit_code_2(usage, capsys):
 # --- In a terminal ----------------------------------------------------------------------------
 
 
-class Display(pyte.Screen):
-    """A terminal's screen that counts how often its lines scroll."""
-
-    scrolled = 0
-
-    def index(self):
-        self.scrolled += self.cursor.y == self.lines - 1
-        super().index()
-
-
-class Terminal:
-    """A program in a terminal of its own, of so many columns and lines. `raw` is all that it wrote."""
-
-    def __init__(self, *command, columns=80, lines=24, **env):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # it may be ignored where tests run unattended
-            env = {"TERM": "xterm-256color", **ENV, **env}
-            os.execve(sys.executable, [sys.executable, *map(str, command)], env)
-        self.raw, self.code = b"", None
-        self.display = Display(columns, lines)
-        self.stream, self.lock = pyte.ByteStream(self.display), threading.Lock()
-        self.resize(columns, lines)
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
-
-    def resize(self, columns, lines):
-        with self.lock:
-            self.display.resize(lines, columns)
-            fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
-
-    def read(self):
-        with contextlib.suppress(OSError):  # the program has ended
-            while data := os.read(self.fd, 1 << 16):
-                with self.lock:
-                    self.raw += data
-                    self.stream.feed(data)
-
-    @property
-    def text(self):
-        with self.lock:
-            return "\n".join(line.rstrip() for line in self.display.display)
-
-    def see(self, pattern):
-        """The match of a pattern with the screen, as soon as there is one."""
-        with self.telling():
-            return until(lambda: re.search(pattern, self.text, re.MULTILINE), pattern)
-
-    @contextlib.contextmanager
-    def telling(self):
-        try:
-            yield
-        except BaseException:
-            print(self.text)
-            raise
-
-    def wait(self):
-        """The exit code, once the program has ended."""
-
-        def end():
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            return (os.waitstatus_to_exitcode(status),) if pid else None
-
-        (self.code,) = until(end, "the program has ended")
-        self.reader.join(5)
-        return self.code
-
-    def close(self):
-        if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait()
-        os.close(self.fd)
-
-
 @pytest.fixture
 def terminal():
     """terminal(server, *options, columns, lines): status.py in a Terminal."""
-    with contextlib.ExitStack() as stack:
 
-        def run(server, *options, **size):
-            script = os.path.join(ROOT, "status.py")
-            opened = Terminal(script, "--server", server.address, *options, **size)
-            stack.callback(opened.close)
-            return opened
+    def make(server, *options, **size):
+        script = os.path.join(ROOT, "status.py")
+        return Terminal(script, "--server", server.address, *options, **size)
 
+    with ending(make, Terminal.close) as run:
         yield run
 
 
