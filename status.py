@@ -520,9 +520,12 @@ def watch(feed, seconds):
     this ends, the terminal is as it was."""
 
     def draw(*_):
+        # A new size is drawn behind the picture of the old one, and not amid it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})
         if feed.status:
             lines = [f"{line}\x1b[K" for line in drawn(feed, is_whole=True)]
             put("\x1b[H" + "\r\n".join(lines) + "\x1b[J")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGWINCH})
 
     def pause(*_):  # Ctrl-Z
         put(LEAVE)
