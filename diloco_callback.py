@@ -1099,7 +1099,7 @@ class Replica:
         """Make the slices of a run, from the first Joined. flats: [(FlatModel, whether it
         is the buffers', whether it predicts)] by slice, the buffers last."""
         up, down, self.settings = reply.up, reply.down, reply.settings
-        feedback = up.lossy and reply.error_feedback
+        feedback = up.feedback and reply.error_feedback
         self.slices = []
         if not self.outbox.places:  # those of a worker that joins anew are there
             self.outbox = Outbox(self.worker_id, len(flats))
@@ -2734,16 +2734,16 @@ class Admission:
     def load_residual(self):
         """Take up the losses in encoding the pushes before the checkpoint."""
         saved, slices = self.worker.saved, self.replica.slices
-        lossy = {f"residual.{k}": slice.residual for k, slice in enumerate(slices)}
-        lossy = {name: residual for name, residual in lossy.items() if residual is not None}
-        if not lossy:
+        kept = {f"residual.{k}": slice.residual for k, slice in enumerate(slices)}
+        kept = {name: residual for name, residual in kept.items() if residual is not None}
+        if not kept:
             return
         try:
             if "residual" in saved:
                 fields, tensors = saved, saved["residual"]
             else:
                 fields, tensors = protocol.load_file(self.worker.residual_path)
-            if protocol.specs_of(tensors.items()) != protocol.specs_of(lossy.items()):
+            if protocol.specs_of(tensors.items()) != protocol.specs_of(kept.items()):
                 raise ProtocolError("it is of another model, or of other fragments")
             if fields.get("run") != saved.get("run"):
                 raise ProtocolError("it is of another run")
@@ -2753,7 +2753,7 @@ class Admission:
                 "lost of the pushes before it is not made up for"
             )
             return
-        for name, residual in lossy.items():
+        for name, residual in kept.items():
             residual.copy_(tensors[name])
 
     def fetch_frozen(self, names):

@@ -2244,8 +2244,9 @@ def checksum_of(numbers):
 #
 # Pseudo-gradients and updates travel in fewer bytes than float32 has. A codec works chunk by chunk,
 # in memory that exists already, so that a message is made, sent, received and added while other
-# chunks are still on their way. What a lossy codec rounds off is not lost: the sender keeps it as
-# its residual and adds it to the next message.
+# chunks are still on their way. What a codec of few bits rounds off is not lost: the sender keeps it
+# as its residual and adds it to the next message. bfloat16 rounds off a thousandth, which makes no
+# difference to the loss (tests/levers.py) and is not worth a residual's memory.
 
 
 # By thread, the memory that it works in, chunk after chunk: asking the system for fresh memory each
@@ -2268,9 +2269,9 @@ class Codec:
     """How float32 numbers travel: encoded into the tensors of a message, chunk by chunk. A chunk
     begins at a multiple of CHUNK; chunks have their bytes one after the other, so that a message
     can be made, sent and taken apart chunk by chunk. A subclass defines `layout`, `encode`,
-    `decode` and `finite`; `lossy` tells whether rounding loses anything."""
+    `decode` and `finite`; `feedback` tells whether what it rounds off is worth being kept."""
 
-    lossy = True
+    feedback = True
 
     def layout(self, count):
         """The tensors that `count` float32 numbers become."""
@@ -2317,9 +2318,10 @@ class Codec:
 class Cast(Codec):
     """A codec that stores each number in another float dtype, rounded to nearest even."""
 
+    feedback = False
+
     def __init__(self, dtype):
         self.dtype = dtype
-        self.lossy = dtype != torch.float32
 
     def layout(self, count):
         return [TensorSpec("values", self.dtype, (count,))]
@@ -2331,7 +2333,7 @@ class Cast(Codec):
         out.copy_(tensors["values"][start : start + out.numel()])
 
     def decoded(self, tensors, start, like):
-        if self.lossy:
+        if self.dtype != torch.float32:
             return super().decoded(tensors, start, like)
         return tensors["values"][start : start + like.numel()]
 

@@ -1464,7 +1464,7 @@ class History:
 # --- The global model -------------------------------------------------------------------------
 #
 # The numbers of a run: the parameters as one float32 vector, the outer optimizer's momentum beside
-# it, and the residual that a lossy download codec has left. A fold goes through a slice once, chunk
+# it, and the residual that a download codec of few bits has left. A fold goes through a slice once, chunk
 # by chunk in a few threads: decode the pushes, take their mean, take the outer step, encode the
 # update, keep what its rounding lost, and add the decoded update, the very bytes that are sent, to
 # the parameters. So every replica that adds the same bytes has the same bits.
@@ -1672,7 +1672,7 @@ class GlobalModel:
     manifest: specs of the parameters; buffers: specs of the floating-point buffers, which are the
     last slice where there are any; count: number of slices; sizes: elements by slice; logs: by
     slice, the kept entries, oldest first. `params` becomes the flat vector where it is given. outer:
-    {name: vector} of what the outer step keeps: the momentum, what a lossy download has lost (residual),
+    {name: vector} of what the outer step keeps: the momentum, what the download codec has lost (residual),
     and the parts of the step under way where momentum waits for its end (gathered).
     """
 
@@ -1683,7 +1683,7 @@ class GlobalModel:
         if params is None:
             params = torch.zeros(sum(spec.numel for spec in self.manifest))
         self.params, self.outer = params, {"momentum": torch.zeros_like(params)}
-        if self.down.lossy and error_feedback:
+        if self.down.feedback and error_feedback:
             self.outer["residual"] = torch.zeros_like(params)
         self.values = torch.zeros(sum(spec.numel for spec in self.buffers))  # of the buffers
         self.count = num_fragments + bool(self.buffers)

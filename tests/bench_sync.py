@@ -133,7 +133,7 @@ def arithmetic_role(args):
     torch.set_num_threads(1)
     up, down = CODECS[args.upload_codec], CODECS[args.download_codec]
     local = torch.randn(args.parameters)
-    slice = Slice(FlatModel([local]), up, down, has_residual=up.lossy)
+    slice = Slice(FlatModel([local]), up, down, has_residual=up.feedback)
     manifest = [TensorSpec("weight", torch.float32, (args.parameters,))]
     model = server.GlobalModel(manifest, [], 1, args.upload_codec, args.download_codec, True)
     model.threads = concurrent.futures.ThreadPoolExecutor(1)
@@ -384,9 +384,9 @@ def report(args, results, figures, bare_seconds, bare_cpu, worker, server):
     )
     print(f"  server memory, peak     {figures['server peak'] / gb:.3f} GB, {figures['server peak'] / count / 4:.2f} "
           "times 4 bytes a parameter")  # fmt: skip
-    limit = 12 * count + args.workers * up + down + 400e6
+    limit = (8 + 4 * CODECS[args.download_codec].feedback) * count + args.workers * up + down + 400e6
     print(f"    against the bound     {figures['server peak'] / limit:.2f} of {limit / gb:.3f} GB")
-    limit = 8 * count + up + down + 100e6
+    limit = (4 + 4 * CODECS[args.upload_codec].feedback) * count + up + down + 100e6
     print(f"  worker overhead, peak   {figures['worker overhead'] / gb:.3f} GB, {figures['worker overhead'] / limit:.2f} "
           f"of its bound {limit / gb:.3f} GB")  # fmt: skip
 

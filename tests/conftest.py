@@ -301,6 +301,9 @@ def put(model, vector):
     return model
 
 
+ROUNDING = "fp32", "bf16"  # codecs of which no residual is kept
+
+
 def rounded(vector, codec):
     """What a vector is after a codec has had it, worked out with numpy on the whole of it."""
     if codec == "fp32":
@@ -372,10 +375,10 @@ class Outer:
             self.velocity = self.velocity * mu + mean
             update = mean.add(self.velocity, alpha=mu) if self.nesterov else self.velocity
             update = update * -self.lr
-        if self.codec != "fp32":
+        if self.codec not in ROUNDING:
             update = update + self.residual
-            sent = rounded(update, self.codec)
-            self.residual, update = update - sent, sent
+            self.residual = update - rounded(update, self.codec)
+        update = rounded(update, self.codec)
         self.params = self.params + update
         return self
 
@@ -399,10 +402,10 @@ def simulate(seeds, steps, sync_every, codec="bf16", dtype="float32", sizes=(5, 
             for _ in range(count):
                 next(run)
             delta = outer.params.to(model[0].weight.dtype).float() - flat(model)
-            if codec != "fp32":
+            if codec not in ROUNDING:
                 delta = delta + residuals[k]
                 residuals[k] = delta - rounded(delta, codec)
-                delta = rounded(delta, codec)
+            delta = rounded(delta, codec)
             pushes += [delta] if count else []
         outer.step(pushes, closing=count < sync_every)
         for model in models:

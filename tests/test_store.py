@@ -25,11 +25,11 @@ from server import GlobalModel, Store
 
 OLD, NEW = Version("0" * 19 + "1", 7), Version("0" * 19 + "2", 3)
 W = TensorSpec("w", torch.float32, (3, 4))
-BF16 = "bf16", "bf16", True
+INT8 = "int8", "int8", True
 
 
 def trained(seed=0, fragments=1):
-    model = GlobalModel([W], [], fragments, *BF16)
+    model = GlobalModel([W], [], fragments, *INT8)
     for k, vector in enumerate((model.params, model.outer["momentum"], model.outer["residual"])):
         vector.copy_(torch.randn(12, generator=torch.Generator().manual_seed(10 * seed + k)))
     return model
@@ -79,7 +79,7 @@ def rewrite(path, change, sums=False):
 def test_a_checkpoint_is_checked_against_its_sums(tmp_path):
     store, path = save(tmp_path / "m", OLD)
     assert not store.save_error
-    state, model = server.load_checkpoint(str(path), *BF16)
+    state, model = server.load_checkpoint(str(path), *INT8)
     assert state["heads"] == [(OLD, {"ada": Fate(4, "", 7)})] and state["sessions"] == {
         "ada": "one"
     }
@@ -90,10 +90,10 @@ def test_a_checkpoint_is_checked_against_its_sums(tmp_path):
         flipped[place] ^= 1
         (path / "model.safetensors").write_bytes(flipped)
         with pytest.raises(ProtocolError, match=r"not as it was|tensor 'w'|not JSON"):
-            server.load_checkpoint(str(path), *BF16)
+            server.load_checkpoint(str(path), *INT8)
     (path / "model.safetensors").write_bytes(raw)
     (path / protocol.SUMS).unlink()  # as an older version of the program wrote it
-    assert server.load_checkpoint(str(path), *BF16)[0]["step"] == 5
+    assert server.load_checkpoint(str(path), *INT8)[0]["step"] == 5
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 4 * protocol.CHUNK, 4 * protocol.CHUNK + 3])
@@ -115,7 +115,7 @@ def test_a_disk_that_cannot_sync_folders_is_no_failure(tmp_path, monkeypatch, nu
 
     monkeypatch.setattr(os, "fsync", fsync)
     store, path = save(tmp_path / "m", OLD)
-    assert not store.save_error and server.load_checkpoint(str(path), *BF16)
+    assert not store.save_error and server.load_checkpoint(str(path), *INT8)
 
 
 def test_a_disk_that_fails_to_sync_is_a_failure(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_after_a_crash_between_two_renames_the_old_one_is_found(tmp_path):
     _, path = save(tmp_path / "m", OLD)
     path.rename(tmp_path / "m" / ".checkpoint-7.old")
     [(number, found)] = protocol.checkpoints(str(tmp_path / "m"))
-    assert number == 7 and server.load_checkpoint(found, *BF16)
+    assert number == 7 and server.load_checkpoint(found, *INT8)
     save(tmp_path / "m", OLD)
     assert [path for _, path in protocol.checkpoints(str(tmp_path / "m"))] == [str(path)]
 
@@ -219,7 +219,7 @@ def test_whatever_is_wrong_with_a_checkpoint_the_one_before_is_taken(tmp_path, c
     _, path = save(tmp_path / "m", Version(OLD.life, 9), seed=1)
     rewrite(path, BROKEN[name], sums=True)
     store = Store(str(tmp_path / "m"))
-    state, model = store.open(*BF16)
+    state, model = store.open(*INT8)
     assert state["heads"][0][0] == OLD and torch.equal(model.params, trained().params)
     assert f"{path} is not usable, trying the one before" in capsys.readouterr().out
 
@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_read_is_broken_and_not_foreign(tmp_path, capsys, 
     broken = folder / "checkpoint-9"
     os.unlink(broken / file) if size is None else os.truncate(broken / file, size)
     assert protocol.foreign_weights(str(folder)) == []
-    state, _ = Store(str(folder)).open(*BF16)
+    state, _ = Store(str(folder)).open(*INT8)
     was_lost = (file, size) == (protocol.SUMS, None)  # as if an older version had written it
     assert state["path"] == str(broken if was_lost else path)
 
@@ -246,7 +246,7 @@ def test_where_all_are_broken_that_is_an_error_and_no_fresh_start(tmp_path):
     with pytest.raises(
         SystemExit, match=r"(?s)no checkpoint.*checkpoint-9.*checkpoint-7.*move them"
     ):
-        Store(str(folder)).open(*BF16)
+        Store(str(folder)).open(*INT8)
     assert len(names(folder)) == 2
 
 
@@ -256,7 +256,7 @@ def test_a_damaged_final_model_costs_nothing_while_there_are_checkpoints(tmp_pat
     store.save_final([OLD], model, model.freeze())
     os.truncate(tmp_path / "m" / "model.safetensors", 20)
     again = Store(str(tmp_path / "m"))
-    assert again.output == str(tmp_path / "m") and again.open(*BF16)[0]["path"] == str(path)
+    assert again.output == str(tmp_path / "m") and again.open(*INT8)[0]["path"] == str(path)
     assert "going on with the checkpoints" in capsys.readouterr().out
 
 
@@ -285,7 +285,7 @@ def test_a_life_sorts_after_all_that_it_has_heard_of(monkeypatch, tmp_path):
     _, path = save(folder, late)
     os.truncate(path / "model.safetensors", 60)  # of a life that only a damaged one tells of
     store = Store(str(folder))
-    assert store.open(*BF16)[0]["life"] == OLD.life and store.latest_life == late.life
+    assert store.open(*INT8)[0]["life"] == OLD.life and store.latest_life == late.life
 
 
 # --- Two servers, and disks that hang ---
