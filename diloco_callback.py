@@ -459,8 +459,11 @@ class Slice:
             if self.mark is None:
                 self.mark = self._vector()
                 self.flat.read(0, self.mark)
-                for stream in self.flat.streams():
-                    stream.synchronize()
+
+    def settle(self):
+        """Wait for what this thread has asked of the GPUs: other threads have other streams."""
+        for stream in self.flat.streams():
+            stream.synchronize()
 
     def _vector(self):
         mark, self.spare = self.spare, None
@@ -512,14 +515,15 @@ class Slice:
             raise NotFinite
         tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
         self.up.encode(delta, tensors, at)
-        host.copy_(device)
         if self.residual is not None:
             self.up.subtract(delta, tensors, at, self.residual[start:stop])
+        host.copy_(device)  # waits for a GPU to have done all this
         self.encoded = stop
         if stop == self.size and self.velocity is not None and self.mark is not None:
             # Not before: a later chunk that is not finite has `_put_back` ask for the differences.
             for start, stop in protocol.chunks(self.size):
                 self.mark[start:stop].copy_(self._predicted(start, stop))
+            self.settle()
 
     def _put_back(self, count):
         """Make the first `count` elements of the residual what they were before this push: what it
@@ -534,6 +538,7 @@ class Slice:
             left.zero_()  # `_difference` adds the residual
             delta = self._difference(start, torch.empty_like(carried))
             left.copy_(carried.sub_(delta)) if delta.isfinite().all() else left.zero_()
+        self.settle()
 
     def _predicted(self, start, stop):
         """Return a chunk as if all workers had pushed the same as this one, rounded to the
@@ -577,6 +582,7 @@ class Slice:
             if moves:
                 self.flat.write(start, anchor)
             checksum.add(anchor)
+        self.settle()
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
     def _learn_velocity(self, start, stop, update):
@@ -643,6 +649,7 @@ class Slice:
             self.show_anchor()
             if self.mark is not None:
                 self.mark.copy_(self.flat.rounded(0, self.anchor))
+            self.settle()
 
 
 # --- What the server says -----------------------------------------------------------------------
@@ -1077,11 +1084,13 @@ class Replica:
     run)} for pushes that an entry lists and training has not adopted yet; broken: the Pendings whose
     numbers were not finite; error: exception that ended a request for good. `changed` guards all of
     these and is notified when one of them changes. step: local steps so far; the hook counts them.
+    stream: of a GPU, for the threads of the link: in training's they would wait for its steps.
     """
 
     def __init__(self, worker_id, link):
         self.worker_id, self.link = worker_id, link
         self.slices, self.outbox = [], Outbox(worker_id, 0)  # ranks other than 0 have none
+        self.stream = None
         self.changed = threading.Condition(threading.RLock())
         self.listed, self.broken, self.error = {}, [], None
         self.is_uploading = False
@@ -1109,6 +1118,8 @@ class Replica:
                 up = down = CODECS["fp32"]
             has_residual = feedback and not carries_values
             self.slices.append(Slice(flat, up, down, has_residual, predicts, carries_values))
+        device = self.slices[0].device
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def outer_at(self, made, part):
         """Return (lr, momentum, nesterov, part) of an outer step behind so many, or of a part of one.
@@ -1163,6 +1174,7 @@ class Replica:
 
     def _deliver(self, made):
         """Send a push, then take the log up to where it is listed, while a thread sends the next."""
+        torch.cuda.set_stream(self.stream)  # of this thread; None: as it is
         try:
             is_sent = self._upload(made)
             self.kick()
@@ -2396,7 +2408,6 @@ class Jumps:
     def __init__(self, worker):
         self.worker = worker
         self.before, self.records, self.counts = {}, {}, {}
-        self.fault = ""
 
     def sample(self, k):
         """Return windows of a slice's local values, one a row."""
@@ -2425,22 +2436,25 @@ class Jumps:
         self.before = {}
 
     def follow(self):
-        """A step has been made after slices were moved; judge each after the second."""
-        for k, samples in list(self.records.items()):
-            samples.append(self.sample(k))
-            if len(samples) == 4:
-                verdicts = self.jumped(*self.records.pop(k)).tolist()
-                moved = [verdict for verdict in verdicts if verdict >= 0]
-                has_jumped = sum(moved) * 2 > len(moved)
-                self.counts[k] = self.counts.get(k, 0) + 1 if has_jumped else 0
-                self.tell(self.counts[k])
+        """A step has been made after slices were moved. Nothing here waits for a GPU."""
+        for k, samples in self.records.items():
+            if len(samples) < 4:
+                samples.append(self.sample(k))
 
-    def tell(self, count):
-        """Warn after the first time; after the second in a row, training is to end."""
-        if count == 1:
-            log(f"WARNING: {self.worker.worker_id}: {JUMPED}. It ends training if it does so again")
-        elif count > 1:
-            self.fault = f"{self.worker.worker_id}: {JUMPED}, twice running"
+    def judge(self):
+        """Judge the moves that two steps have followed: after the first that jumped back, warn. Raises
+        RuntimeError after the second in a row."""
+        for k in [k for k, samples in self.records.items() if len(samples) == 4]:
+            verdicts = self.jumped(*self.records.pop(k)).tolist()
+            moved = [verdict for verdict in verdicts if verdict >= 0]
+            has_jumped = sum(moved) * 2 > len(moved)
+            self.counts[k] = self.counts.get(k, 0) + 1 if has_jumped else 0
+            if self.counts[k] > 1:
+                raise RuntimeError(f"{self.worker.worker_id}: {JUMPED}, twice running")
+            if has_jumped:
+                log(
+                    f"WARNING: {self.worker.worker_id}: {JUMPED}. It ends training if it does so again"
+                )
 
     def jumped(self, before, adopted, first, second):
         """Return 1 for each window that has jumped back, 0 for one that has not, and -1 for one that
@@ -2935,8 +2949,7 @@ class Leader:
         if not (self.worker.ranks.leads and self.replica.slices):
             return False
         due = any(self.is_due(k) for k in range(self.schedule.count))
-        is_stirred = self.is_stirred() or self.worker.watch.jumps.fault
-        return bool(is_stirred) or due or self.schedule.left <= 1
+        return bool(self.is_stirred()) or due or self.schedule.left <= 1
 
     def is_due(self, k):
         """Whether slice k is to be adopted now; a late push is when an entry lists it."""
@@ -2951,8 +2964,7 @@ class Leader:
         watch.settle()
         if self.schedule.left <= 1:
             watch.check()
-        if watch.jumps.fault:
-            raise RuntimeError(watch.jumps.fault)
+        watch.jumps.judge()
         watch.jumps.begin()
         if self.link.lost.is_set():
             self.rejoin()
@@ -3084,6 +3096,7 @@ class Leader:
             if k in replica.listed:
                 return
             slice.keep_mark()
+            slice.settle()
             push = replica.outbox.places[k].pending
             if not push.late and self.worker.leave_by is None:
                 log(
@@ -3136,6 +3149,7 @@ class Leader:
         """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
         worker = self.worker
         outbox, self.link.outage = self.replica.outbox, None
+        worker.watch.jumps.judge()
         while self.replica.slices and (not outbox.is_closed or self.replica.listed):
             for k in list(self.replica.listed):
                 self.adopt(k)

@@ -9,6 +9,7 @@ that two workers come to, both train here, in turn.
 import copy
 import gc
 import re
+import threading
 import types
 
 import pytest
@@ -583,6 +584,7 @@ def test_a_slice_that_is_moved_twice_is_not_judged_by_its_first_move(serve):
     jumps = begun(serve("-n", 1), model, sgd(model)).watch.jumps
 
     def move(by):
+        jumps.judge()
         jumps.begin()
         with torch.no_grad():
             [p.add_(by) for p in model.parameters()]
@@ -600,11 +602,12 @@ def test_a_slice_that_is_moved_twice_is_not_judged_by_its_first_move(serve):
         move(-0.5)
         steps(0.5)
         move(-1.0)
-    assert not jumps.fault and not any(jumps.counts.values())
+    assert not any(jumps.counts.values())
     for _ in range(2):
         move(-1.0)
         steps(1.0, 0.01)
-    assert "second copy" in jumps.fault
+    with pytest.raises(RuntimeError, match=r"keeps a second copy.*twice running"):
+        jumps.judge()
 
 
 def test_a_model_of_two_numbers_may_be_cut_in_five_fragments(serve):
@@ -792,32 +795,59 @@ def test_inference_mode_around_a_call_does_no_harm(serve):
 
 
 @pytest.mark.parametrize("delay", [0, 1])
-def test_a_push_waits_for_the_stream_that_training_uses(serve, monkeypatch, delay):
-    """With a stream that is no GPU's. The thread that uploads has another current stream."""
-    done = []
+def test_only_the_threads_of_the_link_wait_for_the_streams(serve, monkeypatch, delay):
+    """With streams that are no GPU's. A thread that uploads has one of its own."""
+    done, training = [], threading.get_ident()
+
+    def note(what):
+        done.append((threading.get_ident() == training, what))
 
     class Stream:
         def record_event(self):
-            done.append("recorded")
+            note("recorded")
             return self
 
         def synchronize(self):
-            done.append("awaited")
+            note("awaited")
 
     def encode(slice, start, stop, before=Slice._encode):
-        done.append("read")
+        note("read")
         before(slice, start, stop)
 
     monkeypatch.setattr(protocol.FlatModel, "streams", lambda _: [Stream()])
+    monkeypatch.setattr(torch.cuda, "set_stream", note)
     monkeypatch.setattr(Slice, "_encode", encode)
     model = toy_worker.build((5, 7, 2))
     optimizer = sgd(model)
-    with begun(serve("-n", 1), model, optimizer, fragment_sync_delay=delay):
+    with begun(serve("-n", 1), model, optimizer, fragment_sync_delay=delay) as worker:
+        done.clear()
+        worker.replica.stream = "own"
         for _ in range(3):
             step(model, optimizer)
-        first = done[: done.index("read")]
-    # Where training goes on, its numbers of that moment have been copied before.
-    assert first == ["awaited"] * delay + ["recorded", "awaited"]
+        assert worker.sync_count == 1
+    first = [(True, "recorded"), (False, "own"), (False, "awaited"), (False, "read")]
+    assert done[:4] == first
+    assert (True, "awaited") not in done and (True, "own") not in done
+
+
+def test_who_gives_up_or_goes_on_has_written_all_before_another_stream_looks(monkeypatch):
+    model, moments = torch.nn.Linear(2, 1), []
+    codecs = protocol.CODECS["int8"], protocol.CODECS["bf16"]
+    slice = Slice(protocol.FlatModel([model.weight]), *codecs, True, True)
+    monkeypatch.setattr(slice, "settle", lambda: moments.append(slice.encoded))
+    slice.begin(True, True)
+    assert moments == []
+    slice.finish_encoding()
+    assert moments == [2]  # the mark has become the prediction
+    slice.drop()
+    assert moments == [2, 2]
+    slice.unmark()
+    slice.begin(True, False)
+    model.weight.data[:] = torch.nan
+    slice.finish_encoding()
+    assert slice.is_broken and moments == [2, 2, 0]  # the residual is what it was
+    slice.take(True)
+    assert moments == [2, 2, 0, 0]
 
 
 def test_float64_is_refused_by_name():
