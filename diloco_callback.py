@@ -1557,6 +1557,12 @@ def part_of(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def shards_of(tensor):
+    """In how many shards a tensor is cut; 1 where it is whole."""
+    cuts = tensor.placements if is_sharded(tensor) else ()
+    return math.prod(tensor.device_mesh.size(i) for i, cut in enumerate(cuts) if cut.is_shard())
+
+
 def cut_like(whole, tensor):
     """Return the rows of a whole tensor that belong in this rank's part of the DTensor `tensor`.
     fully_shard cuts as torch.chunk does, in the order of the mesh's process group, by rank."""
@@ -1687,9 +1693,15 @@ class Trained:
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
     def check_optimizers(self):
-        """Raise ValueError where a trained parameter is in none of the optimizers."""
-        held = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
+        """Raise ValueError where a trained parameter is in none of the optimizers, or in a wrong one."""
+        held = {id(p): each for each in self.optimizers for p in parameters_of(each)}
         for name, parameter in self.named.items():
+            is_muon = isinstance(held.get(id(parameter)), getattr(torch.optim, "Muon", ()))
+            if is_muon and len(parameter) < (shards := shards_of(parameter)):
+                raise ValueError(
+                    f"parameter {name!r} has {len(parameter)} rows on {shards} shards, and torch's Muon "
+                    "cannot step a matrix with fewer rows than shards: give it to AdamW"
+                )
             if hasattr(parameter, "_in_backward_optimizers"):
                 raise ValueError(
                     f"parameter {name!r} has an optimizer that steps within the backward pass: there "

@@ -72,10 +72,13 @@ def place(tensor):
 
 def gathered(model):
     """{name: tensor} of the whole parameters; of all ranks at once."""
-    named = {name: p.detach() for name, p in model.named_parameters()}
-    return {
-        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in named.items()
-    }
+    return {name: gather(parameter) for name, parameter in model.named_parameters()}
+
+
+def gather(tensor):
+    """A copy of a whole tensor; of all ranks at once."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def shard(model, shape):
@@ -100,6 +103,7 @@ def main():
     parser.add_argument("--num-fragments", type=int, default=1)
     parser.add_argument("--fragment-update", default="predict")
     parser.add_argument("--wide", type=int, default=9)
+    parser.add_argument("--optimizer", default="adamw", help="or muon, for matrices of many rows")
     parser.add_argument("--reconnect-timeout", type=float, default=60.0)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes")
     parser.add_argument("--nan-at", type=int, help="step in which a gradient is not a number")
@@ -121,8 +125,34 @@ def main():
         dist.destroy_process_group()
 
 
+def make_optimizers(model, args):
+    """AdamW, or behind Muon for the matrices that have a row for each rank."""
+    is_inner = {p: p.dim() == 2 and len(p) >= args.ranks for p in model.parameters()}
+    if args.optimizer != "muon":
+        return [torch.optim.AdamW(model.parameters(), lr=0.01)]
+    muon = torch.optim.Muon([p for p in is_inner if is_inner[p]], lr=0.01)
+    return [muon, torch.optim.AdamW([p for p in is_inner if not is_inner[p]], lr=0.01)]
+
+
+def step_apart(optimizer):
+    """Make an optimizer's first step, of shards; return how far from that of one which has the whole
+    matrices it ends, as a part of the largest change. Muon works in bfloat16."""
+    sharded = [p for group in optimizer.param_groups for p in group["params"]]
+    wholes = [torch.nn.Parameter(gather(p)) for p in sharded]
+    for whole, parameter in zip(wholes, sharded, strict=True):
+        whole.grad = gather(parameter.grad)
+    before = [whole.detach().clone() for whole in wholes]
+    type(optimizer)(wholes, lr=0.01).step()
+    optimizer.step()
+    pairs = [pair for pair in zip(before, wholes, sharded, strict=True) if pair[0].itemsize == 4]
+    return max(
+        ((gather(p) - whole).abs().max() / (whole - old).abs().max()).item()
+        for old, whole, p in pairs
+    )
+
+
 def train(model, args):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizers = make_optimizers(model, args)
     first = gathered(model)
     with torch.no_grad():
         model(torch.zeros(1, 5))  # leaves the root's parameters in one piece
@@ -130,7 +160,9 @@ def train(model, args):
         fail_in_transfer(args.rank, args.fails_in, args.fails_at)
     options = {name: vars(args)[name] for name in
                ("num_fragments", "fragment_update", "reconnect_timeout")}  # fmt: skip
-    worker = DiLoCoWorker(model, optimizer, args.server, args.sync_every, args.worker_id, **options)
+    worker = DiLoCoWorker(
+        model, optimizers, args.server, args.sync_every, args.worker_id, **options
+    )
     if args.rank:
         after_step, enter = worker._after_step, worker.start
 
@@ -146,7 +178,7 @@ def train(model, args):
     is_same = all(torch.equal(first[name], joined[name]) for name in first)
     is_read = args.ranks == 1 or reads_right(worker, joined)
     generator = torch.Generator().manual_seed(args.ranks + args.rank)
-    evaluated = []
+    evaluated, apart = [], None
     try:
         for step in range(args.steps):
             x = torch.randn(8, 5, generator=generator)
@@ -154,8 +186,9 @@ def train(model, args):
             if step == args.nan_at:
                 for parameter in model.parameters():
                     parameter.grad.mul_(torch.nan)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                apart = step_apart(optimizer) if apart is None else (optimizer.step(), apart)[1]
+                optimizer.zero_grad()
             time.sleep(args.pause)
             if step in (5, args.steps - 1):
                 evaluated.append(evaluate(model, worker))
@@ -164,7 +197,7 @@ def train(model, args):
         worker.flush()
     finally:
         worker.close()
-    return {"rank": args.rank, "step": worker.step, "largest": Largest.count, "evaluated": evaluated, "is_same": is_same,
+    return {"rank": args.rank, "step": worker.step, "apart": apart, "largest": Largest.count, "evaluated": evaluated, "is_same": is_same,
             "is_read": is_read,
             "syncs": worker.sync_count, "dropped": worker.dropped_steps}  # fmt: skip
 

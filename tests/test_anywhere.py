@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import textwrap
 import types
 
 import loop_worker
@@ -48,7 +49,14 @@ def without_numbers(text):
 
 
 PLAIN = [snippet for snippet in readme_snippets() if "next_batch()" in snippet]
-KNOWN = ("next_batch()", "Trainer(", "last.pt", "load_weights(")  # test_trainers.py, test_forms.py
+MUON = "[muon, adamw]"
+KNOWN = (
+    "next_batch()",
+    MUON,
+    "Trainer(",
+    "last.pt",
+    "load_weights(",
+)  # test_trainers.py, test_forms.py
 BEFORE = """
 import sys
 import torch
@@ -236,6 +244,22 @@ def test_a_push_carries_what_all_optimizers_did_before_it(serve):
         assert same_bits(flat(model), outer.params)
     assert callback.worker.local_step == callback.worker.sync_count == 3
     callback.close()
+
+
+def test_the_readmes_two_optimizers_make_one_step_together(serve):
+    (code,) = [textwrap.dedent(snippet) for snippet in readme_snippets() if MUON in snippet]
+    code = code.replace("host:8512", serve().address).replace("=500", "=2")
+    model = toy_worker.build((5, 7, 2))
+    given = {"torch": torch, "DiLoCoWorker": DiLoCoWorker, "model": model}
+    given["matrices"] = [p for p in model.parameters() if p.dim() == 2]
+    given["rest"] = [p for p in model.parameters() if p.dim() == 1]
+    exec(code, given)
+    diloco, before = given["diloco"], flat(model)
+    for _ in toy_worker.train(model, InTurn([given["muon"], given["adamw"]]), 5, 0):
+        pass
+    assert (diloco.local_step, diloco.sync_count, diloco.steps) == (5, 2, 1)
+    diloco.flush()
+    assert diloco.steps == 0 and (flat(model) != before).all()
 
 
 def test_all_optimizers_forget_what_led_to_a_push_that_was_refused(serve):
