@@ -29,14 +29,21 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--base", type=int, help="seed of a frozen parameter")
     parser.add_argument("--nan-at", type=int, help="step in which a gradient is not a number")
+    parser.add_argument("--device", default="cpu", help="or cuda, which ranks may have to share")
     args = parser.parse_args()
-    dist.init_process_group("gloo")
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    has_own = device.type == "cuda" and torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("nccl" if has_own else "gloo")
     rank, digests, widest = dist.get_rank(), [], 0
     model = build((5, 7, 2), seed=args.seed)
     model.register_buffer("seen", torch.zeros(1))  # each rank its own, between syncs
     if args.base is not None:
         noise = torch.randn(3, generator=torch.Generator().manual_seed(args.base))
         model.base = torch.nn.Parameter(noise, requires_grad=False)
+    model.to(device)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)
 
@@ -65,7 +72,7 @@ def train_ranks(wrapped, model, optimizer, args, rank, before_step):
     """Steps on noise that is another one for each rank."""
     generator = torch.Generator().manual_seed(10 * args.seed + rank)
     for step in range(args.steps):
-        x = torch.randn(8, 5, generator=generator)
+        x = torch.randn(8, 5, generator=generator).to(model.seen.device)
         optimizer.zero_grad()
         (wrapped(x) - x[:, :2]).square().mean().backward()
         before_step(step)
