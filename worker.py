@@ -964,7 +964,7 @@ class Run:
         self.source.load_state_dict(saved["data"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            torch.cuda.set_rng_state(saved["cuda_rng"][0], self.device)
         self.callback.load_state_dict(saved["callback"], folder)
         self.output.line(f"resumed from {folder}")
 
@@ -977,7 +977,7 @@ class Run:
             "data": self.source.state_dict(),
             "optimizer": {name: each.state_dict() for name, each in self.optimizers.items()},
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if cuda else [],
             "callback": self.callback.state_dict(),
         }
         limit = self.settings.output.save_total_limit

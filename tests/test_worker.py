@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -648,6 +649,24 @@ def test_the_evaluation_touches_neither_data_nor_random_numbers(tmp_path):
         run.finish()
         finals.append((tmp_path / str(every) / "model.safetensors").read_bytes())
     assert finals[0] == finals[1]
+
+
+def test_a_checkpoint_has_the_random_numbers_of_its_own_gpu_only(monkeypatch):
+    """The next machine may have fewer GPUs, and a rank has no business on those of others."""
+    saved, taken = {}, []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_rng_state",
+        lambda state, device: taken.append((*state.tolist(), device.index)),
+    )
+    monkeypatch.setattr(worker.models, "load", mock.MagicMock())
+    run = mock.MagicMock(device=torch.device("cuda", 3), optimizers={})
+    run.output.save_checkpoint = lambda *given: saved.update(given[4])
+    worker.Run.save(run)
+    run.device = torch.device("cuda", 0)
+    worker.Run.restore(run, "step-1", saved)
+    assert taken == [(3, 0)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
