@@ -178,7 +178,7 @@ def train(model, args):
     is_same = all(torch.equal(first[name], joined[name]) for name in first)
     is_read = args.ranks == 1 or reads_right(worker, joined)
     generator = torch.Generator().manual_seed(args.ranks + args.rank)
-    evaluated, apart = [], None
+    evaluated, apart = [], None if args.optimizer == "muon" else 0.0
     try:
         for step in range(args.steps):
             x = torch.randn(8, 5, generator=generator)
@@ -187,7 +187,10 @@ def train(model, args):
                 for parameter in model.parameters():
                     parameter.grad.mul_(torch.nan)
             for optimizer in optimizers:
-                apart = step_apart(optimizer) if apart is None else (optimizer.step(), apart)[1]
+                if apart is None:
+                    apart = step_apart(optimizer)
+                else:
+                    optimizer.step()
                 optimizer.zero_grad()
             time.sleep(args.pause)
             if step in (5, args.steps - 1):
