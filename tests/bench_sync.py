@@ -384,7 +384,9 @@ def report(args, results, figures, bare_seconds, bare_cpu, worker, server):
     )
     print(f"  server memory, peak     {figures['server peak'] / gb:.3f} GB, {figures['server peak'] / count / 4:.2f} "
           "times 4 bytes a parameter")  # fmt: skip
-    limit = (8 + 4 * CODECS[args.download_codec].feedback) * count + args.workers * up + down + 400e6
+    limit = (
+        (8 + 4 * CODECS[args.download_codec].feedback) * count + args.workers * up + down + 400e6
+    )
     print(f"    against the bound     {figures['server peak'] / limit:.2f} of {limit / gb:.3f} GB")
     limit = (4 + 4 * CODECS[args.upload_codec].feedback) * count + up + down + 100e6
     print(f"  worker overhead, peak   {figures['worker overhead'] / gb:.3f} GB, {figures['worker overhead'] / limit:.2f} "
