@@ -93,6 +93,7 @@ LEAST_NORMS = 3  # closed rounds below which there is nothing to compare with
 MOST_PARTS = 1000  # rounds whose parts of an outer step are known, to tell how late a push is
 MANY_ROUNDS = 5  # after which it can be told who holds up the others
 MUCH_WAITING = 0.1  # share of its time from which on it is said that a worker waits
+HIDDEN = 0.05  # share of a round up to which a sync counts as hidden
 MAX_UNWRITTEN = 1000  # lines of rounds.jsonl that wait for the disk
 MAX_ENTRIES = 100  # entries of one slice's log that are kept, however small they are
 NAMES = "members.json"  # file in the output folder with the names of who takes part
@@ -443,6 +444,9 @@ class Member:
     max_steps: int = 0  # length of the run, as it says; 0: unknown
     evaluation: tuple | None = None  # (step, loss, whether of the global model) of its newest one
     pushed: object = None  # its Reading at its last push, where that is known
+    sync: object = None  # the Reading of the time with its last sync in it, where that is known
+    arrived: float = 0.0  # seconds in which its pushes have come in
+    delay: float = 0.0  # seconds of training from its last push to its adoption
 
     def keeps_id(self, session, rules, now):
         """Whether a process does not get the worker's id, as this one has it, whatever has become of its
@@ -1009,6 +1013,7 @@ class Reading(NamedTuple):
     trained: float  # seconds in which it has trained
     waited: float  # seconds in which its training has waited for rounds
     transferred: float = 0.0  # seconds in which its pushes and pulls have moved
+    arrived: float = 0.0  # of these, as the server has measured those of pushes
 
     def since(self, before):
         """The Reading of what was done since another one: what a liar says may go back."""
@@ -1042,15 +1047,19 @@ class Paces:
         """A worker has said how far it is, in a push or between two."""
         if reading.steps < member.reading.steps:
             return  # a push that was sent again
-        member.reading = reading
+        member.reading, before = reading, member.pushed
+        is_over = is_push or not (member.delay or member.blocked)  # the sync behind the last push
+        if before and is_over and 0 < before.steps < reading.steps:
+            member.sync = reading.since(before)
         if not member.readings or (is_push and member.readings[-1].steps < reading.steps):
             member.readings.append(reading)
 
     @staticmethod
-    def spent(member):
+    def spent(member, arrived=0.0, delay=0.0):
         """The Reading of what a member, which has just pushed, has done since its last push; None where
-        that is not known."""
+        that is not known. The push has come in `arrived` seconds, and is to be adopted in `delay`."""
         before, member.pushed = member.pushed, member.reading
+        member.arrived, member.delay = member.arrived + arrived, delay
         return member.reading.since(before) if before else None
 
     def note_last(self, pushes):
@@ -1126,6 +1135,22 @@ class Paces:
         found = [(m.id, self.waiting(m) or 0.0, slowest) for m in self.run.members.values()]
         return sorted(each for each in found if each[0] != slowest and each[1] >= MUCH_WAITING)
 
+    def sync(self, slices):
+        """The Sync of each of a model's slices together, or None where none is over yet. Who waits
+        least waits for nobody: that is what the transfers cost. The longest of them tells the link."""
+        known = [member for member in self.run.members.values() if member.sync]
+        if not known:
+            return None
+        slowest = max((member.sync for member in known), key=lambda sync: sync.transferred)
+        cycles = [(member.cycle, self.since(member)) for member in known]
+        return Sync(
+            seconds=slices * min(member.sync.waited for member in known),
+            training=max(cycle * done.trained / max(1, done.steps) for cycle, done in cycles),
+            up=slices * slowest.arrived,
+            down=slices * max(0.0, slowest.transferred - slowest.arrived),
+            delay=min(member.delay for member in known),
+        )
+
 
 class Stalls:
     """Which open rounds wait for too long, and for whom: a worker that is alive need not be working.
@@ -1181,6 +1206,56 @@ class Stalls:
             return []
         is_stuck = 0 < self.run.rules.drop_stuck < now - self.oldest[1]
         return sorted(self.run.missing(oldest[0])) if is_stuck else []
+
+
+# --- What a sync costs ------------------------------------------------------------------------
+#
+# A plain model of a worker's link, by which the server tells which codecs suit it, and tests/plan.py
+# which suit a run that is still to be made. Bytes that go one way move one after the other, and the
+# way down begins when the way up has ended. A sync is hidden where training stands still for it for
+# at most HIDDEN of a round: with full sync that is the time of the transfers, with streaming what
+# does not fit between a push and its adoption.
+
+# Codecs of the ways up and down that are worth taking, the least lossy first. There is no "fp32", as
+# nothing is learned better with it than with "bf16".
+PAIRS = (
+    ("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("int2", "int2"), ("top16", "int4"),
+    ("top32", "int2"),
+)  # fmt: skip
+
+
+class Sync(NamedTuple):
+    """What the transfers of a round take and cost, in seconds."""
+
+    seconds: float  # in which training stands still
+    training: float  # that the steps of a round take
+    up: float  # in which the whole model moves up, of the worker whose transfers take longest
+    down: float  # the same for the way down
+    delay: float  # of training from the push of a slice to its adoption
+
+    @property
+    def share(self):
+        """The share of a round in which training stands still."""
+        return self.seconds / max(self.seconds + self.training, 1e-9)
+
+
+def priced(up, down, training, slices=1, delay=0.0):
+    """The Sync of transfers that take so many seconds up and down in a round. Where the delay is
+    longer than the steps between two pushes, several slices are under way at a time."""
+    interval, trip = max(training / slices, 1e-9), (up + down) / slices
+    under_way = max(1.0, delay / interval)
+    late = max(0.0, (trip - delay) / under_way, max(up, down) / slices - interval)
+    return Sync(slices * late, training, up, down, delay)
+
+
+def fitting(sizes, rates, training, slices=1, delay=0.0):
+    """The first of PAIRS that hides the sync, or None. sizes: {codec: bytes of the whole model}; rates:
+    bytes per second (up, down) of the worker whose transfers take longest; the others as in Sync."""
+    for pair in PAIRS:
+        up, down = (sizes[codec] / rate for codec, rate in zip(pair, rates, strict=True))
+        if priced(up, down, training, slices, delay).share <= HIDDEN:
+            return pair
+    return None
 
 
 # --- The history of a run ---------------------------------------------------------------------
@@ -3038,6 +3113,7 @@ class Watch:
         self.found = []  # as Stalls.found, of a moment ago
         self.said = {}  # slice -> seconds when its wait was last said
         self.has_costs = False  # whether the log has said what waiting costs
+        self.has_advice = not server.args.advises  # whether it has said which codecs suit the links
 
     def look(self):
         """Called several times a second. Needs the lock."""
@@ -3063,9 +3139,43 @@ class Watch:
                 "end that"
             )
             break
+        if not self.has_advice and all(m.sync for m in server.run.members.values()):
+            self.advise(told_sync(server))
         for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
+
+    def advise(self, sync):
+        """Say once, as soon as the first sync of all members is over, which codecs would hide it."""
+        if sync:
+            self.has_advice = True
+            cost = f"{sync['seconds']:.2f} s a round, {100 * sync['share']:.1f}%"
+            log(f"a sync keeps training waiting for {cost}; {sync['advice'] or 'bf16 hides it'}")
+
+
+def told_sync(server):
+    """What a sync costs, and what would hide it, as a status has it; None where that is not known.
+    Needs the lock."""
+    model, present = server.model, (server.args.upload_codec, server.args.download_codec)
+    sync = server.run.paces.sync(model.num_fragments) if model else None
+    if sync is None:
+        return None
+    count, codecs = model.params.numel(), protocol.CODECS.items()
+    sizes = {name: protocol.payload_bytes(codec.layout(count)) for name, codec in codecs}
+    seconds = zip(present, (sync.up, sync.down), strict=True)
+    rates = [sizes[codec] / max(took, 1e-6) for codec, took in seconds]
+    found = fitting(sizes, rates, sync.training, model.num_fragments, sync.delay)
+    is_less = found and sum(sizes[c] for c in found) < sum(sizes[c] for c in present)
+    advice = "no codec would hide it, but a larger sync_every would"
+    if is_less:
+        advice = "--upload-codec {} --download-codec {} would hide it".format(*found)
+    return {
+        "seconds": round(sync.seconds, 3),
+        "share": round(sync.share, 4),
+        "mbit_up": round(rates[0] * 8e-6, 2),
+        "mbit_down": round(rates[1] * 8e-6, 2),
+        "advice": advice if sync.share > HIDDEN else "",
+    }
 
 
 def outlook(server):
@@ -3546,8 +3656,8 @@ class Gate:
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             member.facts.conn = conn
-            self.note_progress(member, message, is_push=False)
             member.blocked = blocked_of(message, len(self.run.slices))
+            self.note_progress(member, message, is_push=False)
             member.speed = message.field("steps_per_second", float, 0.0)
             is_to_stop = self.run.is_to_finish(member)
             fields = {
@@ -3572,7 +3682,8 @@ class Gate:
         member.position = message.field("position", int, 0)
         member.cycle = message.field("cycle", int, member.cycle, low=1, high=MOST_STEPS)
         spent = map(seconds, ("trained", "waited", "transferred"))
-        self.run.paces.note(member, Reading(message.field("made", int, 0), *spent), is_push)
+        reading = Reading(message.field("made", int, 0), *spent, member.arrived)
+        self.run.paces.note(member, reading, is_push)
         member.loss = message.field("loss", float, None, low=-limit, high=limit)
         member.max_steps = message.field("max_steps", int, member.max_steps)
         note_evaluation(self.server, member, message)
@@ -3646,8 +3757,9 @@ class Rounds:
         unused, began = push.payload, now()
         try:
             self.read_push(conn, push)
+            delay, took = push.adopts, now() - began
             if push.adopts:  # the reply will take about as long as this
-                push.adopts += began - (now() - began) - 2 * QUORUM_TICK_SECONDS
+                push.adopts += began - took - 2 * QUORUM_TICK_SECONDS
             with self.lock:
                 if self.model is not model:
                     raise Refused("rejoin", "the run has other tensors since; join again")
@@ -3658,7 +3770,8 @@ class Rounds:
                 if is_taken := self.run.push(push, now()):
                     unused = before.payload if before else None
                     self.server.gate.note_progress(member, message, is_push=True)
-                    push.spent = before.spent if before else self.run.paces.spent(member)
+                    paces = self.run.paces
+                    push.spent = before.spent if before else paces.spent(member, took, delay)
                     if push.refused:
                         who = shown(push.worker)
                         log(f"WARNING: {who}: {push.refused}; the round goes on without it")
@@ -4565,6 +4678,7 @@ class Server:
             "awaited": sorted(awaited),
             "stalls": self.watch.found,
             "waiting_costs": run.paces.costs(),
+            "sync": told_sync(self),
             "source": min((member.facts.source for member in everyone), default=None),
             "shares": self.shares,
             "settings": self.settings,
@@ -4879,8 +4993,9 @@ def parse_args(argv=None):
     add("--no-nesterov", dest="nesterov", action="store_false", default=None, help="plain momentum")
     add("--no-momentum-warmup", dest="momentum_warmup", action="store_false", default=None,
         help="full momentum from the first round on, as in the paper")
-    add("--upload-codec", choices=protocol.CODECS, default="bf16",
-        help="of pseudo-gradients (%(default)s)")
+    add("--upload-codec", choices=["auto", *protocol.CODECS], default="auto",
+        help="of pseudo-gradients (auto: bf16, and the log says after the first round which codecs "
+        "suit the network)")
     add("--download-codec", choices=protocol.CODECS, default="bf16",
         help="of updates (%(default)s)")
     add("--no-error-feedback", dest="error_feedback", action="store_false",
@@ -4892,6 +5007,8 @@ def parse_args(argv=None):
     add_round_options(parser)
     add("--until-done", action="store_true", help="end when the last worker has left")
     args = parser.parse_args(argv)
+    args.advises = args.upload_codec == "auto"
+    args.upload_codec = "bf16" if args.advises else args.upload_codec
     settle(args, parser)
     if args.spawn and not os.path.isfile(args.spawn):
         parser.error(f"--spawn: there is no file {args.spawn}")

@@ -269,6 +269,16 @@ def warnings_in(status):
     return texts + [f"{shown(worker)}: {shown(why)}" for worker, why in reasons.items()]
 
 
+def sync_in(status):
+    """Texts about what a sync costs, if that is known, and what would hide it, if it is much."""
+    sync = status.get("sync")  # an older server does not say it
+    if not sync:
+        return []
+    cost = f"{sync['seconds']:.2f} s a round, {percent(sync['share'])}"
+    advice = [printable(sync["advice"])] if sync["advice"] else []
+    return [f"a sync keeps training waiting for {cost}", *advice]
+
+
 def waits_in(status):
     """Texts about what a run waits for, if it waits."""
     expected, joining, awaited = status["expected"], status["joining"], status["awaited"]
@@ -392,7 +402,7 @@ def workers_in(status, width, height):
     return [*titled("Workers", [f"{len(workers)}: {summary}"]), names, *lines]
 
 
-def rounds_in(recent, width):
+def rounds_in(status, recent, width):
     """The lines about what a sync costs: the last rounds together, and the newest one by one."""
     if not recent:
         return titled("Rounds", ["no round has closed yet"])
@@ -404,7 +414,7 @@ def rounds_in(recent, width):
     )
     text = curve("seconds", figure(usual, 2), past, note, width, low=0, high=2 * usual)
     rows = table([ROUND, *map(row_of_round, recent[:-13:-1])], width)
-    return [*titled("Rounds", [text]), *rows]
+    return [*titled("Rounds", [text, *sync_in(status)]), *rows]
 
 
 def pushes_in(last):
@@ -465,7 +475,7 @@ def render(status, history, width=WIDE, height=WIDE):
         (workers_in(status, width, height), 5),
         (titled("Lately", troubles_in(status)[:4] + events[:-5:-1]), 1),
         blank,
-        (rounds_in(recent, width), 1.5),
+        (rounds_in(status, recent, width), 1.5),
         (titled("Last round", pushes_in(status["last_round"])), 0.5),
         blank,
         (titled("End", [end_of(status)]), 99),
@@ -666,7 +676,8 @@ def page_status(told):
     """What the page reads: what a Feed tells, and in `watch` what that says in words."""
     watch = told["watch"] | {"warnings": warnings_in(told)}
     if "state" in told:
-        watch |= {"waits": waits_in(told), "end": end_of(told), "troubles": troubles_in(told)}
+        watch |= {"waits": waits_in(told) + sync_in(told), "end": end_of(told)}
+        watch["troubles"] = troubles_in(told)
         watch["workers"] = [WORKER, *map(row_of, told["workers"])]
     return told | {"watch": watch}
 

@@ -15,7 +15,7 @@ LINES = 1400  # that a product file may have at most
 # the file: as many lines as it takes to say them plainly, until a room can be made simpler. The third
 # is what both sides share, which projects that copy the callback need as well: the wire, who may
 # speak (tokens, TLS), files and checkpoints, logs.
-LONGER = {"server.py": 4908, "diloco_callback.py": 4028, "protocol.py": 2523}
+LONGER = {"server.py": 5025, "diloco_callback.py": 4028, "protocol.py": 2523}
 CHANGING = {"add", "discard", "remove", "clear", "update", "pop", "setdefault", "append", "extend"}
 
 
@@ -92,8 +92,9 @@ def test_a_decision_outside_of_run_is_seen(line):
 
 @pytest.mark.parametrize(
     "name",
-    ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew", "Paces", "Point", "History"],
-)
+    ["Rules", "Push", "Round", "Slice", "Member", "Run", "Anew", "Paces", "Sync", "Point",
+     "History"],
+)  # fmt: skip
 def test_the_rules_know_no_socket_thread_file_clock_or_tensor(name):
     [cls] = [n for n in nodes(ROOT / "server.py", ast.ClassDef) if n.name == name]
     names = {node.id for node in ast.walk(cls) if isinstance(node, ast.Name)}

@@ -64,7 +64,7 @@ def made(workers=4, rounds=300, slices=1):
         "mode": "streaming" if slices > 1 else "sync", "state": "running", "min_workers": 1,
         "round": rounds, "step": 100 * rounds, "uptime_seconds": 9000.0, "parameters": 124_439_808,
         "workers_wanted": workers, "expected": [], "joining": [], "awaited": ["node-01", "node-02"][: max(0, workers - 1)],
-        "stalls": [], "waiting_costs": [], "source": "text", "shares": 64, "strangers": 1,
+        "stalls": [], "waiting_costs": [], "sync": None, "source": "text", "shares": 64, "strangers": 1,
         "settings": {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "momentum_warmup": True},
         "upload_codec": "bf16", "download_codec": "bf16", "forced_rounds": 0, "save_error": "",
         "fragments": [{"version": rounds // slices, "pushes": 0} for _ in range(slices)],
@@ -137,6 +137,8 @@ def test_waiting_running_and_stopped(start, serve, toy):
     said = json.loads(output)
     assert code == 0
     assert [w["id"] for w in said["workers"]] == ["ada", "bob"]
+    assert said["sync"]["seconds"] >= 0 and said["sync"]["mbit_up"] > 0
+    assert server.wait_for(r"a sync keeps training waiting for .* s a round, .*%; .")
     assert all(w["sync_every"] == 7 and w["loss"] > 0 for w in said["workers"])
     assert said["last_round"]["bytes_up"] == 2 * 58 * 2
 
@@ -245,6 +247,25 @@ def test_what_people_ask_is_on_80_by_24():
         assert words in text, text
     [curve] = re.findall("seconds  .*?([▁-█]+)", text)
     assert curve.count("█") == 1 and set(curve) <= set("▄▅█")  # one round took ten times as long
+
+
+def test_what_a_sync_costs_is_said_with_what_would_hide_it():
+    status, history = made(4)
+    status["sync"] = {
+        "seconds": 1.396,
+        "share": 0.317,
+        "mbit_up": 91.0,
+        "mbit_down": 92.5,
+        "advice": "",
+    }
+    lines = [line.strip() for line in plain(status, history, 80, 60)]
+    assert "a sync keeps training waiting for 1.40 s a round, 32%" in lines
+    status["sync"]["advice"] = advice = "--upload-codec top32 --download-codec int2 would hide it"
+    lines = [line.strip() for line in plain(status, history, 80, 60)]
+    assert lines[lines.index(advice) - 1] == "a sync keeps training waiting for 1.40 s a round, 32%"
+    assert (
+        advice in status_program.page_status({**status, "watch": {"error": ""}})["watch"]["waits"]
+    )
 
 
 def test_an_end_on_another_day_says_which():

@@ -486,7 +486,7 @@ def test_nobody_is_given_up_by_default_nor_where_members_are_too_few():
 def test_a_wait_is_logged_every_minute_with_those_that_are_missing(capsys, monkeypatch):
     run = opened("ada", "bob", count=1)
     push(run, "ada")
-    args = SimpleNamespace(drop_stuck=0.0)
+    args = SimpleNamespace(drop_stuck=0.0, advises=False)
     watch = product.Watch(SimpleNamespace(run=run, closed=False, args=args))
     for seconds in (1, 61, 90, 119, 122, 150, 183):
         monkeypatch.setattr(product, "now", lambda seconds=seconds: float(seconds))
