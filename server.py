@@ -1056,8 +1056,8 @@ class Paces:
 
     @staticmethod
     def spent(member, arrived=0.0, delay=0.0):
-        """The Reading of what a member, which has just pushed, has done since its last push; None where
-        that is not known. The push has come in `arrived` seconds, and is to be adopted in `delay`."""
+        """The Reading of what a member, which has just pushed, has done since its last push; None
+        where that is not known. The push came in `arrived` seconds, and is adopted in `delay`."""
         before, member.pushed = member.pushed, member.reading
         member.arrived, member.delay = member.arrived + arrived, delay
         return member.reading.since(before) if before else None
@@ -1136,8 +1136,8 @@ class Paces:
         return sorted(each for each in found if each[0] != slowest and each[1] >= MUCH_WAITING)
 
     def sync(self, slices):
-        """The Sync of each of a model's slices together, or None where none is over yet. Who waits
-        least waits for nobody: that is what the transfers cost. The longest of them tells the link."""
+        """The Sync of a round of a model's slices, or None where none is over yet. Who waits least
+        waits for nobody: that is what a sync costs. The longest transfers tell what the link is."""
         known = [member for member in self.run.members.values() if member.sync]
         if not known:
             return None
@@ -1210,13 +1210,13 @@ class Stalls:
 
 # --- What a sync costs ------------------------------------------------------------------------
 #
-# A plain model of a worker's link, by which the server tells which codecs suit it, and tests/plan.py
-# which suit a run that is still to be made. Bytes that go one way move one after the other, and the
-# way down begins when the way up has ended. A sync is hidden where training stands still for it for
-# at most HIDDEN of a round: with full sync that is the time of the transfers, with streaming what
-# does not fit between a push and its adoption.
+# A plain model of a worker's link, by which the server tells which codecs suit a run, and
+# tests/plan.py which suit one that is still to be made. Bytes that go one way move one after the
+# other, and the way down begins when the way up has ended. A sync is hidden where training stands
+# still for it for at most HIDDEN of a round: with full sync that is the time of the transfers, with
+# streaming what of them does not fit between a push and its adoption.
 
-# Codecs of the ways up and down that are worth taking, the least lossy first. There is no "fp32", as
+# Codecs of the ways up and down that are worth taking, the least lossy first. There is no "fp32":
 # nothing is learned better with it than with "bf16".
 PAIRS = (
     ("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("int2", "int2"), ("top16", "int4"),
@@ -1239,21 +1239,23 @@ class Sync(NamedTuple):
         return self.seconds / max(self.seconds + self.training, 1e-9)
 
 
-def priced(up, down, training, slices=1, delay=0.0):
-    """The Sync of transfers that take so many seconds up and down in a round. Where the delay is
-    longer than the steps between two pushes, several slices are under way at a time."""
-    interval, trip = max(training / slices, 1e-9), (up + down) / slices
+def priced(up, down, training, slices=1, delay=0.0, rest=0.0):
+    """The Sync of a round's transfers that take so many seconds up and down, and `rest` for all
+    that is not the line. Where the delay is longer than the time between two pushes, several
+    slices are under way at a time."""
+    interval, trip = max(training / slices, 1e-9), (up + down + rest) / slices
     under_way = max(1.0, delay / interval)
     late = max(0.0, (trip - delay) / under_way, max(up, down) / slices - interval)
     return Sync(slices * late, training, up, down, delay)
 
 
-def fitting(sizes, rates, training, slices=1, delay=0.0):
-    """The first of PAIRS that hides the sync, or None. sizes: {codec: bytes of the whole model}; rates:
-    bytes per second (up, down) of the worker whose transfers take longest; the others as in Sync."""
+def fitting(sizes, rates, training, slices=1, delay=0.0, rest=0.0):
+    """The first of PAIRS that hides the sync, or None. sizes: {codec: bytes of the whole model};
+    rates: bytes per second (up, down) of the worker whose transfers take longest; the others as in
+    `priced`."""
     for pair in PAIRS:
         up, down = (sizes[codec] / rate for codec, rate in zip(pair, rates, strict=True))
-        if priced(up, down, training, slices, delay).share <= HIDDEN:
+        if priced(up, down, training, slices, delay, rest).share <= HIDDEN:
             return pair
     return None
 
@@ -3106,7 +3108,8 @@ class Transfers:
 
 
 class Watch:
-    """Says who keeps rounds open, every minute, and gives them up where --drop-stuck wants that."""
+    """Says who keeps rounds open, every minute, and gives them up where --drop-stuck wants that;
+    says once what waiting costs, and what a sync does."""
 
     def __init__(self, server):
         self.server, self.stalls = server, Stalls(server.run)
@@ -3139,18 +3142,19 @@ class Watch:
                 "end that"
             )
             break
-        if not self.has_advice and all(m.sync for m in server.run.members.values()):
-            self.advise(told_sync(server))
+        if not self.has_advice and server.round:
+            self.advise(server.run.members.values())
         for id in self.stalls.stuck(now()):
             why = f"is given up: it is alive, but a round has waited {limit:g} s for it (--drop-stuck)"
             server.gate.remove(id, why, ends=False)
 
-    def advise(self, sync):
-        """Say once, as soon as the first sync of all members is over, which codecs would hide it."""
-        if sync:
+    def advise(self, members):
+        """Say once, as soon as a sync of all members is over, which codecs would hide it."""
+        if (sync := told_sync(self.server)) and all(member.sync for member in members):
             self.has_advice = True
-            cost = f"{sync['seconds']:.2f} s a round, {100 * sync['share']:.1f}%"
-            log(f"a sync keeps training waiting for {cost}; {sync['advice'] or 'bf16 hides it'}")
+            told = f"{sync['seconds']:.2f} s a round, {100 * sync['share']:.1f}%"
+            told += f"; {sync['advice'] or 'these codecs hide it'}"
+            log(f"a sync keeps training waiting for {told}")
 
 
 def told_sync(server):
@@ -3164,10 +3168,10 @@ def told_sync(server):
     sizes = {name: protocol.payload_bytes(codec.layout(count)) for name, codec in codecs}
     seconds = zip(present, (sync.up, sync.down), strict=True)
     rates = [sizes[codec] / max(took, 1e-6) for codec, took in seconds]
-    found = fitting(sizes, rates, sync.training, model.num_fragments, sync.delay)
-    is_less = found and sum(sizes[c] for c in found) < sum(sizes[c] for c in present)
+    others = sync.training, model.num_fragments, sync.delay
+    rest = max(0.0, sync.seconds - priced(sync.up, sync.down, *others).seconds)
     advice = "no codec would hide it, but a larger sync_every would"
-    if is_less:
+    if found := fitting(sizes, rates, *others, rest):
         advice = "--upload-codec {} --download-codec {} would hide it".format(*found)
     return {
         "seconds": round(sync.seconds, 3),
