@@ -448,17 +448,19 @@ class Slice:
         with self.lock:
             self.encoded, self.is_empty, self.is_broken = 0, not has_numbers, False
             if goes_on:
-                self.keep_mark()
-                if self.velocity is not None and has_numbers:
-                    for start, stop in protocol.chunks(self.size):
-                        self.flat.write(start, self._predicted(start, stop))
+                self.keep_mark(predicts=self.velocity is not None and has_numbers)
 
-    def keep_mark(self):
-        """Note the local values, from which training is about to go on."""
+    def keep_mark(self, predicts=False):
+        """Note the local values, from which training is about to go on, or if it `predicts` from the
+        prediction that they lead to."""
         with self.lock:
-            if self.mark is None:
-                self.mark = self._vector()
-                self.flat.read(0, self.mark)
+            is_kept = self.mark is not None
+            self.mark = self.mark if is_kept else self._vector()
+            for start, stop in protocol.chunks(self.size) if predicts or not is_kept else ():
+                if not is_kept:
+                    self.flat.read(start, self.mark[start:stop])
+                if predicts:  # while the chunk is in the cache
+                    self.flat.write(start, self._predicted(start, stop))
 
     def settle(self):
         """Wait for what this thread has asked of the GPUs: other threads have other streams."""
@@ -549,10 +551,10 @@ class Slice:
         anchor, velocity = self.anchor[start:stop], self.velocity[start:stop]
         own = protocol.scratch("own", anchor, stop - start)
         torch.sub(self.flat.rounded(start, anchor), self.mark[start:stop], out=own)
-        ahead = torch.mul(velocity, momentum, out=protocol.scratch("ahead", anchor, stop - start))
-        ahead.add_(own, alpha=part)
-        step = own.add_(ahead, alpha=momentum) if nesterov else ahead
-        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr * part, out=own))
+        # With v = momentum * velocity + part * own: own + momentum * v, or v without Nesterov.
+        share, kept = (1 + momentum * part, momentum**2) if nesterov else (part, momentum)
+        step = own.add_(velocity, alpha=kept / share)
+        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr * part * share, out=own))
 
     def copied_residual(self):
         """Return the residual as it is now, on the CPU."""
@@ -613,7 +615,7 @@ class Slice:
             is_finite = True
             for start, stop in protocol.chunks(self.size):
                 anchor = self.anchor[start:stop]
-                target = torch.empty_like(anchor)
+                target = protocol.scratch("local", anchor, stop - start)
                 self.flat.read(start, target)
                 if alpha is None:
                     target.sub_(mark[start:stop])
@@ -1692,6 +1694,10 @@ class Trained:
         plain = plain_names(self.model)
         return {plain(name): parameter for name, parameter in self.model.named_parameters()}
 
+    def stripe(self, count):
+        """Elements of a stripe, as `count` slices share what is trained."""
+        return protocol.stripe_of(sum(p.numel() for p in self.named.values()), count)
+
     def check_optimizers(self):
         """Raise ValueError where a trained parameter is in none of the optimizers, or in a wrong one."""
         held = {id(p): each for each in self.optimizers for p in parameters_of(each)}
@@ -2594,11 +2600,17 @@ class Admission:
             "again": self.leader.anew.count > 0,
         }
 
+    @property
+    def is_cut_alike(self):
+        """Whether the fragments of the worker's checkpoint have the same elements as they have now."""
+        count = self.worker.num_fragments
+        return count == 1 or self.worker.saved.get("stripe", 1) == self.trained.stripe(count)
+
     def resumable(self):
         """Return, by slice, the version that the local work of a checkpoint started from. A slice
         that was saved while its push was out is resumed from the global one: the steps after the
         push cannot be told from those in the push."""
-        saved = self.worker.saved.get("fragments", [])
+        saved = self.worker.saved.get("fragments", []) if self.is_cut_alike else []
         found = [FRESH if old["in_flight"] else Version(*old["version"]) for old in saved]
         more = self.worker.schedule.count - len(found)
         if not saved or more not in (0, len(self.trained.buffers) > 0):
@@ -2748,7 +2760,10 @@ class Admission:
         if self.kept:
             worker.ahead = worker.saved["step"]
         elif worker.saved:
-            log("the server has moved on since the checkpoint: took the global model")
+            why = "the server has moved on since the checkpoint"
+            if not self.is_cut_alike:
+                why = "the checkpoint is of an earlier version, whose fragments have other elements"
+            log(f"{why}: took the global model, without the steps that were in no push")
         if len(self.kept) == worker.num_fragments:  # the others wait for it just there
             worker.schedule.resume(
                 worker.saved["position"], worker.saved.get("cycle", worker.sync_every)
@@ -2769,7 +2784,8 @@ class Admission:
                 fields, tensors = saved, saved["residual"]
             else:
                 fields, tensors = protocol.load_file(self.worker.residual_path)
-            if protocol.specs_of(tensors.items()) != protocol.specs_of(kept.items()):
+            fits = protocol.specs_of(tensors.items()) == protocol.specs_of(kept.items())
+            if not (fits and self.is_cut_alike):
                 raise ProtocolError("it is of another model, or of other fragments")
             if fields.get("run") != saved.get("run"):
                 raise ProtocolError("it is of another run")
@@ -3743,8 +3759,7 @@ class DiLoCoWorker:
         """Note the loss of an evaluation that has just been made: the server shows the newest one of each
         worker, and a curve of those of the global model. That is what was evaluated where no step was
         made since the last adoption, or within `global_model`. One that is not finite is not told."""
-        loss = float(loss)
-        if abs(loss) < protocol.MAX_ABS:
+        if abs(loss := float(loss)) < protocol.MAX_ABS:
             is_global = self.shows_global or self.replica.is_global()
             self.evaluation = {"step": self.step, "loss": loss, "is_global": is_global}
 
@@ -3771,6 +3786,7 @@ class DiLoCoWorker:
             "position": self.schedule.position,
             "cycle": self.schedule.every,
             "fragments": self.replica.progress(),
+            "stripe": self.trained.stripe(self.num_fragments),
             "local": self.watch.own_names(),
         }
 

@@ -72,7 +72,7 @@ from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 PORT = 8512
 MAX_HEADER_BYTES = 16 << 20  # a manifest of 100,000 tensors takes about 10 MiB
 MAX_HELLO_BYTES = 1 << 10  # longest header that is read from a peer that is no worker
@@ -101,6 +101,7 @@ WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for oth
 # Elements that are worked on at once: 2 MiB of float32. Smaller chunks would fit in a nearer cache,
 # but the threads of a process hand Python's lock to each other with every operation on a chunk.
 CHUNK = 1 << 19
+STRIPE = 256  # numbers in a row of the same slice: fewer take longer (tests/bench_link.py)
 BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: the sum of a million numbers is finite, too
 MAX_FATES = 2000  # workers whose newest push one slice remembers
@@ -2011,9 +2012,10 @@ def connect(server, session_fields, access=PLAIN, **limits):
 
 # --- The model as one flat vector -----------------------------------------------------------
 #
-# The tensors of the manifest, laid end to end, are one float32 vector, and every N-th element of it
-# is a fragment. Server and workers work on fragments chunk by chunk, whatever the tensors' shapes,
-# dtypes and devices; FlatModel translates between a chunk and the parameters that it overlaps.
+# The tensors of the manifest, laid end to end, are one float32 vector. It is cut into stripes, a
+# stripe has STRIPE numbers in a row, and slice k of N has every N-th stripe from the k-th on. Server
+# and workers work on slices chunk by chunk, whatever the tensors' shapes, dtypes and devices;
+# FlatModel translates between a chunk and the parameters that it overlaps.
 
 
 def specs_of(named_tensors):
@@ -2090,13 +2092,13 @@ def fingerprint(tensor):
     return digest.hexdigest()
 
 
-def fragment_of(vector, k, count):
-    """Fragment k of `count`: a view of every count-th element of a flat vector, from the k-th on.
-
-    All have the same size, to an element, and each has its part of every tensor. Cut into runs
-    instead, the model learns less well: 0.5% of the loss with four fragments (tests/parity.py).
-    """
-    return vector[k::count]
+def stripe_of(total, count):
+    """Elements of a stripe of a flat vector of `total` elements, which `count` slices share: STRIPE, or
+    as a smaller power of two as many as leave each slice 64 stripes. So slices have the same size, to
+    a stripe, and each has its part of all but the smallest tensors. Cut into `count` runs instead,
+    the model learns less well: 0.5% of the loss with four slices (tests/parity.py)."""
+    most = max(1, total // (64 * count))
+    return min(STRIPE, 1 << most.bit_length() - 1) if count > 1 else max(1, total)
 
 
 def ranges(specs):
@@ -2107,52 +2109,58 @@ def ranges(specs):
         start += spec.numel
 
 
-def fill(tensor, inside, values):
-    """Set the elements of a tensor that a slice of them in row order names, whatever the tensor's
-    dtype, device and memory layout."""
-    if tensor.is_contiguous():
-        tensor.view(-1)[inside].copy_(values)
-    else:
-        flat = tensor.reshape(-1)  # a copy in row order
-        flat[inside].copy_(values)
-        tensor.copy_(flat.view(tensor.shape))
-
-
 class FlatModel:
     """Parameters, wherever they live and whatever their dtype, seen as one flat float32 vector, or
-    as a fragment of that: every `stride`-th element, from the `first` on.
+    as slice k of `count` of that. Elements are addressed as in the manifest, row by row, even where a
+    tensor's memory is laid out in another order.
 
-    `parameters`: tensors in the order of the manifest. Elements are addressed as in the manifest,
-    row by row, even where a tensor's memory is laid out in another order.
+    `parameters`: tensors in the order of the manifest. If they are a part of a vector only: `at`,
+    the place of the first element in it, and `stripe`, the vector's stripe_of.
     """
 
-    def __init__(self, parameters, first=0, stride=1):
-        self.parts = []  # (parameter, first place in the vector, last, first element)
-        self.stride = stride
+    def __init__(self, parameters, k=0, count=1, stripe=None, at=0):
+        self.parts = []  # (parameter, its first place in the slice, its last, its place in the vector)
         self.writes = 0  # calls of `write`
-        start = -first
+        self.stripe = stripe or stripe_of(sum(p.numel() for p in parameters), count)
+        self.first, self.step = k * self.stripe, count * self.stripe
         for parameter in parameters:
-            low = -(-max(start, 0) // stride)
-            high = -(-max(start + parameter.numel(), 0) // stride)
-            self.parts.append((parameter, low, high, low * stride - start))
-            start += parameter.numel()
-        self.numel = high
+            end = at + parameter.numel()
+            self.parts.append((parameter, self._before(at), self._before(end), at))
+            at = end
+        self.numel = self._before(at)
+
+    def _before(self, place):
+        """Elements of the slice before a place in the vector."""
+        row, rest = divmod(place, self.step)
+        return row * self.stripe + min(max(0, rest - self.first), self.stripe)
 
     def replace(self, before, parameter):
         """Have a tensor of the same shape take another one's place."""
         self.parts = [(parameter if p[0] is before else p[0], *p[1:]) for p in self.parts]
 
     def spans(self, start, stop):
-        """(parameter, slice of its elements, slice of [start, stop)) of all that overlap."""
+        """(parameter, some of its elements, slice of [start, stop)) of all that overlap. The elements
+        are for `among`: (the first one, stripes, elements that each of them has)."""
         first = bisect.bisect_right(self.parts, start, key=lambda part: part[2])
-        for parameter, low, high, offset in itertools.islice(self.parts, first, None):
+        for parameter, low, high, at in itertools.islice(self.parts, first, None):
             if low >= stop:
                 return
             a, b = max(low, start), min(high, stop)
-            if a < b:
-                begin = offset + (a - low) * self.stride
-                inside = slice(begin, begin + (b - a - 1) * self.stride + 1, self.stride)
-                yield parameter, inside, slice(a - start, b - start)
+            while a < b:  # the end of a stripe, whole ones, the beginning of one
+                row, rest = divmod(a, self.stripe)
+                width = min(self.stripe - rest, b - a)
+                rows = max(1, (b - a) // self.stripe) if rest == 0 else 1
+                begin = row * self.step + self.first + rest - at
+                yield parameter, (begin, rows, width), slice(a - start, a - start + rows * width)
+                a += rows * width
+
+    def among(self, flat, inside):
+        """A view of the elements of a span, [stripes, width], or [width] where that is one stripe.
+        `flat`: the parameter's elements, row by row."""
+        begin, rows, width = inside
+        if rows == 1:
+            return flat[begin : begin + width]
+        return flat[begin : begin + (rows - 1) * self.step + width].unfold(0, width, self.step)
 
     @property
     def device(self):
@@ -2167,21 +2175,28 @@ class FlatModel:
     def read(self, start, out):
         """Copy elements from `start` on into the float32 tensor `out`."""
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            out[outside].copy_(parameter.detach().reshape(-1)[inside])
+            local = self.among(parameter.detach().reshape(-1), inside)
+            out[outside].view(local.shape).copy_(local)
 
     def subtract_from(self, start, numbers, out):
         """`numbers`, rounded to the parameters' dtypes, minus the elements from `start` on, into
         `out`; both are float32 chunks."""
         numbers = self.rounded(start, numbers)
         for parameter, inside, outside in self.spans(start, start + out.numel()):
-            local = parameter.detach().reshape(-1)[inside]
-            torch.sub(numbers[outside], local.to(out.device, out.dtype), out=out[outside])
+            local = self.among(parameter.detach().reshape(-1), inside).to(out.device, out.dtype)
+            own, rest = (each[outside].view(local.shape) for each in (numbers, out))
+            torch.sub(own, local, out=rest)
 
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""
         self.writes += 1
         for parameter, inside, outside in self.spans(start, start + values.numel()):
-            fill(parameter.detach(), inside, values[outside])
+            tensor = parameter.detach()
+            flat = tensor.reshape(-1)  # a copy where the tensor's memory has another order
+            local = self.among(flat, inside)
+            local.copy_(values[outside].view(local.shape))
+            if not tensor.is_contiguous():
+                tensor.copy_(flat.view(tensor.shape))
 
     def rounded(self, start, values):
         """`values`, for elements from `start` on, rounded to the parameters' dtypes, as float32."""

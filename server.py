@@ -1730,16 +1730,25 @@ class Snapshot:
             self.close(reader)
 
 
-def interleaved(snapshots):
+def overlaps(values, first, vectors, stripe):
+    """Yields (FlatModel, place, part of a vector) for each fragment's vector: of a float32 tensor, whose
+    place in the flat vector is `first`, what lies from that place of the fragment on is the part's."""
+    for k, vector in enumerate(vectors):
+        flat = protocol.FlatModel([values], k, len(vectors), stripe, first)
+        _, low, high, _ = flat.parts[0]
+        yield flat, low, vector[low:high]
+
+
+def interleaved(snapshots, stripe):
     """Yields [run of each flat vector], run after run, from the snapshots of all fragments: the
     same chunk of every fragment makes a run of the flat vectors."""
     for chunks in itertools.zip_longest(*(snapshot.chunks() for snapshot in snapshots)):
         runs = []
         for parts in zip(*(chunk for chunk in chunks if chunk), strict=True):
-            run = torch.empty(sum(part.numel() for part in parts))
-            for k, part in enumerate(parts):
-                protocol.fragment_of(run, k, len(snapshots)).copy_(part)
-            runs.append(run)
+            parts += (torch.empty(0),) * (len(snapshots) - len(parts))
+            runs.append(torch.empty(sum(map(len, parts))))
+            for flat, start, part in overlaps(runs[-1], 0, parts, stripe):
+                flat.write(start, part)
         yield runs
 
 
@@ -1747,24 +1756,29 @@ class GlobalModel:
     """The numbers of a run, its slices' logs, and the memory of what is sent and received.
 
     manifest: specs of the parameters; buffers: specs of the floating-point buffers, which are the
-    last slice where there are any; count: number of slices; sizes: elements by slice; logs: by
-    slice, the kept entries, oldest first. `params` becomes the flat vector where it is given. outer:
-    {name: vector} of what the outer step keeps: the momentum, what the download codec has lost (residual),
-    and the parts of the step under way where momentum waits for its end (gathered).
+    last slice where there are any; total: number of parameters; count: of slices; sizes: elements by
+    slice; logs: by slice, the kept entries, oldest first. outer: {name: vector} of what the outer step
+    keeps: the momentum, what the download codec has lost (residual), and the parts of the step under
+    way where momentum waits for its end (gathered). In these and in `params` one slice lies behind the other.
     """
 
-    def __init__(self, manifest, buffers, num_fragments, up, down, error_feedback, params=None):
+    def __init__(self, manifest, buffers, num_fragments, up, down, error_feedback):
         self.manifest, self.buffers = list(manifest), list(buffers)
         self.num_fragments = num_fragments
         self.up, self.down = protocol.CODECS[up], protocol.CODECS[down]
-        if params is None:
-            params = torch.zeros(sum(spec.numel for spec in self.manifest))
-        self.params, self.outer = params, {"momentum": torch.zeros_like(params)}
+        self.total = sum(spec.numel for spec in self.manifest)
+        whole = [torch.empty(self.total, device="meta")]
+        flats = [protocol.FlatModel(whole, k, num_fragments) for k in range(num_fragments)]
+        self.sizes, self.stripe = [flat.numel for flat in flats], flats[0].stripe
+        aligned = (-(-size // protocol.BLOCK) * protocol.BLOCK for size in self.sizes[:-1])
+        self.starts = [0, *itertools.accumulate(aligned)]  # of the fragments in `params`
+        self.params = torch.zeros(self.starts[-1] + self.sizes[-1])
+        self.outer = {"momentum": torch.zeros_like(self.params)}
         if self.down.feedback and error_feedback:
-            self.outer["residual"] = torch.zeros_like(params)
+            self.outer["residual"] = torch.zeros_like(self.params)
         self.values = torch.zeros(sum(spec.numel for spec in self.buffers))  # of the buffers
         self.count = num_fragments + bool(self.buffers)
-        self.sizes = [self.vectors(k)[0].numel() for k in range(self.count)]
+        self.sizes += [self.values.numel()] * bool(self.buffers)
         self.logs = [deque() for _ in range(self.count)]
         self.idle = [[] for _ in range(self.count)]  # by slice, payloads for the next pushes
         self.payloads = [weakref.WeakSet() for _ in range(self.count)]  # those, and the ones in use
@@ -1791,8 +1805,12 @@ class GlobalModel:
         values only."""
         if k == self.num_fragments:
             return [self.values]
-        vectors = self.params, *self.outer.values()
-        return [protocol.fragment_of(vector, k, self.num_fragments) for vector in vectors]
+        return [self.parts(vector)[k] for vector in (self.params, *self.outer.values())]
+
+    def parts(self, vector):
+        """The parts of `params`, or of a vector of `outer`, that are the fragments'."""
+        places = zip(self.starts, self.sizes, strict=False)
+        return [vector[start : start + size] for start, size in places]
 
     def check(self, manifest, buffers):
         """Raise Refused where a worker's parameters and buffers are not those of the model."""
@@ -2007,14 +2025,16 @@ class GlobalModel:
         for k, size in enumerate(self.sizes):
             for chunk in protocol.chunks(size):
                 self._keep(k, *chunk)
-        for vector, specs in ((self.params, self.manifest), (self.values, self.buffers)):
+        fragments = self.parts(self.params)
+        for vectors, specs in ((fragments, self.manifest), ([self.values], self.buffers)):
             for spec, first, _ in protocol.ranges(specs):
                 flat = found[spec.name].detach().reshape(-1) if spec.name in found else ()
                 for start, stop in protocol.chunks(len(flat)):
                     part = flat[start:stop].float()
                     if not protocol.within(part):
                         raise Refused("model", "the parameters to start from are not all finite")
-                    vector[first + start : first + stop].copy_(part)
+                    for view, place, own in overlaps(part, first + start, vectors, self.stripe):
+                        view.read(place, own)
 
     def inherit(self):
         """Take from `past`: weights by name, then the numbers, momentum and residual of the tensors
@@ -2023,18 +2043,25 @@ class GlobalModel:
         self.put(found)
         for name in old.outer:
             self.outer.setdefault(name, torch.zeros_like(self.params))
-        mine = self.manifest, self.params, *(self.outer[name] for name in old.outer)
-        its = old.manifest, old.params, *old.outer.values()
-        for own, other in ((mine, its), ((self.buffers, self.values), (old.buffers, old.values))):
-            places = {(s.name, s.shape): slice(*place) for s, *place in protocol.ranges(other[0])}
-            for spec, start, stop in protocol.ranges(own[0]):
-                if place := places.get((spec.name, spec.shape)):
-                    for vector, before in zip(own[1:], other[1:], strict=True):
-                        vector[start:stop].copy_(before[place])
+        mine = self.manifest, *map(self.parts, (self.params, *(self.outer[n] for n in old.outer)))
+        its = old.manifest, *map(old.parts, (old.params, *old.outer.values()))
+        values = (self.buffers, [self.values]), (old.buffers, [old.values])
+        for own, other in ((mine, its), values):
+            places = {(s.name, s.shape): first for s, first, _ in protocol.ranges(other[0])}
+            for spec, first, _ in protocol.ranges(own[0]):
+                place = places.get((spec.name, spec.shape))
+                if place is None:
+                    continue
+                part = torch.empty(spec.numel)
+                for vectors, before in zip(own[1:], other[1:], strict=True):
+                    for flat, start, numbers in overlaps(part, place, before, old.stripe):
+                        flat.write(start, numbers)
+                    for flat, start, numbers in overlaps(part, first, vectors, self.stripe):
+                        flat.read(start, numbers)
 
     def tensors(self, snapshots):
         """Yields (spec, tensor of its dtype) of all that is in the snapshots of every slice."""
-        runs = (run[0] for run in interleaved(snapshots[: self.num_fragments]))
+        runs = (run[0] for run in interleaved(snapshots[: self.num_fragments], self.stripe))
         values = itertools.chain(
             *(snapshot.pieces() for snapshot in snapshots[self.num_fragments :])
         )
@@ -2228,22 +2255,20 @@ def read_checkpoint(path, up, down, error_feedback):
     state["missed"] = missed_of(fields.get("missed"), heads)
     if not 0 < count <= len(specs) or not 1 <= num_fragments <= 1000:
         raise ProtocolError(f"{count} parameters in {num_fragments} slices")
-    params = torch.cat([tensors[spec.name].reshape(-1) for spec in specs[:count]])
-    if params.dtype != torch.float32 or len(heads) != num_fragments + bool(buffers):
-        raise ProtocolError(f"{params.dtype} parameters, and {len(heads)} versions of slices")
-    model = GlobalModel(specs[:count], buffers, num_fragments, up, down, error_feedback, params)
+    dtypes = {tensors[spec.name].dtype for spec in specs[:count]}
+    if dtypes != {torch.float32} or len(heads) != num_fragments + bool(buffers):
+        raise ProtocolError(f"{dtypes} parameters, and {len(heads)} versions of slices")
+    model = GlobalModel(specs[:count], buffers, num_fragments, up, down, error_feedback)
+    model.put(tensors)
     if "gathered" in outer:
-        model.outer["gathered"] = torch.zeros_like(params)
+        model.outer["gathered"] = torch.zeros_like(model.params)
     for name, vector in model.outer.items():
         if name == "momentum" or name in outer:
-            if outer[name].dtype != torch.float32 or outer[name].shape != vector.shape:
+            if outer[name].dtype != torch.float32 or outer[name].shape != (model.total,):
                 raise ProtocolError(f"the {name} is not of the size of the parameters")
-            vector.copy_(outer[name])
-    for spec, start, stop in protocol.ranges(buffers):
-        model.values[start:stop].copy_(tensors[spec.name].reshape(-1))
-    for vector in (model.params, *model.outer.values(), model.values):
-        for part in vector.split(protocol.CHUNK):
-            if not protocol.within(part):
+            for flat, start, part in overlaps(outer[name], 0, model.parts(vector), model.stripe):
+                flat.read(start, part)
+            if not all(protocol.within(part) for part in vector.split(protocol.CHUNK)):
                 raise ProtocolError("its numbers are not all finite")
     return state, model
 
@@ -2251,9 +2276,8 @@ def read_checkpoint(path, up, down, error_feedback):
 def write_vectors(folder, state, model, snapshots):
     """Write both safetensors files of a checkpoint: parameters and buffers in one, momentum,
     residual and state in the other, all of them side by side. Raises FloatingPointError."""
-    total = model.params.numel()
     vectors = list(model.outer)[: len(snapshots[0].vectors) - 1]  # of when they were taken
-    specs = [protocol.TensorSpec(name, torch.float32, (total,)) for name in vectors]
+    specs = [protocol.TensorSpec(name, torch.float32, (model.total,)) for name in vectors]
     with (
         open(os.path.join(folder, "model.safetensors"), "wb") as params,
         open(os.path.join(folder, "outer.safetensors"), "wb") as outer,
@@ -2263,12 +2287,12 @@ def write_vectors(folder, state, model, snapshots):
         params.write(protocol.encode_header(program, flat, format="pt"))
         outer.write(protocol.encode_header(state | program, specs, format="pt"))
         begin, done = outer.tell(), 0
-        for run, *others in interleaved(snapshots[: model.num_fragments]):
+        for run, *others in interleaved(snapshots[: model.num_fragments], model.stripe):
             if not all(protocol.within(part) for part in (run, *others)):
                 raise FloatingPointError("the model's numbers are not all finite")
             params.write(protocol.memory(run))
             for place, other in enumerate(others):
-                outer.seek(begin + 4 * (place * total + done))
+                outer.seek(begin + 4 * (place * model.total + done))
                 outer.write(protocol.memory(other))
             done += run.numel()
         for snapshot in snapshots[model.num_fragments :]:
@@ -3164,7 +3188,7 @@ def told_sync(server):
     sync = server.run.paces.sync(model.num_fragments) if model else None
     if sync is None:
         return None
-    count, codecs = model.params.numel(), protocol.CODECS.items()
+    count, codecs = model.total, protocol.CODECS.items()
     sizes = {name: protocol.payload_bytes(codec.layout(count)) for name, codec in codecs}
     seconds = zip(present, (sync.up, sync.down), strict=True)
     rates = [sizes[codec] / max(took, 1e-6) for codec, took in seconds]
@@ -4671,7 +4695,7 @@ class Server:
             "round": self.round,
             "step": run.step,
             "uptime_seconds": round(now() - self.started, 1),
-            "parameters": model.params.numel() if model else 0,
+            "parameters": model.total if model else 0,
             "workers_wanted": args.n,
             "expected": sorted(run.expected.keys() - run.waiting.keys()),
             "workers": [

@@ -4,6 +4,7 @@
     python tests/bench_link.py --mbit 20                # a fragment's round trip does not fit
     python tests/bench_link.py --fragments 8 --modes standalone,streaming
     python tests/bench_link.py --upload-codec fp32 --download-codec fp32
+    python tests/bench_link.py --parameters 100e6 --mbit 1000 --step-ms 300 --sync-every 40
 
 Puts the real server and two workers into network namespaces of their own, joined by a bridge, and
 limits each worker's link with `tc ... tbf`, both ways; the server's link has no limit, and none has
@@ -14,6 +15,8 @@ link is what is measured and not the cores. The first cycle is not timed. The co
     hook        share of the time that the training thread spent in DiLoCo's hook; where a step is
                 slower by more than that, the cores are busy: look again on an idle machine
     waits       of it, waiting, as the worker says
+    boundary    seconds in the hook from one push to the next, without waiting: what a boundary takes
+    its CPU     CPU seconds of the training thread of it, which other processes do not make longer
     forced      the share of waiting if only the link took time: full sync waits for every byte,
                 streaming for what does not fit into the training time
     link/train  what a cycle's payload, up and then down, takes on the link with TCP/IP headers,
@@ -228,11 +231,12 @@ def train(server, name, parameters, step_seconds, sync_every, rounds, fragments)
     for parameter in model:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    began, trained = time.monotonic(), []
+    began, trained, hooked = time.monotonic(), [], []
 
     def sleep(*_):
         time.sleep(max(0.0, began + step_seconds - time.monotonic()))
         trained.append(time.monotonic() - began)
+        hooked.append(-time.thread_time())
 
     optimizer.register_step_post_hook(sleep)  # before DiLoCo's, whose time comes on top
     worker, synchronized = None, contextlib.nullcontext()
@@ -246,9 +250,10 @@ def train(server, name, parameters, step_seconds, sync_every, rounds, fragments)
                 first = readings(worker)
             began = time.monotonic()
             optimizer.step()
+            hooked[-1] += time.thread_time()
         last = readings(worker)
         found = {key: last[key] - first[key] for key in first}
-        found["trained"] = sum(trained[sync_every:])
+        found["trained"], found["hooked"] = sum(trained[sync_every:]), sum(hooked[sync_every:])
         if worker:
             found["send_mb"] = worker.metrics()["diloco/last_send_mb"] * fragments
             found["recv_mb"] = worker.metrics()["diloco/last_recv_mb"] * fragments
@@ -304,6 +309,9 @@ def summarize(mode, found, fragments, args):
         return row
     row["hook"] = 1 - median["trained"] / median["time"]
     row["waits"] = median["stall"] / median["time"]
+    boundaries = cycles * fragments
+    row["boundary"] = (median["time"] - median["trained"] - median["stall"]) / boundaries
+    row["its CPU"] = median["hooked"] / boundaries
     row["trip"] = median["trips"] / median["pushes"]
     train = (median["time"] - median["stall"]) / cycles
     link = (median["send_mb"] + median["recv_mb"]) * 1e6 * WITH_HEADERS / bandwidth
@@ -323,6 +331,8 @@ COLUMNS = {
     "vs alone": "{:.3f}",
     "hook": "{:.1%}",
     "waits": "{:.1%}",
+    "boundary": "{:.4f} s",
+    "its CPU": "{:.4f} s",
     "forced": "{:.1%}",
     "link/train": "{:.2f}",
     "trip": "{:.3f} s",
@@ -359,7 +369,7 @@ def reading(row, args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mbit", type=float, default=100.0, help="of a worker's link, each way")
-    parser.add_argument("--parameters", type=int, default=4_000_000)
+    parser.add_argument("--parameters", type=lambda text: int(float(text)), default=4_000_000)
     parser.add_argument("--step-ms", type=float, default=30.0, help="what a step takes")
     parser.add_argument("--sync-every", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=6, help="cycles, the first not timed")

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from trail import places
+
 import protocol
 from diloco_callback import DiLoCoWorker, Ranks
 
@@ -212,7 +214,8 @@ def reads_right(worker, whole):
     vector = torch.cat([whole[name].float().flatten() for name in named])
     ranks.gather(named)
     for k in range(3) if ranks.leads else ():
-        flat, expected = protocol.FlatModel(ranks.whole(named), k, 3), vector[k::3]
+        flat = protocol.FlatModel(ranks.whole(named), k, 3)
+        expected = vector[places(len(vector), k, 3)]
         out, difference = torch.empty(2, len(expected))
         flat.read(0, out)
         flat.subtract_from(0, torch.zeros(len(expected)), difference)

@@ -342,7 +342,7 @@ def main():
     parser.add_argument(
         "--picture", help="a PNG of the loss over the bytes, made of the table's rows"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     rows, done = list(rows_of(args.rows)), read(args.out)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     wanted = [(row, seed) for seed in seeds for row in rows if seed not in done[row]]

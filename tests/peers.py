@@ -24,6 +24,7 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import DEADLINE, until
+from trail import places
 
 import diloco_callback
 import protocol
@@ -120,11 +121,17 @@ class Peer:
     def seq(self):
         return self.seqs[0]
 
-    def slice(self, k):
-        """Slice k: a view of its numbers."""
+    def place(self, k):
+        """(vector that slice k is in, its places there)."""
         if k == self.fragments:
-            return self.values
-        return protocol.fragment_of(self.params, k, self.fragments)
+            return self.values, slice(None)
+        is_whole = self.fragments == 1
+        return self.params, slice(None) if is_whole else places(len(self.params), k, self.fragments)
+
+    def slice(self, k):
+        """The numbers of slice k."""
+        vector, place = self.place(k)
+        return vector[place]
 
     def connect(self):
         conn, _ = protocol.connect(self.server, self.session)
@@ -184,7 +191,7 @@ class Peer:
     def bring(self, slices, files=True, on_wait=None):
         """Upload the slices that the server has asked for, and the files; the reply."""
         self.brought += slices
-        tensors = {f"slice:{k}": self.slice(k).contiguous() for k in slices}
+        tensors = {f"slice:{k}": self.slice(k) for k in slices}
         sizes = {name: len(text) for name, text in self.files.items()} if files else {}
         for name in sizes:
             raw = torch.frombuffer(bytearray(self.files[name]), dtype=torch.uint8)
@@ -246,7 +253,8 @@ class Peer:
         """Follow an entry of the log, or take a slice in full."""
         k, version = message.fields["slice"], protocol.version_of(message.fields["version"])
         listed = protocol.fates_of(message.fields["folded"])
-        mine = self.slice(k)
+        vector, place = self.place(k)
+        mine = vector[place]
         if message.type == "slice":
             mine.copy_(tensors["slice"])
             self.folded[k] = listed
@@ -258,7 +266,8 @@ class Peer:
                     codec.decode(tensors, start, decoded[start:stop])
                 mine.add_(decoded)
             self.folded[k].update(listed)
-        assert same_bits(protocol.checksum_of(mine.contiguous()), tensors["checksum"])
+        assert same_bits(protocol.checksum_of(mine), tensors["checksum"])
+        vector[place] = mine
         self.versions[k] = version
         self.took.append(message.type)
 
@@ -423,7 +432,7 @@ class Counter(threading.Thread):
         """The global numbers, as far as it has adopted them."""
         vector, slices = torch.zeros(self.model.weight.numel()), self.worker.slices
         for k, slice in enumerate(slices):
-            protocol.fragment_of(vector, k, len(slices)).copy_(slice.anchor)
+            vector[places(len(vector), k, len(slices))] = slice.anchor
         return vector.tolist()
 
     @property

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from conftest import DEADLINE, ROUNDING, rounded
 from conftest import Outer as WrittenOut
+from trail import places
 
 import protocol
 import server
@@ -60,6 +61,14 @@ def push(model, k, worker, values, **facts):
 def vectors_of(model):
     """All flat vectors of a model, the buffers' values last."""
     return [model.params, *model.outer.values(), model.values]
+
+
+def flat_of(model, name=None):
+    """The parameters, or what the outer step keeps of that name, in the order of the manifest."""
+    flat = torch.full((sum(spec.numel for spec in model.manifest),), torch.nan)
+    for k, part in enumerate(model.parts(model.outer[name] if name else model.params)):
+        flat[places(len(flat), k, model.num_fragments)] = part
+    return flat
 
 
 def closed(k, number, pushes, plain=False, share=1.0):
@@ -175,14 +184,15 @@ def test_without_error_feedback_there_is_no_residual():
 def test_a_fragment_changes_its_elements_only(fragments):
     count = fragments * CHUNK + 1
     model = made(count, fragments, "bf16", "bf16")
-    whole = model.params.clone()
+    whole = flat_of(model)
     for k in range(fragments):
-        part = protocol.fragment_of(whole, k, fragments).clone()
+        mine = places(count, k, fragments)
+        part = whole[mine]
         values = numbers(k, len(part))
         outer = WrittenOut(part, "bf16").step([rounded(values, "bf16")])
         entry, _ = fold(model, k, 1, [values])
-        protocol.fragment_of(whole, k, fragments).copy_(outer.params)
-        assert same_bits(model.params, whole)
+        whole[mine] = outer.params
+        assert same_bits(flat_of(model), whole)
         assert same_bits(replay(entry, part), model.vectors(k)[0])
 
 
@@ -329,10 +339,10 @@ def overtake(model, number):
 def test_a_checkpoint_is_of_one_moment_while_all_changes_around_it(count, fragments):
     model = made(count, fragments, up="int8", down="int8", buffers=[MEAN])
     overtake(model, 1)
-    before = [v.clone() for v in (model.params, model.outer["momentum"], model.outer["residual"])]
+    before = [flat_of(model, name) for name in (None, "momentum", "residual")]
     values, frozen = model.values.clone(), model.freeze()
     written = [[], [], []]
-    for n, runs in enumerate(server.interleaved(frozen[:fragments])):
+    for n, runs in enumerate(server.interleaved(frozen[:fragments], model.stripe)):
         if n < 3:
             for twice in range(2):  # the folds overtake the reader, and come again
                 overtake(model, 2 + 2 * n + twice)
@@ -432,8 +442,8 @@ def test_weights_of_m_overwrite_what_a_worker_has_brought():
     model.take(2, torch.arange(3.0))
     found = {"b": numbers(8, 5).bfloat16(), "mean": torch.ones(3, dtype=torch.float64)}
     model.put({**found, "other": torch.ones(1)})
-    assert model.params[:12].tolist() == [k // 2 for k in range(12)]
-    assert same_bits(model.params[12:], found["b"].float()) and model.values.tolist() == [1, 1, 1]
+    assert flat_of(model)[:12].tolist() == [k // 2 for k in range(12)]
+    assert same_bits(flat_of(model)[12:], found["b"].float()) and model.values.tolist() == [1, 1, 1]
     with pytest.raises(Refused, match="are not all finite"):
         model.put({"b": torch.full((5,), torch.nan)})
     long = made(2 * CHUNK + 1)
@@ -487,10 +497,10 @@ def test_a_checkpoint_is_what_the_library_reads_and_is_opened_again(tmp_path, fr
         name: (torch.float32, shape) for name, _, shape in (W, B, MEAN)
     }
     flat = torch.cat([saved["w"].view(-1), saved["b"]])
-    assert same_bits(flat, model.params) and same_bits(saved["mean"], model.values)
+    assert same_bits(flat, flat_of(model)) and same_bits(saved["mean"], model.values)
     vectors = safetensors.torch.load_file(folder / "outer.safetensors")
-    assert same_bits(vectors["momentum"], model.outer["momentum"])
-    assert same_bits(vectors["residual"], model.outer["residual"])
+    assert same_bits(vectors["momentum"], flat_of(model, "momentum"))
+    assert same_bits(vectors["residual"], flat_of(model, "residual"))
     with safetensors.safe_open(folder / "outer.safetensors", "pt") as file:
         state = json.loads(file.metadata()["diloco"])
     assert (state["program"], state["step"], state["buffers"]) == ("diloco", 30, 1)
@@ -584,11 +594,10 @@ def test_a_checkpoint_of_before_is_opened(tmp_path):
         (Version(LIFE, 4), {}),
     ]
     assert (model.buffers, model.count) == ([MEAN], 3)
-    assert same_bits(model.values, tensors["mean"]) and same_bits(
-        model.outer["momentum"], numbers(4)
-    )
-    assert same_bits(model.outer["residual"], numbers(5))
-    assert same_bits(model.params, torch.cat([tensors["w"].view(-1), tensors["b"]]))
+    assert same_bits(model.values, tensors["mean"])
+    assert same_bits(flat_of(model, "momentum"), numbers(4))
+    assert same_bits(flat_of(model, "residual"), numbers(5))
+    assert same_bits(flat_of(model), torch.cat([tensors["w"].view(-1), tensors["b"]]))
 
 
 @pytest.mark.parametrize("cut", ["model.safetensors", "outer.safetensors"])
@@ -692,7 +701,7 @@ def test_the_final_model_has_first_dtypes_buffers_and_frozen_tensors_of_m(tmp_pa
     store.note_frozen(described({"base": base["base"]}), "a on host")
     assert store.untrained == ["base"] and store.frozen == {}
     snapshots = [model.snapshot(k) for k in range(3)]
-    expected = {"w": model.params[:12].clone().view(3, 4), "b": model.params[12:].bfloat16(),
+    expected = {"w": flat_of(model)[:12].view(3, 4), "b": flat_of(model)[12:].bfloat16(),
                 "mean": model.values.clone(), "base": base["base"]}  # fmt: skip
     overtake(model, 2)
     versions = [Version(LIFE, 1)] * 3
@@ -707,7 +716,7 @@ def test_the_final_model_has_first_dtypes_buffers_and_frozen_tensors_of_m(tmp_pa
     store.save_final(versions, model, [model.snapshot(k) for k in range(3)])
     assert path.stat().st_mtime_ns == before
     ((_, tensor),) = long.tensors([long.snapshot(k) for k in range(3)])
-    assert same_bits(tensor, long.params)
+    assert same_bits(tensor, flat_of(long))
 
 
 def test_frozen_tensors_are_compared_with_m_by_fingerprint(tmp_path):

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import torch
 from conftest import DEADLINE, rounded, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trail import places
 
 import protocol
 from protocol import (
@@ -748,7 +750,7 @@ def test_hello_refuses_strangers_versions_and_anything_else(pair):
             Refused,
             "neither a loopback",
         ),
-        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 5 of the protocol, you 99"),
+        ("10.1.2.3", "hello", {"protocol": 99}, Refused, "version 6 of the protocol, you 99"),
         ("fe80::1%eth0", "join", {}, ProtocolError, "first message is 'join'"),
         ("::1", "hello", {}, ProtocolError, "'protocol'"),
         (
@@ -1007,27 +1009,50 @@ def test_flat_model_reads_writes_and_rounds_any_slice():
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_a_fragment_of_a_model_is_that_of_its_flat_vector(count):
+@pytest.mark.parametrize("stripe", [1, 2, 4, 16])
+def test_a_slice_of_a_model_is_that_of_its_flat_vector(monkeypatch, count, stripe):
+    monkeypatch.setattr(protocol, "stripe_of", lambda total, count: stripe)
     parameters = odd_parameters()
-    whole = torch.cat([p.detach().float().reshape(-1) for p in parameters])
+    mine = [places(TOTAL, k, count) for k in range(count)]
+
+    def flat():
+        return torch.cat([p.detach().float().reshape(-1) for p in parameters])
+
     for k in range(count):
-        part = protocol.FlatModel(parameters, k, count)
-        expected = protocol.fragment_of(whole, k, count)
+        part, expected = protocol.FlatModel(parameters, k, count), flat()[mine[k]]
         assert part.numel == len(expected)
-        for start, stop in ((0, part.numel), (1, part.numel - 1), (part.numel // 2, part.numel)):
-            out = torch.empty(stop - start)
+        for start, stop in itertools.combinations(range(part.numel + 1), 2):
+            out, difference, ones = torch.empty(3, stop - start)
             part.read(start, out)
             assert torch.equal(out, expected[start:stop])
-    for k in range(count):
+            part.subtract_from(start, ones.fill_(1), difference)
+            assert torch.equal(difference, 1 - expected[start:stop])
+    wished = flat()
+    for k, start in itertools.product(range(count), (0, 1, 3)):
         part = protocol.FlatModel(parameters, k, count)
-        values = torch.arange(part.numel, dtype=torch.float32) + 1000 * k
-        part.write(0, values)
-    after = torch.cat([p.detach().float().reshape(-1) for p in parameters])
-    for k in range(count):
-        part = protocol.FlatModel(parameters, k, count)
-        values = torch.arange(part.numel, dtype=torch.float32) + 1000 * k
-        rounded = part.rounded(0, values)
-        assert torch.equal(protocol.fragment_of(after, k, count), rounded)
+        values = torch.randn(max(0, part.numel - start - 1))
+        wished[mine[k][start : start + len(values)]] = part.rounded(start, values)
+        part.write(start, values)
+        assert torch.equal(flat(), wished)
+
+
+def test_stripes_of_a_vector_by_hand():
+    # Of a large vector a stripe has 256 elements; of a small one each slice has 64 stripes or more,
+    # and of a tiny one a stripe is an element.
+    found = {total: protocol.stripe_of(total, 4) for total in (0, 8, 511, 512, 32767, 65536, 10**9)}
+    assert found == {0: 1, 8: 1, 511: 1, 512: 2, 32767: 64, 65536: 256, 10**9: 256}
+    assert CHUNK % 256 == 0  # chunks of all slices are a run of the vector
+    assert protocol.stripe_of(1000, 1) == 1000 and protocol.stripe_of(0, 1) == 1
+    first, second = torch.zeros(300), torch.zeros(700)
+    flats = [protocol.FlatModel([first, second], k, 2, 256) for k in (0, 1)]
+    assert [flat.numel for flat in flats] == [512, 488]
+    flats[1].write(0, torch.arange(1.0, 489))
+    assert first.tolist() == [0] * 256 + [*range(1, 45)]
+    assert second.tolist() == [*range(45, 257)] + [0] * 256 + [*range(257, 489)]
+    part, out = protocol.FlatModel([second], 1, 2, 256, at=300), torch.zeros(444)
+    assert part.parts[0][1:] == (44, 488, 300)
+    part.read(44, out)
+    assert out.tolist() == [*range(45, 489)]
 
 
 def test_manifest_ranges_and_fragments_cover_the_vector():
@@ -1039,10 +1064,9 @@ def test_manifest_ranges_and_fragments_cover_the_vector():
     assert borders[-1] == (TOTAL, TOTAL)
     for total in (1, 5, TOTAL):
         for count in (1, 2, 3, 8):
-            parts = [protocol.fragment_of(torch.arange(total), k, count) for k in range(count)]
-            assert sorted(torch.cat(parts).tolist()) == list(range(total))
-            sizes = [len(part) for part in parts]
-            assert max(sizes) - min(sizes) <= 1
+            parts = [protocol.FlatModel([torch.ones(total)], k, count) for k in range(count)]
+            assert sum(part.numel for part in parts) == total
+            assert max(p.numel for p in parts) - min(p.numel for p in parts) <= parts[0].stripe
     spans = list(protocol.chunks(2 * CHUNK + 1))
     assert spans == [(0, CHUNK), (CHUNK, 2 * CHUNK), (2 * CHUNK, 2 * CHUNK + 1)]
     assert list(protocol.chunks(0)) == []

@@ -14,7 +14,9 @@ import torch
 from conftest import digest_of, result, status, until
 from peers import Counter, Gate, Numbers, rounds, simulate, spread
 
-from diloco_callback import DiLoCoWorker
+import protocol
+from diloco_callback import DiLoCoWorker, Slice
+from protocol import Version
 
 PLAIN = ["--upload-codec", "fp32", "--download-codec", "fp32", "--no-momentum-warmup"]
 
@@ -282,6 +284,30 @@ def test_momentum_and_version_belong_to_the_slice_and_survive(serve, toy, tmp_pa
     )
     second = result(toy(again, "a", num_fragments=3, sync_every=7, steps=7))
     assert second["version"][1] > first["version"][1]
+
+
+def test_a_checkpoint_whose_fragments_have_other_elements_is_not_resumed(capsys):
+    """As one of protocol version 5, whose fragments were every fourth element and no stripes."""
+    model, version = Numbers(1.0, size=4096), Version("0123456789abcdef0123", 3)
+    place = {"version": list(version), "seq": 1, "steps": 2, "in_flight": False}
+
+    def begun(count, **more):
+        kept = {f"residual.{k}": torch.ones(4096 // count) for k in range(count)}
+        state = {"run": "r", "fragments": [place] * count, "residual": kept, **more}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        worker = DiLoCoWorker(model, optimizer, "h:1", 8, num_fragments=count, state=state)
+        flats = [protocol.FlatModel([model.weight], k, count) for k in range(count)]
+        bf16 = protocol.CODECS["bf16"]
+        worker.replica.slices = [Slice(flat, bf16, bf16, has_residual=True) for flat in flats]
+        worker.leader.admission.load_residual()
+        kept = {slice.residual.mean().item() for slice in worker.slices}
+        return worker.leader.admission.resumable(), kept, worker.state_dict()["stripe"]
+
+    assert begun(4, stripe=16) == ([version] * 4, {1.0}, 16)
+    assert "no residual" not in capsys.readouterr().err
+    assert begun(4) == ([], {0.0}, 16)
+    assert "other fragments" in capsys.readouterr().err
+    assert begun(1) == ([version], {1.0}, 4096)
 
 
 def test_a_checkpoint_is_of_a_whole_cycle_and_written_once(serve, toy):

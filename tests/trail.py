@@ -43,13 +43,19 @@ def flat(tensors):
     return torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
 
 
+def places(total, k, count):
+    """The places of slice k's elements in a flat vector: int64."""
+    place = torch.arange(total)
+    return place[place // protocol.stripe_of(total, count) % count == k]
+
+
 def digest_of(vector):
     return hashlib.sha256(bytes(protocol.memory(vector.contiguous()))).hexdigest()
 
 
 def checksums_of(vector, count):
     """The checksum of each fragment, in hex."""
-    slices = (protocol.fragment_of(vector, k, count).contiguous() for k in range(count))
+    slices = (vector[places(len(vector), k, count)] for k in range(count))
     return [bytes(protocol.checksum_of(part).tolist()).hex() for part in slices]
 
 
@@ -296,7 +302,7 @@ class Trail:
                 if steps:
                     weighed = sum(w * n for w, n in zip(weights, steps, strict=True))
                     moved += self.folds[key]["share"] * STEP * weighed / sum(weights)
-            protocol.fragment_of(expected, k, self.count).sub_(moved)
+            expected[places(len(expected), k, self.count)] -= moved
         return expected
 
     def rounding(self, largest):
