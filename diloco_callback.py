@@ -441,6 +441,10 @@ class Slice:
         stage, first = self.stages[codec, count], protocol.payload_bytes(codec.layout(start))
         return stage.tensors, 0, stage.raw, payload.raw[first : first + len(stage.raw)]
 
+    def _size(self, codec):
+        """Return the elements that are worked on at once. A GPU has no cache for which few were better."""
+        return codec.size if self.device.type == "cpu" else protocol.CHUNK
+
     # --- A push ---
 
     def begin(self, has_numbers, goes_on):
@@ -497,8 +501,9 @@ class Slice:
         Raises NotFinite, after which the push is empty and the residual as before it."""
         for start, stop, first, last in protocol.chunk_bytes(self.up, self.size):
             with self.lock:
-                if not self.is_empty and self.encoded < stop:
-                    self._encode(start, stop)
+                begin = stop if self.is_empty else max(start, self.encoded)
+                for tile in protocol.chunks(stop, self._size(self.up), begin):
+                    self._encode(*tile)
                 if self.is_empty:
                     raise NotFinite
             yield self.payload.raw[first:last]
@@ -567,23 +572,25 @@ class Slice:
         """Add the entry in `update` to the anchor, if the entry `has_update`; or set the anchor to
         `whole`, a float32 vector on the CPU. With `moves` set the local values to the anchor too,
         while it is in the cache. `learns`: the entry is an outer step with momentum. Returns False
-        where the checksum then differs from the one in `update`."""
+        where the checksum then differs from the one in `update`. Raises ProtocolError at the first
+        numbers of an entry that are not finite, with those before them added."""
         checksum, self.is_blank = Checksum(), False
-        for start, stop in protocol.chunks(self.size):
+        for start, stop in protocol.chunks(self.size, self._size(self.down)):
             anchor = self.anchor[start:stop]
             if whole is not None:
                 anchor.copy_(whole[start:stop])
             elif has_update:
                 tensors, at, device, host = self._at(self.down, self.update, start, stop - start)
                 device.copy_(host)
-                self.down.add(tensors, at, anchor)
+                update, square = self.down.checked(tensors, at, anchor)
+                if square == math.inf:
+                    raise ProtocolError("an update is not finite")
+                anchor.add_(update)
                 if learns and self.velocity is not None:
-                    step = protocol.scratch("step", anchor, stop - start)
-                    self.down.decode(tensors, at, step)
-                    self._learn_velocity(start, stop, step)
+                    self._learn_velocity(start, stop, update)
+            checksum.add(anchor)
             if moves:
                 self.flat.write(start, anchor)
-            checksum.add(anchor)
         self.settle()
         return torch.equal(checksum.digest(), self.update.tensors["checksum"])
 
@@ -1280,7 +1287,7 @@ class Replica:
 
     def _read(self, conn, k, news, reply):
         """Read the numbers of an entry or a slice in full, and return the latter, else None. Raises
-        ProtocolError where they are not finite: the anchor is as before then, or has none yet."""
+        ProtocolError where the latter are not finite: the anchor is as before then, or has none yet."""
         slice, place, whole, is_finite = self.slices[k], self.outbox.places[k], None, True
         if news.base is None:
             spec = protocol.TensorSpec("slice", torch.float32, (slice.size,))
@@ -1295,9 +1302,7 @@ class Replica:
             raise ProtocolError(f"the entry does not lead on from version {place.version}")
         elif reply.specs != [Checksum.SPEC]:
             reply.expect(slice.update.specs)
-            for start, stop, first, last in protocol.chunk_bytes(slice.down, slice.size):
-                conn.read(slice.update.raw[first:last])
-                is_finite = is_finite and slice.down.finite(slice.update.tensors, start, stop)
+            conn.read(slice.update.tensors["values"])
         conn.read(slice.update.tensors["checksum"])
         if not is_finite:
             raise ProtocolError(f"slice {k} at version {news.version.number} is not finite")

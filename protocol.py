@@ -98,9 +98,10 @@ MAX_PARTS = {b"[": 450_000, b"{": 110_000, b'"': 1_300_000, b",": 2_000_000}
 # dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 WAIT_SECONDS = 5.0  # how often the server says that it is still waiting for others
-# Elements that are worked on at once: 2 MiB of float32. Smaller chunks would fit in a nearer cache,
-# but the threads of a process hand Python's lock to each other with every operation on a chunk.
-CHUNK = 1 << 19
+CHUNK = 1 << 19  # elements that are sent, received and summed up at once: 2 MiB of float32
+# Elements that a codec whose numbers stand alone works on at once: so the few vectors of a step fit
+# in a core's own cache. Much smaller tiles would take longer in Python than in the arithmetic.
+TILE = 1 << 17
 STRIPE = 256  # numbers in a row of the same slice: fewer take longer (tests/bench_link.py)
 BLOCK = 64  # numbers that share a scale in int8 and int4: chosen with tests/bench_codecs.py
 MAX_ABS = 1e30  # larger numbers count as not finite: the sum of a million numbers is finite, too
@@ -2200,17 +2201,18 @@ class FlatModel:
 
     def rounded(self, start, values):
         """`values`, for elements from `start` on, rounded to the parameters' dtypes, as float32."""
-        if all(part[0].dtype == torch.float32 for part in self.parts):
+        spans = list(self.spans(start, start + values.numel()))
+        if all(parameter.dtype == torch.float32 for parameter, *_ in spans):
             return values
         rounded = values.clone()
-        for parameter, _, outside in self.spans(start, start + values.numel()):
+        for parameter, _, outside in spans:
             rounded[outside].copy_(values[outside].to(parameter.dtype))
         return rounded
 
 
-def chunks(count):
-    """The (start, stop) of each chunk of a slice of `count` elements."""
-    return ((a, min(a + CHUNK, count)) for a in range(0, count, CHUNK))
+def chunks(count, size=CHUNK, start=0):
+    """The (start, stop) of each chunk, of `size` elements, of a slice from `start` to `count`."""
+    return ((a, min(a + size, count)) for a in range(start, count, size))
 
 
 class Checksum:
@@ -2224,20 +2226,23 @@ class Checksum:
     SPEC = TensorSpec("checksum", torch.uint8, (16,))
 
     def __init__(self):
-        self.sums = []
+        self.sums, self.count = [], 0
 
     @staticmethod
     def sum_of(chunk):
-        """The sum of a chunk, float32 and contiguous."""
+        """The sum of a chunk or of an even number of its elements, float32 and contiguous."""
         even = chunk.numel() & ~1
         total = chunk[:even].view(torch.int64).sum().item() if even else 0
         if even < chunk.numel():
             total += chunk[even:].view(torch.int32).item() & 0xFFFFFFFF
         return total & 0xFFFFFFFFFFFFFFFF
 
-    def add(self, chunk):
-        """Add the next chunk."""
-        self.sums.append(self.sum_of(chunk))
+    def add(self, part):
+        """Add the next chunk, or the next part of one: an even number of elements, but for the last."""
+        if self.count % CHUNK == 0:
+            self.sums.append(0)
+        self.sums[-1] = (self.sums[-1] + self.sum_of(part)) & 0xFFFFFFFFFFFFFFFF
+        self.count += part.numel()
 
     def digest(self):
         """16 bytes, as a uint8 tensor."""
@@ -2282,11 +2287,11 @@ def scratch(use, like, count):
 
 class Codec:
     """How float32 numbers travel: encoded into the tensors of a message, chunk by chunk. A chunk
-    begins at a multiple of CHUNK; chunks have their bytes one after the other, so that a message
+    begins at a multiple of `size`; chunks have their bytes one after the other, so that a message
     can be made, sent and taken apart chunk by chunk. A subclass defines `layout`, `encode`,
     `decode` and `finite`; `feedback` tells whether what it rounds off is worth being kept."""
 
-    feedback = True
+    feedback, size = True, CHUNK
 
     def layout(self, count):
         """The tensors that `count` float32 numbers become."""
@@ -2308,11 +2313,15 @@ class Codec:
         """The sum of the squares of an encoded chunk's numbers; infinite where not all of them are
         finite and at most MAX_ABS in size."""
         like = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+        return self.checked(tensors, start, like)[1]
+
+    def checked(self, tensors, start, like):
+        """(as `decoded`, as `square`) of the elements from `start` on, as many as `like` has."""
         numbers = self.decoded(tensors, start, like)
         total = numbers.dot(numbers).item()
         # A finite sum has no number over 2e19. Another one may have, which is no fault yet.
-        is_fine = math.isfinite(total) or self.finite(tensors, start, stop)
-        return square_of(numbers, total) if is_fine else math.inf
+        is_fine = math.isfinite(total) or self.finite(tensors, start, start + like.numel())
+        return numbers, square_of(numbers, total) if is_fine else math.inf
 
     def decoded(self, tensors, start, like):
         """The decoded elements from `start` on, as many as `like` has. They may stand in scratch
@@ -2326,14 +2335,16 @@ class Codec:
         out.add_(self.decoded(tensors, start, out), alpha=weight)
 
     def subtract(self, numbers, tensors, start, out):
-        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`."""
-        torch.sub(numbers, self.decoded(tensors, start, numbers), out=out)
+        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`, which is
+        other memory."""
+        self.decode(tensors, start, out)
+        torch.sub(numbers, out, out=out)
 
 
 class Cast(Codec):
     """A codec that stores each number in another float dtype, rounded to nearest even."""
 
-    feedback = False
+    feedback, size = False, TILE
 
     def __init__(self, dtype):
         self.dtype = dtype

@@ -1914,14 +1914,20 @@ class GlobalModel:
         pushes = [(push.payload.tensors, push.weight / largest) for push in counted]
         work = functools.partial(work, round, entry, outer, pushes)
 
+        size = max(codec.size for codec in self.codec(k))
+
         def fold(chunk):
-            self._keep(round.k, *chunk)
-            part, norm = work(*chunk)
-            return protocol.Checksum.sum_of(part.contiguous()), norm, chunk[1]
+            self._keep(k, *chunk)
+            checksum, squares = protocol.Checksum(), 0.0
+            for tile in protocol.chunks(chunk[1], size, chunk[0]):
+                part, square = work(*tile)
+                checksum.add(part.contiguous())
+                squares += square
+            return checksum.sums, squares, chunk[1]
 
         checksum, squares = protocol.Checksum(), 0.0
-        for total, square, stop in self.threads.map(fold, protocol.chunks(entry.count)):
-            checksum.sums.append(total)
+        for sums, square, stop in self.threads.map(fold, protocol.chunks(entry.count)):
+            checksum.sums += sums
             squares += square
             entry.advance(stop)
         entry.checksum = checksum.digest()
@@ -1955,13 +1961,15 @@ class GlobalModel:
             delta.add_(residual)
         update = entry.payload.tensors
         self.down.encode(delta, update, start)
-        if not self.down.finite(update, start, stop):  # a huge --outer-lr, for one
-            for numbers in (delta, *others):
-                numbers.zero_()
+        numbers, size = self.down.checked(update, start, delta)
+        if size == math.inf:  # a huge --outer-lr, for one
+            for vector in (delta, *others):
+                vector.zero_()
             self.down.encode(delta, update, start)
+            numbers = self.down.decoded(update, start, delta)
         if residual is not None:
-            self.down.subtract(delta, update, start, residual)
-        self.down.add(update, start, part)
+            torch.sub(delta, numbers, out=residual)
+        part.add_(numbers)
         return part, square
 
     def _fold_values(self, round, entry, outer, pushes, start, stop):
@@ -3091,7 +3099,8 @@ class Transfers:
             for found in (self.newest, self.moving):
                 if found.get(name) is conn:
                     del found[name]
-            self.lock.notify_all()
+            if name in self.newest:  # a newer one waits; who waits for a round has nothing to see
+                self.lock.notify_all()
 
     @contextlib.contextmanager
     def patient(self, conn, kind, counts=None):
@@ -3846,8 +3855,8 @@ class Rounds:
         codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
-            if squares < math.inf:
-                squares += codec.square(push.payload.tensors, start, stop)
+            for tile in protocol.chunks(stop, codec.size, start) if squares < math.inf else ():
+                squares += codec.square(push.payload.tensors, *tile)
         if squares == math.inf:
             push.refused = "the pseudo-gradient is not finite"
         elif push.k < self.model.num_fragments:

@@ -91,13 +91,16 @@ def worker_role(args):
     ) as worker:
         say(event="ready", usage=usage())
         drift = torch.randn(TENSOR, generator=torch.Generator().manual_seed(hash(args.name) % 1000))
+        trained = 0.0  # CPU seconds that the trainer has spent
         for line in sys.stdin:
             if line.strip() == "end":
                 break
+            trained -= time.thread_time()
             with torch.no_grad():
                 for parameter in model:
                     parameter.add_(drift[: parameter.numel()], alpha=1e-3)
-            say(event="set", usage=usage())
+            trained += time.thread_time()
+            say(event="set")
             sys.stdin.readline()
             began = time.monotonic()
             sent = moved_by(worker.link)
@@ -105,7 +108,8 @@ def worker_role(args):
                 optimizer.step()
             ended = time.monotonic()
             moved = [b - a for a, b in zip(sent, moved_by(worker.link), strict=True)]
-            say(event="round", began=began, ended=ended, bytes=moved, usage=usage())
+            spent = {"usage": usage(), "trained": trained}
+            say(event="round", began=began, ended=ended, bytes=moved, **spent)
         checksums = [bytes(protocol.checksum_of(s.anchor).tolist()).hex() for s in worker.slices]
     say(event="done", checksums=checksums, mismatches=worker.replica.mismatches)
 
@@ -318,7 +322,7 @@ def measure(args, folder):
     figures = {
         "server cpu": (after[0] - before[0]) / args.rounds,
         "server peak": after[1],
-        "worker cpu": (last[0]["usage"][0] - ready[0][0]) / args.rounds,
+        "worker cpu": (last[0]["usage"][0] - ready[0][0] - last[0]["trained"]) / args.rounds,
         "worker overhead": max(s["usage"][1] - a[1] for s, a in zip(last, alone, strict=True)),
     }
     return results, figures

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import protocol
 from diloco_callback import DiLoCoCallback, DiLoCoWorker, NotFinite, Slice
-from protocol import CODECS, Refused
+from protocol import CODECS, ProtocolError, Refused
 
 METRICS = {"sync_count", "local_step", "last_sync_time", "total_sync_time", "last_send_mb",
            "last_recv_mb", "steps_per_second", "sync_every"}  # fmt: skip
@@ -474,6 +474,37 @@ def test_a_push_that_is_not_finite_halfway_leaves_the_residual_also_after_a_pred
     with pytest.raises(NotFinite):
         list(slice.pieces())
     assert slice.is_empty and (slice.residual - before).abs().max() < 1e-5
+
+
+def test_an_encoding_that_fails_within_a_chunk_goes_on_where_it_was(monkeypatch):
+    local, residual = torch.randn(protocol.TILE * 2 + 4), torch.randn(protocol.TILE * 2 + 4) / 1000
+    codec, failing = CODECS["bf16"], []
+
+    def encode(self, numbers, tensors, start):
+        if start == protocol.TILE and not failing:
+            failing.append(start)
+            raise MemoryError
+        tensors["values"][start : start + len(numbers)].copy_(numbers)
+
+    monkeypatch.setattr(protocol.Cast, "encode", encode)
+    slice = Slice(protocol.FlatModel([local]), codec, codec, has_residual=True)
+    slice.residual.copy_(residual)
+    slice.begin(has_numbers=True, goes_on=False)
+    with pytest.raises(MemoryError):
+        list(slice.pieces())
+    assert len(list(slice.pieces())) == 1
+    sent = (residual - local).bfloat16()
+    assert same_bits(slice.payload.tensors["values"], sent)
+    assert same_bits(slice.residual, (residual - local) - sent.float())
+
+
+def test_numbers_of_an_entry_that_are_not_finite_are_not_added():
+    local = torch.randn(protocol.TILE + 4)
+    slice = Slice(protocol.FlatModel([local]), CODECS["bf16"], CODECS["bf16"])
+    slice.update.tensors["values"][protocol.TILE] = torch.nan
+    with pytest.raises(ProtocolError, match="not finite"):
+        slice.take(moves=True)
+    assert not slice.anchor.any() and local.isfinite().all()
 
 
 def test_steps_that_are_not_finite_are_counted_once_in_every_slice(serve):
