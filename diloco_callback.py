@@ -2420,16 +2420,18 @@ JUMPED = (
 
 class Jumps:
     """Whether parameters jump back after an adoption to where they were before: then something
-    else holds the weights. Looks at a few windows of each slice, and at two steps of a round.
+    else holds the weights. Looks at a few windows of each slice, and at two steps of a round: in the
+    first rounds of this process, and then now and then, as a look takes as long as half an adoption.
 
-    records: {slice: [samples: before it was moved, behind that, after one step, after two]};
-    counts: {slice: how many times running it has jumped back}.
+    turns: boundaries so far; records: {slice: [samples: before it was moved, behind that, after one
+    step, after two]}; counts: {slice: how many times running it has jumped back}.
     """
 
     WINDOWS, WIDTH, TIMES = 16, 64, 4.0
+    ROUNDS = 8  # that it looks at first, and of which it then looks at one
 
     def __init__(self, worker):
-        self.worker = worker
+        self.worker, self.turns = worker, 0
         self.before, self.records, self.counts = {}, {}, {}
 
     def sample(self, k):
@@ -2445,7 +2447,9 @@ class Jumps:
     def begin(self):
         """Note where the slices are, which may be moved now."""
         worker = self.worker
-        can_tell = worker.sync_every > 1 and not worker.ranks.is_sharded
+        rounds, self.turns = self.turns // worker.num_fragments, self.turns + 1
+        is_time = rounds < self.ROUNDS or rounds % self.ROUNDS == 0
+        can_tell = is_time and worker.sync_every > 1 and not worker.ranks.is_sharded
         for optimizer in worker.trained.optimizers:  # this one may well find back within one step
             can_tell = can_tell and not isinstance(optimizer, torch.optim.LBFGS)
         slices = worker.slices[: worker.num_fragments] if can_tell else ()
