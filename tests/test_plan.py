@@ -112,9 +112,7 @@ def synced(*options, waited, training, count=10**6, rate=1e6):
     moved = sum(sizes) / rate
     reading = Reading(20, 2 * training, waited, moved, sizes[0] / rate)
     run.paces.note(ada, reading, is_push=True)
-    model = types.SimpleNamespace(
-        num_fragments=1, params=types.SimpleNamespace(numel=lambda: count)
-    )
+    model = types.SimpleNamespace(num_fragments=1, total=count)
     return types.SimpleNamespace(args=args, run=run, model=model, closed=False, round=1)
 
 
