@@ -205,7 +205,7 @@ def test_misfits_are_refused_by_name_and_the_run_goes_on(serve):
     assert "num_fragments" in refusal(fragments=4)
     assert "--max-model-gb" in refusal(manifest=[["w", "F32", [1 << 40]]])
     conn = protocol.Connection(socket.create_connection(("127.0.0.1", host.port)), "server")
-    with pytest.raises(Refused, match=r"version 5 .* you 99"), contextlib.closing(conn):
+    with pytest.raises(Refused, match=r"version 6 .* you 99"), contextlib.closing(conn):
         conn.request("hello", {"protocol": 99})
     assert [w["id"] for w in status(host)["workers"]] == ["a"]
     a.push(numbers(1))
