@@ -842,7 +842,7 @@ def test_memory_and_threads_stay_flat(serve):
                         while sock.recv(1 << 16):
                             pass
 
-    for act, count in ((push, 2000), (join, 300), (garbage, 600)):
+    for act, count in ((push, 1000), (join, 200), (garbage, 400)):
         act(count // 10, 0)
         before = resources(server)
         act(count - count // 10, count // 10)
@@ -851,7 +851,7 @@ def test_memory_and_threads_stay_flat(serve):
             lambda most=most: all(map(operator.le, resources(server), most)),
             f"{act.__name__}: no more memory, threads and files than {most}",
         )
-    assert set(a.params.tolist()) == {2000.0}
+    assert set(a.params.tolist()) == {1000.0}
 
 
 if __name__ == "__main__":

@@ -553,7 +553,7 @@ def test_a_stuck_worker_that_is_dropped_is_awaited_no_more(serve, toy):
 
 def test_who_does_not_come_back_after_a_crash_has_gone_and_can_be_dropped(serve, toy):
     """A member from before a crash that is away holds up the others: --drop ends that, too."""
-    server = serve("-n", 3, "--worker-timeout", 12)
+    server = serve("-n", 3, "--worker-timeout", 8)
     port = server.port
     ada, bob, cleo = [
         toy(server, id, steps=100000, sync_every=5, pause=0.01, lr=0.001) for id in ("ada", "bob", "cleo")
@@ -562,7 +562,7 @@ def test_who_does_not_come_back_after_a_crash_has_gone_and_can_be_dropped(serve,
     bob.kill()
     cleo.signal(signal.SIGSTOP)
     server.kill()
-    server = serve("-n", 3, "--worker-timeout", 12, "--port", port)
+    server = serve("-n", 3, "--worker-timeout", 8, "--port", port)
     until(lambda: status(server)["expected"] == ["bob", "cleo"], "ada is back")
     with pytest.raises(Refused, match="eve; the members: ada, bob, cleo"):
         ask(server, "drop", worker="eve")
