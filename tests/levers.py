@@ -1,10 +1,11 @@
 """What do inner optimizers, codecs and outer steps bring? Final validation losses, in one process.
 
     python tests/levers.py optimizer=adamw,muon rate=.002,.004,.008 workers=1,2,4,8
-    python tests/levers.py up=fp32,bf16,int4,int2 every=20,40 --seeds 5 --jobs 2
-    python tests/levers.py up=bf16,int4,int2 every=20,40 --picture levers.png   # needs chromium
+    python tests/levers.py optimizer=adamw,muon up=fp32,bf16,int4,int2 every=20,40 --seeds 5 --jobs 2
+    python tests/levers.py up=bf16,int2 every=20,40,200 + up=top16 down=int4 --picture tests/levers.png
 
-Each argument names a field of `Row` and its values; every combination of them is a row of the table.
+Each argument names a field of `Row` and its values; every combination of them is a row of the table, and
+behind a plus begin others. The picture needs chromium.
 Workers train a model of 0.2 million parameters on one text and sync every `every` steps, with the codecs
 of protocol.py and with error feedback; the outer step is written out here, independently of server.py.
 No process, no network: a row's loss is the same on every machine of one kind, however busy it is. Rows
@@ -24,7 +25,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -46,16 +47,26 @@ class Row:
     """What is measured: one run, but for its seed."""
 
     optimizer: str = "adamw"
-    rate: float = 0.004  # highest inner learning rate
+    rate: float = 0.0  # highest inner learning rate; 0: what suits the optimizer here
     workers: int = 2
     every: int = 40  # steps between syncs
-    rounds: int = 30
+    steps: int = 1200  # in all
     up: str = "fp32"  # codec of the pushes
     down: str = ""  # codec of the updates; empty: that of the pushes
     feedback: int = 1  # 0: what a codec loses is lost
     kept: float = 1.0  # share of what a push has lost that the next one carries
     outer_rate: float = 0.7
-    momentum: float = 0.9
+    momentum: float = -1.0  # of the outer step; -1: what suits the inner optimizer here
+
+    @property
+    def rounds(self):
+        return self.steps // self.every
+
+    def settled(self):
+        """This row with the numbers that suit its optimizer."""
+        rate, momentum = {"adamw": (0.004, 0.9), "muon": (0.006, 0.6)}[self.optimizer]
+        momentum = self.momentum if self.momentum >= 0 else momentum
+        return replace(self, rate=self.rate or rate, momentum=momentum)
 
 
 def megabytes(row):
@@ -196,8 +207,6 @@ def run(row, seed, path):
     velocity, behind = torch.zeros_like(anchor), torch.zeros_like(anchor)
     for number in range(row.rounds):
         train_round(row, workers, muon, text, number)
-        if row.workers == 1 and row.up == "fp32" and not row.momentum:
-            continue  # the row of a trainer that is alone
         gradient = torch.zeros_like(anchor)
         for worker in workers:
             push = anchor - worker.flat()
@@ -235,13 +244,18 @@ def read(path):
 def rows_of(arguments):
     """The rows that the command line asks for."""
     kinds = {field.name: field.type for field in fields(Row)}
+    if "+" in arguments:
+        place = arguments.index("+")
+        return rows_of(arguments[:place]) + rows_of(arguments[place + 1 :])
     values = [(name, given.split(",")) for name, _, given in (a.partition("=") for a in arguments)]
     for name, _ in values:
         if name not in kinds:
             sys.exit(f"{name} is no field of a row; fields: {', '.join(kinds)}")
+    rows = []
     for chosen in itertools.product(*(given for _, given in values)):
         pairs = zip(values, chosen, strict=True)
-        yield Row(**{name: kinds[name](value) for (name, _), value in pairs})
+        rows.append(Row(**{name: kinds[name](value) for (name, _), value in pairs}).settled())
+    return rows
 
 
 def table(found):
@@ -260,7 +274,7 @@ def table(found):
 
 # --- The picture --------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 64, 150, 24, 56
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 440, 64, 200, 28, 56
 COLORS = ("#3b6ea8", "#c0573f", "#4f8f4a", "#8a5fae", "#b0862a", "#3f8f95", "#77706a", "#a84f78")
 
 
@@ -302,8 +316,10 @@ def svg_of(lines):
     title = "MB that a worker sends and receives in the run, for a million parameters"
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, title))
     parts.append(text(LEFT, TOP - 8, "validation loss", "start"))
-    free = TOP
-    for color, (name, line) in zip(itertools.cycle(COLORS), sorted(lines.items(), key=lambda n: n[1][-1][1], reverse=True)):  # fmt: skip
+    free, colors = TOP, {}  # a colour for each pair of codecs
+    for name, line in sorted(lines.items(), key=lambda item: item[1][-1][1], reverse=True):
+        codecs = name.partition(", ")[2]
+        color = colors.setdefault(codecs, COLORS[len(colors) % len(COLORS)])
         places = [(x_of(x), y_of(y)) for x, y in line]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         dash = "" if name.startswith("AdamW") else ' stroke-dasharray="6 3"'
@@ -343,7 +359,7 @@ def main():
         "--picture", help="a PNG of the loss over the bytes, made of the table's rows"
     )
     args = parser.parse_intermixed_args()
-    rows, done = list(rows_of(args.rows)), read(args.out)
+    rows, done = rows_of(args.rows), read(args.out)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     wanted = [(row, seed) for seed in seeds for row in rows if seed not in done[row]]
     context = multiprocessing.get_context("spawn")

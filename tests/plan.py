@@ -27,7 +27,7 @@ import bench_link
 from protocol import CODECS, payload_bytes
 from server import HIDDEN, PAIRS, priced
 
-ALL = (("fp32", "fp32"), *PAIRS)  # (up, down)
+ALL = (("fp32", "fp32"), *PAIRS, ("top16", "int4"))  # (up, down)
 EVERY = 20, 50, 100, 200, 500, 1000, 2000  # sync_every that are looked at
 USUAL = 500  # sync_every that is exceeded only where nothing else helps
 # Seconds of one core for a number, of a push or an update in a lossy codec, measured in the process
@@ -121,7 +121,7 @@ def show(case, sync_every, slices):
 
 # --- The README's table -----------------------------------------------------------------------
 
-TABLE = ("bf16", "bf16"), ("int4", "int4"), ("top32", "int2")
+TABLE = ("bf16", "bf16"), ("int4", "int4"), ("int2", "int2")
 LINKS = {"100 Mbit/s": 100.0, "1 Gbit/s": 1e3, "10 Gbit/s": 1e4}
 
 

@@ -26,10 +26,12 @@ def test_stacked_matrices_make_the_steps_of_torchs_muon():
 
 
 def test_a_row_is_named_by_its_fields():
-    rows = list(levers.rows_of(["up=int4,int2", "every=20", "momentum=.6"]))
-    assert [row.up for row in rows] == ["int4", "int2"]
-    assert {(row.every, row.momentum, row.rate) for row in rows} == {(20, 0.6, 0.004)}
-    # 32 + 2 bytes for 64 numbers, both ways, in 30 rounds
-    assert levers.megabytes(rows[0]) == pytest.approx(30 * 2 * 34 / 64, rel=1e-3)
-    with pytest.raises(SystemExit, match="steps is no field"):
-        list(levers.rows_of(["steps=4"]))
+    rows = levers.rows_of(["up=int4,int2", "every=20", "momentum=.8", "+", "optimizer=muon"])
+    assert [row.up for row in rows] == ["int4", "int2", "fp32"]
+    assert [(row.rounds, row.momentum, row.rate) for row in rows] == [
+        (60, 0.8, 0.004), (60, 0.8, 0.004), (30, 0.6, 0.006),
+    ]  # fmt: skip
+    # 32 + 2 bytes for 64 numbers, both ways, in 60 rounds
+    assert levers.megabytes(rows[0]) == pytest.approx(60 * 2 * 34 / 64, rel=1e-3)
+    with pytest.raises(SystemExit, match="rounds is no field"):
+        levers.rows_of(["rounds=4"])

@@ -260,7 +260,7 @@ def test_what_a_sync_costs_is_said_with_what_would_hide_it():
     }
     lines = [line.strip() for line in plain(status, history, 80, 60)]
     assert "a sync keeps training waiting for 1.40 s a round, 32%" in lines
-    status["sync"]["advice"] = advice = "--upload-codec top32 --download-codec int2 would hide it"
+    status["sync"]["advice"] = advice = "--upload-codec int2 --download-codec int2 would hide it"
     lines = [line.strip() for line in plain(status, history, 80, 60)]
     assert lines[lines.index(advice) - 1] == "a sync keeps training waiting for 1.40 s a round, 32%"
     assert (
