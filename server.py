@@ -1241,8 +1241,7 @@ def priced(up, down, training, slices=1, delay=0.0, rest=0.0):
     that is not the line. Where the delay is longer than the time between two pushes, several
     slices are under way at a time."""
     interval, trip = max(training / slices, 1e-9), (up + down + rest) / slices
-    under_way = max(1.0, delay / interval)
-    late = max(0.0, (trip - delay) / under_way, max(up, down) / slices - interval)
+    late = max(0.0, (trip - delay) / max(1.0, delay / interval), max(up, down) / slices - interval)
     return Sync(slices * late, training, up, down, delay)
 
 
@@ -3987,8 +3986,9 @@ class Rounds:
         losses = [loss for loss in line["losses"].values() if loss is not None]
         mean = f"loss {sum(losses) / len(losses):.4f} | " if losses else ""
         place = f", fragment {line['fragment']}" if len(self.run.slices) > 1 else ""
+        count = len(line["losses"])
         log(
-            f"round {line['round']}{place} | {len(line['losses'])} pushes | {mean}"
+            f"round {line['round']}{place} | {count} push{'es' * (count != 1)} | {mean}"
             f"norm {line['norm']:.4g} | waited {line['seconds_waiting']:.2f} s, "
             f"folded {line['seconds_folding']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
             f"down {line['bytes_down'] / 1e6:.2f} MB"

@@ -268,7 +268,7 @@ def test_the_readmes_loop_leaves_at_sigterm_and_waits_for_nobody(serve, resuming
     assert ada.lines[-1] == "made 5"
     host.wait_for("ada leaves: done")
     bob.kill()
-    host.wait_for("round 1 .*1 push")
+    host.wait_for(r"round 1 .*\| 1 push \|")
 
 
 # --- SIGTERM -------------------------------------------------------------------------------------
