@@ -3,10 +3,12 @@
     python tests/bench_sync.py                                    # 100 million parameters, 2 workers
     python tests/bench_sync.py --upload-codec int4 --download-codec int4
     python tests/bench_sync.py --parameters 10e6 --workers 8 --fragments 4 --rounds 10
+    python tests/bench_sync.py --parameters 1e6 --workers 50
     python tests/bench_sync.py --token --tls                      # and what a token and TLS cost
 
 A real server and real workers, as processes on loopback; the trainer does nothing but change a few
-numbers. Between rounds the workers wait for each other, so that a round's time runs from the last
+numbers. Workers are forked from a process that has imported torch, so that fifty start in seconds, and join
+at once. Between rounds the workers wait for each other, so that a round's time runs from the last
 push to the last adoption. Then processes of the same number, with the same socket options, send the
 same bytes up, and down again, with nothing in between; what is compared has been measured in one run.
 
@@ -18,6 +20,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import secrets
 import socket
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -85,11 +89,13 @@ def worker_role(args):
     optimizer = Nothing(model.parameters())
     optimizer.step()  # what torch imports for it is not of ours
     say(event="alone", usage=usage())
+    sys.stdin.readline()
+    began = time.monotonic()
     options = {"num_fragments": args.fragments, "fragment_sync_delay": 0}
     with DiLoCoWorker(
         model, optimizer, args.server, args.fragments, args.name, **options
     ) as worker:
-        say(event="ready", usage=usage())
+        say(event="ready", began=began, ended=time.monotonic(), usage=usage())
         drift = torch.randn(TENSOR, generator=torch.Generator().manual_seed(hash(args.name) % 1000))
         trained = 0.0  # CPU seconds that the trainer has spent
         for line in sys.stdin:
@@ -116,7 +122,7 @@ def worker_role(args):
 
 def bare_worker_role(args):
     """Send as many bytes as a push has, and receive as many as an update has, each round."""
-    up, down = (torch.ones(int(n), dtype=torch.uint8) for n in args.bytes.split(","))
+    up, down = (torch.ones(n, dtype=torch.uint8) for n in args.bytes)
     conn = protocol.Connection(
         socket.create_connection(protocol.parse_address(args.server)), "server"
     )
@@ -182,7 +188,7 @@ def fold(model, payload, workers):
 
 def bare_server_role(args):
     """Receive the bytes of all, each in a thread, then send all theirs."""
-    up, down = (int(n) for n in args.bytes.split(","))
+    up, down = args.bytes
     listener = socket.create_server(("127.0.0.1", 0))
     say(port=listener.getsockname()[1])
     barrier = threading.Barrier(args.workers)
@@ -204,36 +210,56 @@ def bare_server_role(args):
     os._exit(0)
 
 
+ROLES = {
+    "worker": worker_role,
+    "bare-worker": bare_worker_role,
+    "bare-server": bare_server_role,
+    "arithmetic": arithmetic_role,
+}
+
+
 # --- The benchmark ---------------------------------------------------------------------------
+
+
+# An optimizer's first step imports torch._dynamo, which takes longer than all else that a worker does here.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._dynamo"])
+
+
+def play(role, options, environment, line):
+    """Be a role, in a process of its own that is spoken to over the socket `line`."""
+    os.environ.update(environment)
+    sys.stdin, sys.stdout = line.makefile("r"), line.makefile("w")
+    ROLES[role](SimpleNamespace(**options))
 
 
 class Peer:
     """A role as a process, spoken to in lines."""
 
     def __init__(self, role, **options):
-        flags = [f"--{name}={value}" for name, value in options.items()]
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--role", role, *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        ours, theirs = socket.socketpair()
+        names = [name for name in os.environ if name.startswith("DILOCO_")]
+        environment = {name: os.environ[name] for name in names}
+        self.process = FORKS.Process(target=play, args=(role, options, environment, theirs))
+        self.process.start()
+        theirs.close()
+        self.line = ours.makefile("rw")
+        ours.close()
 
     def tell(self, text):
-        self.process.stdin.write(text + "\n")
-        self.process.stdin.flush()
+        self.line.write(text + "\n")
+        self.line.flush()
 
     def hear(self):
-        line = self.process.stdout.readline()
+        line = self.line.readline()
         if not line:
-            raise SystemExit(f"a process ended with code {self.process.wait()}")
+            self.process.join(60)
+            raise SystemExit(f"a process ended with code {self.process.exitcode}")
         return json.loads(line)
 
     def end(self):
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.line.close()
+        self.process.join(60)
 
 
 def rounds(peers, count):
@@ -251,9 +277,9 @@ def rounds(peers, count):
 
 def bare(args, up, down):
     """Seconds of each round with bare sockets, and the CPU seconds of one."""
-    server = Peer("bare-server", workers=args.workers, bytes=f"{up},{down}")
+    server = Peer("bare-server", workers=args.workers, bytes=(up, down))
     address = f"127.0.0.1:{server.hear()['port']}"
-    peers = [Peer("bare-worker", server=address, bytes=f"{up},{down}") for _ in range(args.workers)]
+    peers = [Peer("bare-worker", server=address, bytes=(up, down)) for _ in range(args.workers)]
     for peer in peers:
         peer.hear()
 
@@ -273,7 +299,7 @@ def bare(args, up, down):
 def arithmetic(args):
     """CPU seconds of a round's arithmetic: (of a worker, of the server)."""
     options = {"parameters": args.parameters, "workers": args.workers}
-    options |= {"upload-codec": args.upload_codec, "download-codec": args.download_codec}
+    options |= {"upload_codec": args.upload_codec, "download_codec": args.download_codec}
     peers = [Peer("arithmetic", **options) for _ in range(args.workers)]
     for peer in peers:
         peer.hear()
@@ -307,7 +333,10 @@ def measure(args, folder):
     options = {"server": address, "parameters": args.parameters, "fragments": args.fragments}
     peers = [Peer("worker", name=f"w{k}", **options) for k in range(args.workers)]
     alone = [peer.hear()["usage"] for peer in peers]
-    ready = [peer.hear()["usage"] for peer in peers]
+    for peer in peers:
+        peer.tell("join")
+    joined = [peer.hear() for peer in peers]
+    ready = [said["usage"] for said in joined]
     before = usage(server.pid)
     results = rounds(peers, args.rounds)
     after = usage(server.pid)
@@ -320,6 +349,7 @@ def measure(args, folder):
     server.wait(120)
     last = results[-1][1]
     figures = {
+        "joins": max(s["ended"] for s in joined) - min(s["began"] for s in joined),
         "server cpu": (after[0] - before[0]) / args.rounds,
         "server peak": after[1],
         "worker cpu": (last[0]["usage"][0] - ready[0][0] - last[0]["trained"]) / args.rounds,
@@ -370,6 +400,7 @@ def report(args, results, figures, bare_seconds, bare_cpu, worker, server):
     count, gb = args.parameters, 1e9
     print(f"{count:,} parameters, {args.workers} workers, up {args.upload_codec}, down "
           f"{args.download_codec}, {args.fragments} fragment(s), {len(rest)} rounds after the first")  # fmt: skip
+    print(f"  joins, all at once      {figures['joins']:.3f} s")
     print(
         f"  round                   {median:.3f} s (from {min(rest):.3f} to {max(rest):.3f}), first {first:.3f} s"
     )
@@ -409,18 +440,8 @@ def main():
     add("--save-every", type=int, default=0, help="checkpoints, as server.py has it")
     add("--token", action="store_true", help="measure again with a token")
     add("--tls", action="store_true", help="measure again with TLS (needs openssl)")
-    for name in ("role", "server", "name", "bytes"):
-        add(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.guard = []  # options of the server
-    roles = {
-        "worker": worker_role,
-        "bare-worker": bare_worker_role,
-        "bare-server": bare_server_role,
-        "arithmetic": arithmetic_role,
-    }
-    if args.role:
-        return roles[args.role](args)
     with tempfile.TemporaryDirectory() as folder:
         results, figures = measure(args, folder)
     up, down = results[-1][1][0]["bytes"]
