@@ -521,9 +521,10 @@ class Slice:
             self.is_empty = self.is_broken = True
             raise NotFinite
         tensors, at, device, host = self._at(self.up, self.payload, start, stop - start)
-        self.up.encode(delta, tensors, at)
-        if self.residual is not None:
-            self.up.subtract(delta, tensors, at, self.residual[start:stop])
+        if self.residual is None:
+            self.up.encode(delta, tensors, at)
+        else:
+            torch.sub(delta, self.up.sent(delta, tensors, at), out=self.residual[start:stop])
         host.copy_(device)  # waits for a GPU to have done all this
         self.encoded = stop
         if stop == self.size and self.velocity is not None and self.mark is not None:

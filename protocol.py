@@ -2334,11 +2334,11 @@ class Codec:
         """Decode elements from `start` on and add them, times `weight`, to the float32 chunk `out`."""
         out.add_(self.decoded(tensors, start, out), alpha=weight)
 
-    def subtract(self, numbers, tensors, start, out):
-        """The float32 chunk `numbers` minus the decoded elements from `start` on, into `out`, which is
-        other memory."""
-        self.decode(tensors, start, out)
-        torch.sub(numbers, out, out=out)
+    def sent(self, numbers, tensors, start):
+        """Encode a float32 chunk as `encode` does, and return what it decodes to. It may stand in
+        scratch memory: use it before the next call."""
+        self.encode(numbers, tensors, start)
+        return self.decoded(tensors, start, numbers)
 
 
 class Cast(Codec):
@@ -2400,6 +2400,7 @@ class Blocks(Codec):
         return raw[:scales].view(torch.bfloat16), raw[scales:]
 
     def encode(self, numbers, tensors, start):
+        """Encode a chunk. Returns (its scales, its integers as float32 in scratch memory)."""
         scales, integers = self._parts(tensors, start, numbers.numel())
         size = len(scales) * BLOCK
         if numbers.numel() < size:
@@ -2412,16 +2413,22 @@ class Blocks(Codec):
         scales.copy_(largest)
         inverse = torch.where(largest > self.TINY, largest.reciprocal(), 0)
         torch.mul(blocks, inverse.unsqueeze(1), out=work)
-        if self.bits == 8:
-            integers.view(torch.int8).copy_(work.view(-1).round_())
-        elif self.bits == 4:
-            low, high = work.round_().view(2, -1)
-            integers.copy_(low.add_(high, alpha=16).add_(8 + 16 * 8))
-        else:
-            parts = work.floor_().clamp_(-2, 1).view(4, -1)
-            for part, shift in zip(parts[1:], (4, 16, 64), strict=True):
-                parts[0].add_(part, alpha=shift)
-            integers.copy_(parts[0].add_(2 * (1 + 4 + 16 + 64)))
+        work = work.floor_().clamp_(-2, 1) if self.bits == 2 else work.round_()
+        whole = integers if self.bits == 8 else scratch("whole", integers, size)
+        whole.view(torch.int8).copy_(work.view(-1))
+        # Bytes wrap around, so a negative integer and its offset, added later, come to what is meant.
+        first, *others = whole.view(self.parts, -1)
+        for row, part in enumerate(others, 1):
+            first.add_(part, alpha=1 << row * self.bits)
+        if others:
+            torch.add(first, 0x88 if self.bits == 4 else 0xAA, out=integers)
+        return scales, work
+
+    def sent(self, numbers, tensors, start):
+        scales, blocks = self.encode(numbers, tensors, start)
+        # Decoding knows no negative zero, which adding zero makes a positive one.
+        blocks.add_(0.5 if self.bits == 2 else 0.0).mul_(scales.float().unsqueeze(1))
+        return blocks.view(-1)[: numbers.numel()]
 
     def decode(self, tensors, start, out):
         scales, integers = self._parts(tensors, start, out.numel())

@@ -1956,13 +1956,13 @@ class GlobalModel:
         if residual is not None:
             delta.add_(residual)
         update = entry.payload.tensors
-        self.down.encode(delta, update, start)
-        numbers, size = self.down.checked(update, start, delta)
-        if size == math.inf:  # a huge --outer-lr, for one
+        numbers = self.down.sent(delta, update, start)
+        # A finite sum has no number that a worker would refuse. Another one may have.
+        is_safe = math.isfinite(numbers.dot(numbers).item())
+        if not is_safe and not self.down.finite(update, start, stop):  # a huge --outer-lr, for one
             for vector in (delta, *others):
                 vector.zero_()
-            self.down.encode(delta, update, start)
-            numbers = self.down.decoded(update, start, delta)
+            numbers = self.down.sent(delta, update, start)
         if residual is not None:
             torch.sub(delta, numbers, out=residual)
         part.add_(numbers)
