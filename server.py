@@ -4840,7 +4840,8 @@ class Spawn:
 
     def _pass_on(self, name, process):
         for line in process.stdout:
-            log.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")
+            line = line.decode(errors="replace").rstrip()
+            log.write(f"{name}: {line.removeprefix(f'diloco: {name}: ')}\n")
 
     def _reap(self):
         """Note which workers have ended: their ids are free, and nobody waits for them."""

@@ -52,7 +52,7 @@ def test_the_one_command_run(spawn, start, tmp_path, config):
     assert "ends training" not in run.output  # none ends before its time
 
     synced = re.findall(
-        r"worker-0: diloco: worker-0: round \d+, .*\| up ([\d.]+) MB, down ([\d.]+) MB$",
+        r"^worker-0: round \d+, .*\| up ([\d.]+) MB, down ([\d.]+) MB$",
         run.output,
         re.MULTILINE,
     )
