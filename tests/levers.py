@@ -53,7 +53,7 @@ class Row:
     steps: int = 1200  # in all
     up: str = "fp32"  # codec of the pushes
     down: str = ""  # codec of the updates; empty: that of the pushes
-    feedback: int = 1  # 0: what a codec loses is lost
+    feedback: int = -1  # 0: what a codec loses is lost; 1: it is kept; -1: as the codec has it
     kept: float = 1.0  # share of what a push has lost that the next one carries
     outer_rate: float = 0.7
     momentum: float = -1.0  # of the outer step; -1: what suits the inner optimizer here
@@ -169,6 +169,11 @@ def sent(name, numbers):
     return out
 
 
+def keeps(row, name):
+    """Whether what this codec loses goes into the next message."""
+    return protocol.CODECS[name].feedback if row.feedback < 0 else row.feedback
+
+
 def train_round(row, workers, muon, text, number):
     """`every` steps of each worker."""
     length = row.every * row.rounds
@@ -213,11 +218,11 @@ def run(row, seed, path):
             if worker.residual is not None:
                 push.add_(worker.residual, alpha=row.kept)
             arrived = sent(row.up, push)
-            worker.residual = push - arrived if row.feedback else None
+            worker.residual = push - arrived if keeps(row, row.up) else None
             gradient += arrived / row.workers
         update = outer_step(row, gradient, velocity, number) + behind
         arrived = sent(row.down or row.up, update)
-        behind = update - arrived if row.feedback else behind
+        behind = update - arrived if keeps(row, row.down or row.up) else behind
         anchor = anchor + arrived
         for worker in workers:
             worker.adopt(anchor)

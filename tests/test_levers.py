@@ -35,3 +35,9 @@ def test_a_row_is_named_by_its_fields():
     assert levers.megabytes(rows[0]) == pytest.approx(60 * 2 * 34 / 64, rel=1e-3)
     with pytest.raises(SystemExit, match="rounds is no field"):
         levers.rows_of(["rounds=4"])
+
+
+def test_what_a_codec_loses_is_kept_as_the_codec_has_it():
+    row, always, never = (levers.Row(feedback=feedback) for feedback in (-1, 1, 0))
+    assert [levers.keeps(row, name) for name in ("bf16", "int4")] == [False, True]
+    assert levers.keeps(always, "bf16") and not levers.keeps(never, "int4")
