@@ -51,6 +51,7 @@ import json
 import math
 import operator
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -445,6 +446,14 @@ class Slice:
         """Return the elements that are worked on at once. A GPU has no cache for which few were better."""
         return codec.size if self.device.type == "cpu" else protocol.CHUNK
 
+    def tiles(self):
+        """The chunks that training works on: what the caches of its cores hold. They are larger where a
+        GPU has no such cache, or some parameter's memory has another order and is copied each time."""
+        is_plain = all(part[0].is_contiguous() for part in self.flat.parts)
+        is_small = is_plain and self.device.type == "cpu"
+        tile = torch.get_num_threads() * protocol.TILE if is_small else protocol.CHUNK
+        return protocol.chunks(self.size, min(tile, protocol.CHUNK))
+
     # --- A push ---
 
     def begin(self, has_numbers, goes_on):
@@ -460,11 +469,12 @@ class Slice:
         with self.lock:
             is_kept = self.mark is not None
             self.mark = self.mark if is_kept else self._vector()
-            for start, stop in protocol.chunks(self.size) if predicts or not is_kept else ():
+            for start, stop in self.tiles() if predicts or not is_kept else ():
                 if not is_kept:
                     self.flat.read(start, self.mark[start:stop])
                 if predicts:  # while the chunk is in the cache
-                    self.flat.write(start, self._predicted(start, stop))
+                    ahead = protocol.scratch("ahead", self.mark, stop - start)
+                    self.flat.write(start, self._predict(start, ahead))
 
     def settle(self):
         """Wait for what this thread has asked of the GPUs: other threads have other streams."""
@@ -530,7 +540,8 @@ class Slice:
         if stop == self.size and self.velocity is not None and self.mark is not None:
             # Not before: a later chunk that is not finite has `_put_back` ask for the differences.
             for start, stop in protocol.chunks(self.size):
-                self.mark[start:stop].copy_(self._predicted(start, stop))
+                mark = self.mark[start:stop]
+                mark.copy_(self.flat.rounded(start, self._predict(start, mark)))
             self.settle()
 
     def _put_back(self, count):
@@ -548,19 +559,19 @@ class Slice:
             left.copy_(carried.sub_(delta)) if delta.isfinite().all() else left.zero_()
         self.settle()
 
-    def _predicted(self, start, stop):
-        """Return a chunk as if all workers had pushed the same as this one, rounded to the
-        parameters' dtypes: SGD with Nesterov momentum as torch.optim.SGD defines it, or a part of
-        such a step as the server's Outer does, with the own difference in the gradient's place. All
-        that goes in is still what it was at the push."""
+    def _predict(self, start, out):
+        """Return `out`, filled with a chunk as if all workers had pushed the same as this one: SGD with
+        Nesterov momentum as torch.optim.SGD defines it, or a part of such a step as the server's Outer
+        does, with the own difference in the gradient's place. All that goes in is still what it was
+        at the push. `out` may be the chunk of the mark."""
         lr, momentum, nesterov, part = self.outer
-        anchor, velocity = self.anchor[start:stop], self.velocity[start:stop]
-        own = protocol.scratch("own", anchor, stop - start)
-        torch.sub(self.flat.rounded(start, anchor), self.mark[start:stop], out=own)
+        vectors = self.anchor, self.velocity, self.mark
+        anchor, velocity, mark = (vector[start : start + len(out)] for vector in vectors)
+        own = torch.sub(self.flat.rounded(start, anchor), mark, out=out)
         # With v = momentum * velocity + part * own: own + momentum * v, or v without Nesterov.
         share, kept = (1 + momentum * part, momentum**2) if nesterov else (part, momentum)
         step = own.add_(velocity, alpha=kept / share)
-        return self.flat.rounded(start, torch.add(anchor, step, alpha=-lr * part * share, out=own))
+        return torch.add(anchor, step, alpha=-lr * part * share, out=out)
 
     def copied_residual(self):
         """Return the residual as it is now, on the CPU."""
@@ -621,17 +632,15 @@ class Slice:
                 self.show_anchor()
                 return True
             is_finite = True
-            for start, stop in protocol.chunks(self.size):
-                anchor = self.anchor[start:stop]
-                target = protocol.scratch("local", anchor, stop - start)
-                self.flat.read(start, target)
+            for start, stop in self.tiles():
+                old, anchor = mark[start:stop], self.anchor[start:stop]
                 if alpha is None:
-                    target.sub_(mark[start:stop])
-                    is_finite = is_finite and math.isfinite(target.dot(target).item())
-                    target.add_(anchor)
+                    is_finite = self.flat.move(start, old, anchor) and is_finite
                 else:
+                    target = protocol.scratch("local", anchor, stop - start)
+                    self.flat.read(start, target)
                     target.mul_(alpha).add_(anchor, alpha=1 - alpha)
-                self.flat.write(start, target)
+                    self.flat.write(start, target)
             return is_finite
 
     def mark_anchor(self):
@@ -840,8 +849,9 @@ class Link:
         self.session = secrets.token_hex(8)  # name of this process
         self.control, self.control_lock = None, threading.RLock()
         self.idle, self.used = [], set()  # data connections
-        self.threads = set()  # threads of tasks, one each
-        self.rested = threading.Condition()  # guards the line above; notified when a task ends
+        self.tasks, self.threads = queue.SimpleQueue(), set()  # the threads take a task each
+        self.busy = 0  # tasks that have not ended
+        self.rested = threading.Condition()  # guards the two lines above; notified when a task ends
         self.joining = None  # control connection while the worker joins
         self.is_leaving = False  # whether no join is worth waiting for any more
         self.lost = threading.Event()  # set while the server does not know this worker any more
@@ -938,9 +948,13 @@ class Link:
     # --- Threads ---
 
     def submit(self, task):
-        """Have a daemon thread call `task()`: those of concurrent.futures keep a process from ending."""
+        """Have a daemon thread call `task()`: those of concurrent.futures keep a process from ending.
+        A thread that rests does it, as training would wait for a new one to begin."""
         with self.rested:
-            self.threads.add(self.start(self._work, task))
+            if self.busy == len(self.threads):
+                self.threads.add(self.start(self._work))
+            self.busy += 1
+            self.tasks.put(task)
 
     def start(self, target, *args):
         """Return a daemon thread that calls target(*args), as soon as the system has one left."""
@@ -956,21 +970,27 @@ class Link:
                     log(f"WARNING: {self.worker_id}: {error}; trying again")
             self.closed.wait(pause)
 
-    def _work(self, task):
-        try:
-            task()
-        except Exception:
-            log.trace(f"WARNING: a thread of {self.worker_id} has ended")
-        finally:  # whatever happens, nobody waits for a thread that has ended
-            with self.rested:
-                self.threads.discard(threading.current_thread())
-                self.rested.notify_all()
+    def _work(self):
+        """Do tasks, until another thread rests as well, or the link is closed."""
+        is_needed = True
+        while is_needed and (task := self.tasks.get()):
+            try:
+                task()
+            except BaseException:  # whatever happens, nobody waits for a task that has ended
+                log.trace(f"WARNING: a task of {self.worker_id} has failed")
+            finally:
+                with self.rested:
+                    self.busy -= 1
+                    is_needed = len(self.threads) - self.busy == 1
+                    if not is_needed:
+                        self.threads.discard(threading.current_thread())
+                    self.rested.notify_all()
 
     def interrupt(self):
         """End all requests, and wait until no task is left. Idle connections may be dead too."""
         self.interrupted.set()
         with self.rested:
-            while self.threads:
+            while self.busy:
                 for conn in self.used.copy():
                     conn.hang_up()
                 self.rested.wait(0.1)
@@ -1066,6 +1086,8 @@ class Link:
         deadline = time.monotonic() + LEAVE_SECONDS
         with self.rested:
             threads = [*self.threads, *filter(None, [self.heart])]
+            for _ in self.threads:
+                self.tasks.put(None)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -1629,13 +1651,13 @@ class Buffers(protocol.FlatModel):
         self.tensors = [getattr(module, attribute) for module, attribute in places.values()]
         super().__init__(self.tensors)
 
-    def spans(self, start, stop):
+    def parts_in(self, start, stop):
         for i, (module, attribute) in enumerate(self.places.values()):
             found = getattr(module, attribute, None)
             if isinstance(found, torch.Tensor) and found.shape == self.tensors[i].shape:
                 self.tensors[i] = found
                 self.parts[i] = (found, *self.parts[i][1:])
-        return super().spans(start, stop)
+        return super().parts_in(start, stop)
 
 
 class Trained:
@@ -3702,30 +3724,12 @@ class DiLoCoWorker:
 
     # --- What others want to know ---
 
-    @property
-    def optimizer(self):
-        """Optimizer whose steps count."""
-        return self.trained.optimizers[-1]
-
-    @property
-    def slices(self):
-        """The slices' numbers; the last one may be that of the buffers."""
-        return self.replica.slices
-
-    @property
-    def outbox(self):
-        """The pushes whose fate is not known yet."""
-        return self.replica.outbox
-
-    @property
-    def versions(self):
-        """By slice, the version of the anchor."""
-        return [place.version for place in self.replica.outbox.places]
-
-    @property
-    def version(self):
-        """(life, number) of the first slice of the anchor."""
-        return self.versions[0]
+    optimizer = property(lambda self: self.trained.optimizers[-1])  # whose steps count
+    slices = property(operator.attrgetter("replica.slices"))  # the buffers', if any, is the last
+    outbox = property(operator.attrgetter("replica.outbox"))  # pushes whose fate is not known yet
+    versions = property(lambda self: [place.version for place in self.outbox.places])  # of anchors
+    version = property(lambda self: self.versions[0])  # of the first slice: (life, number)
+    sync_count = property(lambda self: self.fragment_syncs // self.num_fragments)  # rounds adopted
 
     @property
     def steps(self):
@@ -3733,11 +3737,6 @@ class DiLoCoWorker:
         places = self.replica.outbox.places[: self.num_fragments]
         listed = [p.pending.first if p.pending else p.mark[0] for p in places]
         return self.local_step - min(listed, default=self.local_step)
-
-    @property
-    def sync_count(self):
-        """Rounds adopted, each all fragments once."""
-        return self.fragment_syncs // self.num_fragments
 
     @property
     def steps_per_second(self):

@@ -2139,29 +2139,31 @@ class FlatModel:
         """Have a tensor of the same shape take another one's place."""
         self.parts = [(parameter if p[0] is before else p[0], *p[1:]) for p in self.parts]
 
-    def spans(self, start, stop):
-        """(parameter, some of its elements, slice of [start, stop)) of all that overlap. The elements
-        are for `among`: (the first one, stripes, elements that each of them has)."""
+    def parts_in(self, start, stop):
+        """The parts that have elements in [start, stop)."""
         first = bisect.bisect_right(self.parts, start, key=lambda part: part[2])
-        for parameter, low, high, at in itertools.islice(self.parts, first, None):
-            if low >= stop:
-                return
-            a, b = max(low, start), min(high, stop)
+        return itertools.takewhile(lambda p: p[1] < stop, itertools.islice(self.parts, first, None))
+
+    def views(self, start, *numbers):
+        """The elements of each parameter from `start` on, and those of float32 chunks in their places:
+        (parameter, all of its elements row by row, some of these, those of each chunk). Row by row
+        they are a copy where the parameter's memory has another order."""
+        stop = start + len(numbers[0])
+        for parameter, low, high, at in self.parts_in(start, stop):
+            parameter = parameter.detach()
+            flat, a, b = parameter.reshape(-1), max(low, start), min(high, stop)
             while a < b:  # the end of a stripe, whole ones, the beginning of one
                 row, rest = divmod(a, self.stripe)
                 width = min(self.stripe - rest, b - a)
                 rows = max(1, (b - a) // self.stripe) if rest == 0 else 1
-                begin = row * self.step + self.first + rest - at
-                yield parameter, (begin, rows, width), slice(a - start, a - start + rows * width)
-                a += rows * width
-
-    def among(self, flat, inside):
-        """A view of the elements of a span, [stripes, width], or [width] where that is one stripe.
-        `flat`: the parameter's elements, row by row."""
-        begin, rows, width = inside
-        if rows == 1:
-            return flat[begin : begin + width]
-        return flat[begin : begin + (rows - 1) * self.step + width].unfold(0, width, self.step)
+                begin, count = row * self.step + self.first + rest - at, rows * width
+                local = flat[begin : begin + (rows - 1) * self.step + width]
+                others = [each[a - start : a - start + count] for each in numbers]
+                if rows > 1:
+                    local = local.unfold(0, width, self.step)
+                    others = [each.view(rows, width) for each in others]
+                yield parameter, flat, local, *others
+                a += count
 
     @property
     def device(self):
@@ -2175,38 +2177,49 @@ class FlatModel:
 
     def read(self, start, out):
         """Copy elements from `start` on into the float32 tensor `out`."""
-        for parameter, inside, outside in self.spans(start, start + out.numel()):
-            local = self.among(parameter.detach().reshape(-1), inside)
-            out[outside].view(local.shape).copy_(local)
+        for _, _, local, rest in self.views(start, out):
+            rest.copy_(local)
 
     def subtract_from(self, start, numbers, out):
         """`numbers`, rounded to the parameters' dtypes, minus the elements from `start` on, into
         `out`; both are float32 chunks."""
-        numbers = self.rounded(start, numbers)
-        for parameter, inside, outside in self.spans(start, start + out.numel()):
-            local = self.among(parameter.detach().reshape(-1), inside).to(out.device, out.dtype)
-            own, rest = (each[outside].view(local.shape) for each in (numbers, out))
-            torch.sub(own, local, out=rest)
+        for _, _, local, own, rest in self.views(start, self.rounded(start, numbers), out):
+            torch.sub(own, local.to(out.device, out.dtype), out=rest)
 
     def write(self, start, values):
         """Set elements from `start` on, rounded to each parameter's dtype."""
         self.writes += 1
-        for parameter, inside, outside in self.spans(start, start + values.numel()):
-            tensor = parameter.detach()
-            flat = tensor.reshape(-1)  # a copy where the tensor's memory has another order
-            local = self.among(flat, inside)
-            local.copy_(values[outside].view(local.shape))
-            if not tensor.is_contiguous():
-                tensor.copy_(flat.view(tensor.shape))
+        for parameter, flat, local, own in self.views(start, values):
+            local.copy_(own)
+            if not parameter.is_contiguous():
+                parameter.copy_(flat.view(parameter.shape))
+
+    def move(self, start, before, after):
+        """Move elements from `start` on as the float32 chunk `after` is from `before`: each becomes what
+        it is beyond `before`, on top of `after`. Returns whether all that is beyond it is finite."""
+        self.writes += 1
+        beyond = scratch("beyond", before, before.numel())
+        views = [*self.views(start, beyond, before, after)]
+        for _, _, local, rest, old, _ in views:
+            torch.sub(local.to(rest.device, rest.dtype), old, out=rest)
+        is_finite = math.isfinite(beyond.dot(beyond).item())
+        for parameter, flat, local, rest, _, new in views:
+            if local.dtype == rest.dtype and local.device == rest.device:
+                torch.add(rest, new, out=local)
+            else:
+                local.copy_(rest.add_(new))
+            if not parameter.is_contiguous():
+                parameter.copy_(flat.view(parameter.shape))
+        return is_finite
 
     def rounded(self, start, values):
         """`values`, for elements from `start` on, rounded to the parameters' dtypes, as float32."""
-        spans = list(self.spans(start, start + values.numel()))
-        if all(parameter.dtype == torch.float32 for parameter, *_ in spans):
+        parts = self.parts_in(start, start + values.numel())
+        if all(parameter.dtype == torch.float32 for parameter, *_ in parts):
             return values
         rounded = values.clone()
-        for parameter, _, outside in spans:
-            rounded[outside].copy_(values[outside].to(parameter.dtype))
+        for _, _, local, own, rest in self.views(start, values, rounded):
+            rest.copy_(own.to(local.dtype))
         return rounded
 
 
@@ -2228,20 +2241,16 @@ class Checksum:
     def __init__(self):
         self.sums, self.count = [], 0
 
-    @staticmethod
-    def sum_of(chunk):
-        """The sum of a chunk or of an even number of its elements, float32 and contiguous."""
-        even = chunk.numel() & ~1
-        total = chunk[:even].view(torch.int64).sum().item() if even else 0
-        if even < chunk.numel():
-            total += chunk[even:].view(torch.int32).item() & 0xFFFFFFFF
-        return total & 0xFFFFFFFFFFFFFFFF
-
     def add(self, part):
-        """Add the next chunk, or the next part of one: an even number of elements, but for the last."""
+        """Add the next chunk, or the next part of one, float32 and contiguous: an even number of elements,
+        but for the last."""
         if self.count % CHUNK == 0:
             self.sums.append(0)
-        self.sums[-1] = (self.sums[-1] + self.sum_of(part)) & 0xFFFFFFFFFFFFFFFF
+        even = part.numel() & ~1
+        total = part[:even].view(torch.int64).sum().item()
+        if even < part.numel():
+            total += part[even:].view(torch.int32).item() & 0xFFFFFFFF
+        self.sums[-1] = (self.sums[-1] + total) & 0xFFFFFFFFFFFFFFFF
         self.count += part.numel()
 
     def digest(self):
@@ -2288,26 +2297,17 @@ def scratch(use, like, count):
 class Codec:
     """How float32 numbers travel: encoded into the tensors of a message, chunk by chunk. A chunk
     begins at a multiple of `size`; chunks have their bytes one after the other, so that a message
-    can be made, sent and taken apart chunk by chunk. A subclass defines `layout`, `encode`,
-    `decode` and `finite`; `feedback` tells whether what it rounds off is worth being kept."""
+    can be made, sent and taken apart chunk by chunk. `feedback` tells whether what it rounds off is
+    worth being kept. A subclass defines:
+
+    layout(count): the tensors that `count` float32 numbers become;
+    encode(numbers, tensors, start): put a float32 chunk into the message's tensors, at element `start`;
+    decode(tensors, start, out): decode elements from `start` on into the float32 chunk `out`;
+    finite(tensors, start, stop): whether all numbers of an encoded chunk are finite and at most
+    MAX_ABS in size.
+    """
 
     feedback, size = True, CHUNK
-
-    def layout(self, count):
-        """The tensors that `count` float32 numbers become."""
-        raise NotImplementedError
-
-    def encode(self, numbers, tensors, start):
-        """Encode a float32 chunk into the message's tensors, at element `start`."""
-        raise NotImplementedError
-
-    def decode(self, tensors, start, out):
-        """Decode elements from `start` on into the float32 chunk `out`."""
-        raise NotImplementedError
-
-    def finite(self, tensors, start, stop):
-        """Whether all numbers of an encoded chunk are finite and at most MAX_ABS in size."""
-        raise NotImplementedError
 
     def square(self, tensors, start, stop):
         """The sum of the squares of an encoded chunk's numbers; infinite where not all of them are

@@ -17,7 +17,7 @@ import pytest
 import torch
 import toy_worker
 from conftest import DEADLINE, ROOT, ROUNDING, Outer, flat, put, result, rounded, status, until
-from peers import Gate, background, same_bits, together
+from peers import Gate, background, numbers, same_bits, together
 from safetensors.torch import load_file
 
 import protocol
@@ -474,6 +474,31 @@ def test_a_push_that_is_not_finite_halfway_leaves_the_residual_also_after_a_pred
     with pytest.raises(NotFinite):
         list(slice.pieces())
     assert slice.is_empty and (slice.residual - before).abs().max() < 1e-5
+
+
+def test_the_size_of_the_pieces_that_training_works_on_changes_no_bit(monkeypatch):
+    """Training predicts in small pieces, and the thread that sends does it again in large ones."""
+    found = []
+    for tile in (protocol.CHUNK, 64):
+        monkeypatch.setattr(protocol, "TILE", tile)
+        local, other = numbers(0, 5000), numbers(1, 3000).bfloat16()
+        codecs = CODECS["bf16"], CODECS["bf16"]
+        slice = Slice(protocol.FlatModel([local, other], 1, 2), *codecs, predicts=True)
+        assert (len([*slice.tiles()]) > 1) == (tile == 64)
+        slice.outer = 0.7, 0.9, True, 1.0
+        slice.anchor.copy_(numbers(2, slice.size))
+        slice.velocity.copy_(numbers(3, slice.size))
+        slice.begin(has_numbers=True, goes_on=True)
+        slice.finish_encoding()
+        ahead, mark = torch.empty(2, slice.size)
+        slice.flat.read(0, ahead)
+        assert same_bits(slice.mark, ahead)  # training goes on from the mark
+        mark.copy_(slice.mark)
+        local.add_(0.1)
+        slice.anchor.add_(numbers(4, slice.size))
+        assert slice.adopt()
+        found.append([ahead, mark, local, other.float(), slice.payload.raw])
+    assert all(same_bits(*pair) for pair in zip(*found, strict=True))
 
 
 def test_an_encoding_that_fails_within_a_chunk_goes_on_where_it_was(monkeypatch):

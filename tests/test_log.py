@@ -159,12 +159,36 @@ def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch, capsys):
 
     monkeypatch.setattr(threading.Thread, "start", stubborn)
     link.submit(lambda: done.append(1))
-    until(lambda: done and not link.threads, "the task is done")
+    until(lambda: done and not link.busy, "the task is done")
     link.submit(lambda: 1 / 0)
-    link.interrupt()  # waits for no thread that has died
-    assert not link.threads
+    link.interrupt()  # waits for no task that has failed
+    assert not link.busy
+    link.close("done", was_member=False)
     told = capsys.readouterr().err
     assert "can't start new thread; trying again" in told and "ZeroDivisionError" in told
+
+
+def test_a_task_is_done_by_a_thread_that_rests_and_one_alone_stays():
+    """Training would wait for a new thread to begin, which takes milliseconds where cores are busy."""
+    link, seen, go = Link("host:1", "ada", protocol.PLAIN), [], threading.Event()
+
+    def task():
+        seen.append(threading.current_thread())
+        go.wait()
+
+    for _ in range(3):  # at the same time
+        link.submit(task)
+    until(lambda: len(seen) == 3, "three tasks")
+    assert len({*seen}) == 3
+    go.set()
+    until(lambda: not link.busy, "no task is left")
+    for k in range(4, 7):  # one after the other
+        link.submit(task)
+        until(lambda k=k: len(seen) == k and not link.busy, "a task")
+    assert len({*seen[3:]}) == 1 and seen[3] in seen[:3]
+    assert [thread for thread in {*seen} if thread in link.threads] == [seen[3]]
+    link.close("done", was_member=False)
+    assert not any(thread.is_alive() for thread in seen)
 
 
 def test_the_heart_survives_any_exception(capsys):

@@ -1043,6 +1043,24 @@ def test_a_slice_of_a_model_is_that_of_its_flat_vector(monkeypatch, count, strip
         assert torch.equal(flat(), wished)
 
 
+def test_what_parameters_are_beyond_a_mark_goes_on_top_of_an_anchor(monkeypatch):
+    """To the bit, whatever their dtype and the order of their memory; and what is not finite is told."""
+    monkeypatch.setattr(protocol, "stripe_of", lambda total, count: 2)
+    parameters = odd_parameters()
+    for k, start in itertools.product(range(3), (0, 1, 3)):
+        part = protocol.FlatModel(parameters, k, 3)
+        mark, anchor, local, now = torch.randn(4, part.numel - start - 1)
+        part.read(start, local)
+        kept = mark.clone(), anchor.clone()
+        assert part.move(start, mark, anchor)
+        part.read(start, now)
+        assert bits(now) == bits(part.rounded(start, local - mark + anchor))
+        assert bits(mark) == bits(kept[0]) and bits(anchor) == bits(kept[1])
+    for bad in (math.nan, math.inf):
+        mark[1] = bad
+        assert not part.move(start, mark, anchor)
+
+
 def test_stripes_of_a_vector_by_hand():
     # Of a large vector a stripe has 256 elements; of a small one each slice has 64 stripes or more,
     # and of a tiny one a stripe is an element.
