@@ -449,8 +449,7 @@ class Slice:
     def tiles(self):
         """The chunks that training works on: what the caches of its cores hold. They are larger where a
         GPU has no such cache, or some parameter's memory has another order and is copied each time."""
-        is_plain = all(part[0].is_contiguous() for part in self.flat.parts)
-        is_small = is_plain and self.device.type == "cpu"
+        is_small = self.device.type == "cpu" and all(p[0].is_contiguous() for p in self.flat.parts)
         tile = torch.get_num_threads() * protocol.TILE if is_small else protocol.CHUNK
         return protocol.chunks(self.size, min(tile, protocol.CHUNK))
 
@@ -972,19 +971,17 @@ class Link:
 
     def _work(self):
         """Do tasks, until another thread rests as well, or the link is closed."""
-        is_needed = True
-        while is_needed and (task := self.tasks.get()):
+        while task := self.tasks.get():
             try:
                 task()
             except BaseException:  # whatever happens, nobody waits for a task that has ended
                 log.trace(f"WARNING: a task of {self.worker_id} has failed")
-            finally:
-                with self.rested:
-                    self.busy -= 1
-                    is_needed = len(self.threads) - self.busy == 1
-                    if not is_needed:
-                        self.threads.discard(threading.current_thread())
-                    self.rested.notify_all()
+            with self.rested:
+                self.busy -= 1
+                self.rested.notify_all()
+                if len(self.threads) - self.busy > 1:
+                    self.threads.discard(threading.current_thread())
+                    return
 
     def interrupt(self):
         """End all requests, and wait until no task is left. Idle connections may be dead too."""
@@ -1918,9 +1915,11 @@ def is_nested_step(optimizer, outer=None):
     """Whether a step of `optimizer` is made within another one of its own, or of `outer`: no count of
     hooks survives a step that raises, so the stack tells."""
     code = getattr(type(optimizer).step, "__code__", None)  # torch's, that of each class with hooks
-    steps = [frame.f_locals.values() for frame in callers() if frame.f_code is code]
-    depth = sum(any(value is (outer or optimizer) for value in values) for values in steps)
-    return depth > (0 if outer else 1)
+    steps, most = [frame for frame in callers() if frame.f_code is code], 0 if outer else 1
+    if len(steps) <= most:  # as a rule: it takes longer to look at the variables of a frame
+        return False
+    depth = sum(any(v is (outer or optimizer) for v in each.f_locals.values()) for each in steps)
+    return depth > most
 
 
 def callers():
@@ -2443,8 +2442,8 @@ JUMPED = (
 
 class Jumps:
     """Whether parameters jump back after an adoption to where they were before: then something
-    else holds the weights. Looks at a few windows of each slice, and at two steps of a round: in the
-    first rounds of this process, and then now and then, as a look takes as long as half an adoption.
+    else holds the weights. Looks at a few windows of each slice, at one boundary of a round and at two
+    steps: in the first rounds of this process, and then now and then. A look takes as long as an adoption.
 
     turns: boundaries so far; records: {slice: [samples: before it was moved, behind that, after one
     step, after two]}; counts: {slice: how many times running it has jumped back}.
@@ -2469,13 +2468,14 @@ class Jumps:
 
     def begin(self):
         """Note where the slices are, which may be moved now."""
-        worker = self.worker
-        rounds, self.turns = self.turns // worker.num_fragments, self.turns + 1
+        worker, count = self.worker, self.worker.num_fragments
+        rounds, boundary, self.turns = *divmod(self.turns, count), self.turns + 1
         is_time = rounds < self.ROUNDS or rounds % self.ROUNDS == 0
+        is_time = is_time and boundary == rounds % count
         can_tell = is_time and worker.sync_every > 1 and not worker.ranks.is_sharded
         for optimizer in worker.trained.optimizers:  # this one may well find back within one step
             can_tell = can_tell and not isinstance(optimizer, torch.optim.LBFGS)
-        slices = worker.slices[: worker.num_fragments] if can_tell else ()
+        slices = worker.slices[:count] if can_tell else ()
         self.before = {k: self.sample(k) for k, slice in enumerate(slices) if slice.size}
 
     def end(self):

@@ -221,6 +221,7 @@ def train(server, name, parameters, step_seconds, sync_every, rounds, fragments)
     """Train a fake model, with `server` synchronized and without alone, and print what all cycles
     but the first took."""
     import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from diloco_callback import DiLoCoWorker
 
@@ -231,29 +232,32 @@ def train(server, name, parameters, step_seconds, sync_every, rounds, fragments)
     for parameter in model:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    began, trained, hooked = time.monotonic(), [], []
+    began, hooked = time.monotonic(), []  # by step: the seconds of DiLoCo's hook, those of its CPU
 
     def sleep(*_):
         time.sleep(max(0.0, began + step_seconds - time.monotonic()))
-        trained.append(time.monotonic() - began)
-        hooked.append(-time.thread_time())
+        hooked.append([-time.monotonic(), -time.thread_time()])
 
-    optimizer.register_step_post_hook(sleep)  # before DiLoCo's, whose time comes on top
+    def hook_has_ended(*_):
+        hooked[-1][0] += time.monotonic()
+        hooked[-1][1] += time.thread_time()
+
+    register_optimizer_step_post_hook(sleep)  # hooks are called in this order: DiLoCo's is next
     worker, synchronized = None, contextlib.nullcontext()
     if server:
         worker = synchronized = DiLoCoWorker(
             model, optimizer, server, sync_every, name, num_fragments=fragments
         )
     with synchronized:
+        register_optimizer_step_post_hook(hook_has_ended)
         for step in range(rounds * sync_every):
             if step == sync_every:
                 first = readings(worker)
             began = time.monotonic()
             optimizer.step()
-            hooked[-1] += time.thread_time()
         last = readings(worker)
         found = {key: last[key] - first[key] for key in first}
-        found["trained"], found["hooked"] = sum(trained[sync_every:]), sum(hooked[sync_every:])
+        found["hook"], found["hook CPU"] = map(sum, zip(*hooked[sync_every:], strict=True))
         if worker:
             found["send_mb"] = worker.metrics()["diloco/last_send_mb"] * fragments
             found["recv_mb"] = worker.metrics()["diloco/last_recv_mb"] * fragments
@@ -307,11 +311,11 @@ def summarize(mode, found, fragments, args):
     row = {"mode": mode, "step": median["time"] / (cycles * args.sync_every)}
     if mode == "standalone":
         return row
-    row["hook"] = 1 - median["trained"] / median["time"]
+    row["hook"] = median["hook"] / median["time"]
     row["waits"] = median["stall"] / median["time"]
     boundaries = cycles * fragments
-    row["boundary"] = (median["time"] - median["trained"] - median["stall"]) / boundaries
-    row["its CPU"] = median["hooked"] / boundaries
+    row["boundary"] = (median["hook"] - median["stall"]) / boundaries
+    row["its CPU"] = median["hook CPU"] / boundaries
     row["trip"] = median["trips"] / median["pushes"]
     train = (median["time"] - median["stall"]) / cycles
     link = (median["send_mb"] + median["recv_mb"]) * 1e6 * WITH_HEADERS / bandwidth

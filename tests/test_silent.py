@@ -544,7 +544,7 @@ def pull_towards(model, optimizer, goal):
     optimizer.step()
 
 
-def duel(server, place, rounds, start=1.0, dtype=torch.bfloat16, kind=Masters):
+def duel(server, place, rounds, start=1.0, dtype=torch.bfloat16, kind=Masters, **options):
     """Two workers that are drawn to 0 and 4. Returns what each has right before each boundary."""
 
     def train(name, goal):
@@ -552,7 +552,7 @@ def duel(server, place, rounds, start=1.0, dtype=torch.bfloat16, kind=Masters):
         torch.nn.init.constant_(model.weight, start)
         optimizer = kind(model.parameters(), 0.02, place)
         seen = []
-        with DiLoCoWorker(model, optimizer, server.address, 10, name):
+        with DiLoCoWorker(model, optimizer, server.address, 10, name, **options):
             for i in range(10 * rounds):
                 pull_towards(model, optimizer, goal)
                 seen += [model.weight.float().mean().item()] if i % 10 == 8 else []
@@ -574,9 +574,22 @@ def test_masters_in_the_optimizers_state_move_with_the_parameters(serve, said, f
     assert not any("'moment'" in line for line in said)
 
 
-def test_masters_that_are_hidden_are_found_out(serve):
+@pytest.mark.parametrize("count", [1, 2])
+def test_masters_that_are_hidden_are_found_out(serve, count):
     with pytest.raises(RuntimeError, match=r"keeps a second copy of the weights"):
-        duel(serve("-n", 2, *PLAIN_MEAN), "hidden", 6)
+        duel(serve("-n", 2, *PLAIN_MEAN), "hidden", 6, num_fragments=count)
+
+
+def test_a_look_for_hidden_masters_is_had_at_one_boundary_of_a_round_each_time_another(serve):
+    model = toy_worker.build((5, 7, 2))
+    options = dict(sync_every=8, num_fragments=4)
+    jumps = begun(serve("-n", 1), model, sgd(model), **options).watch.jumps
+    looks = []
+    for turn in range(4 * 17):
+        jumps.begin()
+        looks += [divmod(turn, 4)] if jumps.before else []
+    first = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 0), (5, 1), (6, 2), (7, 3)]
+    assert looks == [*first, (8, 0), (16, 0)]
 
 
 def test_a_slice_that_is_moved_twice_is_not_judged_by_its_first_move(serve):
