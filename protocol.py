@@ -2330,10 +2330,6 @@ class Codec:
         self.decode(tensors, start, numbers)
         return numbers
 
-    def add(self, tensors, start, out, weight=1):
-        """Decode elements from `start` on and add them, times `weight`, to the float32 chunk `out`."""
-        out.add_(self.decoded(tensors, start, out), alpha=weight)
-
     def sent(self, numbers, tensors, start):
         """Encode a float32 chunk as `encode` does, and return what it decodes to. It may stand in
         scratch memory: use it before the next call."""

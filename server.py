@@ -1940,7 +1940,7 @@ class GlobalModel:
         if weight != 1:
             delta.mul_(weight)
         for push, weight in more:
-            self.up.add(push, start, delta, weight)
+            delta.add_(self.up.decoded(push, start, delta), alpha=weight)
         delta.div_(sum(weight for _, weight in pushes))
         square = protocol.square_of(delta)
         if round.plain:
