@@ -1399,9 +1399,6 @@ class History:
         """A member has left, or was given up."""
         self.totals["departures"] += 1
         self.left.append([id, why])
-        self._note_gone(id, why, when)
-
-    def _note_gone(self, id, why, when):
         renew(self.gone, id, (when, why), MOST_GONE)
 
     def fault(self, count):
@@ -1445,15 +1442,12 @@ class History:
             before = self.points[-1].latest["time"] if self.points else row["time"]
             row["seconds"] = max(0.0, row["time"] - before)
         self.add(row)
-        counts = row["faults"], len(row["joined"]), len(row["left"])
-        for name, count in zip(EVENTS, counts, strict=True):
-            self.totals[name] += count
         for name in self.totals:  # older rows may be in no file any more
             self.totals[name] = max(self.totals[name], row["totals"].get(name, 0))
         for id in row["joined"]:
             self.gone.pop(id, None)
         for id, why in row["left"]:
-            self._note_gone(id, why, row["time"])
+            renew(self.gone, id, (row["time"], why), MOST_GONE)
         for id, loss in row["evaluations"].items():
             renew(self.evaluated, id, (row["step"] or 0, loss), KNOWN_WORKERS)
         if row["evaluation"] is not None:
@@ -1610,9 +1604,8 @@ class Entry:
     count: int  # elements of the update; 0 where no numbers changed
     payload: protocol.Payload | None = None  # the encoded update, once its memory is there
     readers: int = 0  # replies that are being sent from `payload`; changed with the lock
-    ready: int = 0  # elements that can be sent
+    ready: int = 0  # elements that can be sent; with the checksum one more
     checksum: torch.Tensor | None = None  # checksum of the slice after adding
-    is_done: bool = False  # whether the checksum can be sent
     progress: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -1634,9 +1627,7 @@ class Entry:
     def finish(self):
         """Let the checksum be sent, and with it the end of the entry. Called once the new version
         is known to all who ask for it."""
-        with self.progress:
-            self.is_done = True
-            self.progress.notify_all()
+        self.advance(self.count + 1)
 
     def pieces(self):
         """The bytes of the tensors in pieces, each as soon as it is there; the checksum is last."""
@@ -1644,12 +1635,12 @@ class Entry:
         while start < self.count:
             with self.progress:
                 self.progress.wait_for(lambda start=start: self.ready > start)
-                stop = self.ready
+                stop = min(self.ready, self.count)
             first, last = (protocol.payload_bytes(self.codec.layout(n)) for n in (start, stop))
             yield self.payload.raw[first:last]
             start = stop
         with self.progress:
-            self.progress.wait_for(lambda: self.is_done)
+            self.progress.wait_for(lambda: self.ready > self.count)
         yield self.checksum
 
 
@@ -3312,6 +3303,15 @@ class Handouts:
                 self.packed = {name: pack(text) for name, text in texts.items()}
             return self.packed
 
+    def on_status(self, conn, message):
+        """Answer with everything that status.py shows."""
+        conn.send_raw(self.status())
+
+    def on_history(self, conn, message):
+        """Answer with what the run has been like: see History.later."""
+        after, span = message.field("after", int, 0), message.field("span", int, 0)
+        conn.send_raw(self.history(after, span))
+
 
 class Layouts:
     """Which tensors the global model has: those of the first worker that joins, and where workers
@@ -3415,7 +3415,6 @@ class Gate:
             self.take_join(conn, message)
 
     def take_join(self, conn, message):
-        message.expect([])
         if self.server.ended.is_set():
             raise ConnectionError("the server ends")
         ended = message.field("ended", list, [])
@@ -3685,7 +3684,6 @@ class Gate:
 
     def on_heartbeat(self, conn, message):
         """Note that a member lives and how far it is; tell it of the others, and of orders."""
-        message.expect([])
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             member.facts.conn = conn
@@ -3723,7 +3721,6 @@ class Gate:
 
     def on_leave(self, conn, message):
         """End a member's part of the run."""
-        message.expect([])
         with self.lock:
             member = self.run.hear(*conn.worker, now())
             reason = shown(message.field("reason", str, "done"))
@@ -3999,7 +3996,6 @@ class Rounds:
         """Send the entries of a slice's log that a worker lacks: up to the entry that lists the
         push it waits for, or with sequence number 0 up to the head. Where the log does not reach
         back far enough, send the slice in full."""
-        message.expect([])
         with self.lock:
             member, k = self.run.hear(*conn.worker, now()), self.slice_of(message)
         with self.server.transfers.only(conn, f"pull of slice {k}"):
@@ -4091,48 +4087,6 @@ class Rounds:
             progress = protocol.Progress(None, what, values.nbytes, conn.moved_since())
             parts = progress.over(self.releasing(conn, k, pieces))
             conn.send("slice", fields, [values, protocol.Checksum.SPEC], parts)
-
-
-class Orders:
-    """What whoever may ask for the status may order."""
-
-    def __init__(self, server):
-        self.server, self.run, self.lock = server, server.run, server.lock
-
-    def on_save(self, conn, message):
-        """Write a checkpoint soon."""
-        message.expect([])
-        with self.lock:
-            self.server.save_wanted.add("checkpoint")
-            self.lock.notify_all()
-        conn.send("save")
-
-    def on_stop(self, conn, message):
-        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
-        message.expect([])
-        with self.lock:
-            self.run.stop()
-        self.server.clerk.settle(FAREWELL_SECONDS)
-        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
-        conn.send("stop")
-
-    def on_drop(self, conn, message):
-        """Wait no longer for a member, and tell its process to finish, if that lives."""
-        message.expect([])
-        id = message.field("worker", str)
-        why, gate, run = f"is dropped, as {conn.peer} asks", self.server.gate, self.run
-        with self.lock:
-            if id in run.members:
-                gate.remove(id, why, ends=False, drops=True)
-            elif id in run.expected:
-                if run.anew.drop(id):
-                    self.server.note_left(id, why)
-            else:
-                members = ", ".join(map(shown, sorted(run.members | run.expected))) or "none"
-                raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
-        self.server.clerk.settle(FAREWELL_SECONDS)
-        self.server.rounds.turn()
-        conn.send("drop")
 
 
 class Crowd:
@@ -4457,7 +4411,7 @@ class Door:
                 message = conn.receive(idle=patience)
                 conn.deadline = None
                 name = f"on_{message.type}"
-                rooms = (server.gate, server.rounds, server.orders, server)
+                rooms = (server.gate, server.rounds, server.handouts, server)
                 handler = next((getattr(r, name) for r in rooms if hasattr(r, name)), None)
                 if handler is None:
                     raise ProtocolError(f"no request is called {message.type!r}")
@@ -4465,6 +4419,8 @@ class Door:
                     with self.lock:
                         pause = self.questions.count()
                     time.sleep(pause)
+                if message.type not in ("push", "bring"):  # the others carry no tensors
+                    message.expect([])
                 handler(conn, message)
                 patience = self.settle(visitor, asks=False)
         except (Refused, ProtocolError) as error:
@@ -4509,7 +4465,7 @@ class Server:
             )
         self.transfers, self.watch = Transfers(self), Watch(self)
         self.handouts, self.clerk = Handouts(self), Clerk(self)
-        self.gate, self.rounds, self.orders = Gate(self), Rounds(self), Orders(self)
+        self.gate, self.rounds = Gate(self), Rounds(self)
 
     # --- The life of the process ---
 
@@ -4649,12 +4605,11 @@ class Server:
         conn.send("wait", {"awaited": "the server, which was stopped"})
         raise ConnectionError("the server ends")
 
-    # --- What people and joining workers ask ---
+    # --- Orders, and what a joining worker asks ---
 
     def on_fetch(self, conn, message):
         """The model's descriptive files (`files`: true), or frozen tensors of -m by name, in the
         dtypes that the worker has them in (`frozen`: names)."""
-        message.expect([])
         if message.field("files", bool, False):
             raw = self.handouts.files()
             return conn.send("fetch", {}, protocol.specs_of(raw.items()), raw.values())
@@ -4666,16 +4621,39 @@ class Server:
         with self.transfers.only(conn, "fetch"):
             conn.send("fetch", {}, specs, tensors)
 
-    def on_status(self, conn, message):
-        """Answer with everything that status.py shows."""
-        message.expect([])
-        conn.send_raw(self.handouts.status())
+    def on_save(self, conn, message):
+        """Write a checkpoint soon."""
+        with self.lock:
+            self.save_wanted.add("checkpoint")
+            self.lock.notify_all()
+        conn.send("save")
 
-    def on_history(self, conn, message):
-        """Answer with what the run has been like: see History.later."""
-        message.expect([])
-        after, span = message.field("after", int, 0), message.field("span", int, 0)
-        conn.send_raw(self.handouts.history(after, span))
+    def on_stop(self, conn, message):
+        """Tell all workers to finish: each sends what it has, takes the final model and leaves."""
+        with self.lock:
+            self.run.stop()
+        self.clerk.settle(FAREWELL_SECONDS)
+        log.seldom("orders", f"{conn.peer} asks to stop: the workers are told to finish")
+        conn.send("stop")
+
+    def on_drop(self, conn, message):
+        """Wait no longer for a member, and tell its process to finish, if that lives."""
+        id = message.field("worker", str)
+        why, run = f"is dropped, as {conn.peer} asks", self.run
+        with self.lock:
+            if id in run.members:
+                self.gate.remove(id, why, ends=False, drops=True)
+            elif id in run.expected:
+                if run.anew.drop(id):
+                    self.note_left(id, why)
+            else:
+                members = ", ".join(map(shown, sorted(run.members | run.expected))) or "none"
+                raise Refused("drop", f"no member is called {shown(id)}; the members: {members}")
+        self.clerk.settle(FAREWELL_SECONDS)
+        self.rounds.turn()
+        conn.send("drop")
+
+    # --- What the status tells ---
 
     def note_left(self, id, why):
         """Say that a worker is no member any more. Needs the lock."""
@@ -4821,7 +4799,8 @@ class Spawn:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
         host = server.args.host or "127.0.0.1"
         address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
-        self.workers, self.readers, self.ended = {}, [], set()
+        self.workers, self.readers = {}, []  # {name: process} of those that live; their outputs
+        self.codes = []  # exit codes of those that have ended
         access = server.door.access().variables()  # a command line could be read by others here
         environment = {**worker_environment(server.args.n), "DILOCO_TLS": "", **access}
         for name in (f"worker-{number}" for number in range(server.args.n)):
@@ -4845,9 +4824,10 @@ class Spawn:
 
     def _reap(self):
         """Note which workers have ended: their ids are free, and nobody waits for them."""
-        for name, process in self.workers.items():
-            if name not in self.ended and process.poll() is not None:
-                self.ended.add(name)
+        for name, process in [*self.workers.items()]:
+            if process.poll() is not None:
+                self.codes.append(process.returncode)
+                del self.workers[name]
                 if process.returncode:
                     log(f"{name} ended with exit code {process.returncode}")
                 run = self.server.run
@@ -4858,19 +4838,19 @@ class Spawn:
 
     def wait(self):
         """Wait until all have ended, or the server is told to end; 0 if all went well."""
-        ended, processes = self.server.ended, self.workers.values()
-        while len(self.ended) < len(self.workers):
+        ended = self.server.ended
+        while self.workers:
             with self.server.faults.survive(log, "looking after the spawned workers"):
                 self._reap()
             begun = self.server.run.is_open or self.server.rounds.last
-            if any(process.poll() for process in processes) and not begun:
+            if any(self.codes) and not begun:
                 ended.set()  # it failed before the start: the others would wait for it for ever
             if ended.wait(0.2):
                 self._stop()
         for reader in self.readers:  # a process that a worker has left behind may hold its output
             reader.join(LEAVE_SECONDS)
         ended.set()
-        return int(any(process.returncode for process in processes))
+        return int(any(self.codes))
 
     def _stop(self):
         for number in (signal.SIGINT, signal.SIGKILL):

@@ -95,7 +95,7 @@ def door(monkeypatch, guard=OPEN, **rooms):
     said, ended = [], threading.Event()
     shell = SimpleNamespace(
         ended=ended, args=SimpleNamespace(n=1, tls_cert=None), lock=threading.Condition(), session="x",
-        run=SimpleNamespace(members={}, waiting={}), gate=None, rounds=None, orders=None, hang_up=lambda conn: None,
+        run=SimpleNamespace(members={}, waiting={}), gate=None, rounds=None, handouts=None, hang_up=lambda conn: None,
         on_echo=lambda conn, message: conn.send("echo"), **rooms,
     )  # fmt: skip
     made = server.Door(shell, guard)
@@ -455,7 +455,7 @@ def test_a_connection_over_tls_is_like_any_other(monkeypatch, certificates):
         seen.append(conn)
         asked.set()
 
-    rooms = {"on_mirror": mirror, "on_wait": wait}
+    rooms = {"on_push": mirror, "on_wait": wait}  # a request that may carry tensors
     with door(monkeypatch, Guard("", protocol.server_context(certificates[0])), **rooms) as (
         _,
         address,
@@ -463,7 +463,7 @@ def test_a_connection_over_tls_is_like_any_other(monkeypatch, certificates):
         mark = protocol.certificate_fingerprint(certificates[0])
         conn = connected(address, tls=mark)
         back = torch.empty(1 << 18)
-        assert conn.request("mirror", {}, specs, [sent]).specs == specs
+        assert conn.request("push", {}, specs, [sent]).specs == specs
         conn.read(back)
         assert torch.equal(back, sent) and conn.bytes_out > sent.nbytes
         conn.send("wait")
