@@ -1120,8 +1120,8 @@ def is_ours(path):
 
 
 def checkpoints(folder):
-    """[(round, path)] of this program's checkpoints in a folder, newest first: by the life of the
-    run, then by the round. What cannot be read comes last: a new one is never older than that."""
+    """[((life, round), path)] of this program's checkpoints in a folder, newest first. What cannot be
+    read comes last, as ("", -1): a new one is never older than that."""
     found = []
     places = (os.path.join(glob.escape(folder), name) for name in CHECKPOINTS)
     for path in itertools.chain(*map(glob.glob, places)):
@@ -1136,8 +1136,8 @@ def checkpoints(folder):
         else:
             is_own = fields.get("program") == "diloco"
         if is_own or os.path.exists(os.path.join(path, SUMS)):
-            found.append((*age_of(fields or {}), int(number[1] or number[2]), path))
-    return [(number, path) for *_, number, path in sorted(found, reverse=True)]
+            found.append((age_of(fields or {}), int(number[1] or number[2]), path))
+    return [(age, path) for age, _, path in sorted(found, reverse=True)]
 
 
 def age_of(fields):
@@ -1490,10 +1490,12 @@ class Message:
             )
         return value
 
-    def typed(self, *types):
+    def typed(self, *types, what="the reply"):
         """The message itself, where it is of one of these types. Raises ProtocolError elsewhere."""
         if self.type not in types:
-            raise ProtocolError(f"the reply is {self.type[:32]!r}, not {' or '.join(types)}")
+            raise ProtocolError(
+                f"{what} is {self.type[:32]!r}, not {' or '.join(map(repr, types))}"
+            )
         return self
 
     def numbers(self, name, count, high=1 << 53):
@@ -1923,9 +1925,7 @@ def greet(conn, fields, guard=Guard(), seconds=HELLO_SECONDS):
     conn.is_server = True
     _secure(conn, guard)
     guard.check(conn.peer)
-    hello = conn.receive(idle=None)
-    if hello.type != "hello":
-        raise ProtocolError(f"the first message is {hello.type!r}, not 'hello'")
+    hello = conn.receive(idle=None).typed("hello", what="the first message")
     hello.expect([])
     version = hello.field("protocol", int)
     if version != PROTOCOL_VERSION:
@@ -1971,9 +1971,7 @@ def _challenge(conn, token, hello, name, session):
     # The fields by which this server proves that it knows the token, once the client has.
     nonces = hello.field("nonce", str), secrets.token_hex(16)
     conn.send("challenge", {"nonce": nonces[1]})
-    proof = conn.receive(idle=None)
-    if proof.type != "proof":
-        raise ProtocolError(f"the answer to a challenge is {proof.type!r}, not 'proof'")
+    proof = conn.receive(idle=None).typed("proof", what="the answer to a challenge")
     proof.expect([])
     given = proof.field("proof", str)
     if not is_same(given, proof_of(token, "client", nonces, name, session)):

@@ -67,7 +67,7 @@ MAX_PER_ADDRESS = 32  # hellos that are read at once from one address
 HELLOS = 300, 200  # most that are read in a second, and at once after a quiet time
 QUESTIONS = 100, 50  # as many requests of peers that are no members are answered
 STRANGER_SECONDS = 60.0  # time that a peer which is no member has for its next request
-COMPLAINT_SECONDS = 10.0  # how often the door says at most that it cannot let anybody in
+PLACE_SECONDS = 0.02  # how often the door looks for a place for those that wait for one
 LEAVE_SECONDS = 15.0  # time that spawned workers get to end by themselves
 FAREWELL_SECONDS = 3.0  # time that a server which ends waits to tell its workers so
 KNOWN_WORKERS = 1000  # ids whose index is remembered after they have gone
@@ -596,12 +596,10 @@ class Run:
 
     def here(self, id, session, now):
         """A worker that waits to enter is alive. False where it is waited for no more."""
-        member = of_process(self.waiting, id, session)
-        if member is None:
-            return False
-        member.heard = now
-        self.anew.heard(id, now)
-        return True
+        if member := of_process(self.waiting, id, session):
+            member.heard = now
+            self.anew.heard(id, now)
+        return member is not None
 
     def may_enter(self, id, now):
         """Whether a waiting worker can become a member now."""
@@ -1268,7 +1266,6 @@ def fitting(sizes, rates, training, slices=1, delay=0.0, rest=0.0):
 
 SUMS = "bytes_up", "bytes_down", "seconds", "seconds_waiting", "seconds_folding", "faults"
 TOTALS = "steps", "tokens", "bytes_up", "bytes_down", "seconds_waiting", "seconds_folding"
-EVENTS = "faults", "joins", "departures"  # totals that are counted as they happen
 LATEST = "round", "fragment", "time", "step"
 PUSHED = "trained", "waited", "transferred", "steps", "weight", "late"  # of a worker's push
 
@@ -1371,7 +1368,8 @@ class History:
     def __init__(self):
         self.points, self.span, self.count = [], 1, 0
         self.recent = deque(maxlen=RECENT)
-        self.totals = dict.fromkeys(("rounds", *TOTALS, "refused", *EVENTS), 0)
+        counts = "refused", "faults", "joins", "departures"  # the last three as they happen
+        self.totals = dict.fromkeys(("rounds", *TOTALS, *counts), 0)
         self.gone, self.evaluation, self.evaluated = {}, None, {}
         self.rounds = {}  # slice -> its newest round
         self.since = None  # seconds when the last round was closed, or the run opened
@@ -1500,9 +1498,8 @@ class History:
         self.rounds = {j: min(newest, number - 1) for j, newest in self.rounds.items()}
         step = self.points[-1].latest["step"] if self.points else 0
         if self.evaluation and self.evaluation[0] > step:
-            tested = [point for point in self.points if point.tested[1]][-1:]
-            found = [(point.latest["step"], mean_of([point.tested])) for point in tested]
-            self.evaluation = found[0] if found else None
+            tested = [(p.latest["step"], p.tested) for p in self.points if p.tested[1]]
+            self.evaluation = (tested[-1][0], mean_of([tested[-1][1]])) if tested else None
 
     # --- What people ask ---
 
@@ -2116,21 +2113,18 @@ def heads_of(fields):
 
 def names_of(fields):
     """What `Run.names` gave, from JSON that may be damaged. Raises ProtocolError."""
-    lists = {name: fields.get(name, []) for name in ("members", "stopping")}
-    tables = {name: fields.get(name, {}) for name in ("indices", "sessions", "dropped")}
-    for names, kind in ((lists, list), (tables, dict)):
-        for name, found in names.items():
-            if type(found) is not kind or not all(type(id) is str for id in found):
-                raise ProtocolError(f"{name} is not a {kind.__name__} of names")
-    for name, kind in (("indices", int), ("sessions", str), ("dropped", str)):
-        if not all(type(value) is kind for value in tables[name].values()):
+    check = protocol.Message("names", fields, []).field
+    names = {name: check(name, list, []) for name in ("members", "stopping")}
+    names |= {name: check(name, dict, {}) for name in ("indices", "sessions", "dropped")}
+    for name, found in names.items():
+        values = found if type(found) is list else found.values()
+        kind = int if name == "indices" else str
+        if not all(type(value) is kind for value in values):
             raise ProtocolError(f"a value of {name} is not of the type {kind.__name__}")
-    if min(tables["indices"].values(), default=0) < 0:
+    if min(names["indices"].values(), default=0) < 0:
         raise ProtocolError("a worker's index is negative")
-    life, pace = fields.get("life", ""), fields.get("pace", 0)
-    if type(pace) is not int or pace < 0:
-        raise ProtocolError("the pace is not a number of steps")
-    return lists | tables | {"life": protocol.version_of([life, 0]).life, "pace": pace}
+    life = protocol.version_of([check("life", str, ""), 0]).life
+    return names | {"life": life, "pace": check("pace", int, 0)}
 
 
 def is_text(value):
@@ -2425,13 +2419,9 @@ class Store:
             self._read_source(bool(found))
         self.names = self._read_names(self.output)
         broken = []
-        ages = {
-            path: protocol.age_of(protocol.header_of(os.path.join(path, "outer.safetensors")) or {})
-            for _, path in found
-        }
-        self.latest_life = max((life for life, _ in ages.values()), default="")
+        self.latest_life = found[0][0][0] if found else ""
         # Those whose header cannot be read come first, so that the log names them all.
-        for path in sorted(ages, key=lambda path: ages[path] > ("", -1)):
+        for _, path in sorted(found, key=lambda each: each[0] > ("", -1)):
             try:
                 state, model = load_checkpoint(path, up, down, error_feedback)
             except ProtocolError as error:
@@ -2905,54 +2895,75 @@ def die(why):
         os._exit(1)
 
 
+class Errand:
+    """Something that a thread of its own does, once for all who ask for the same before it begins: each
+    gets what was done after all of them have asked. seconds: time between two beginnings; then:
+    function that is called, with the Future, when it is done."""
+
+    def __init__(self, do, seconds=0.0, then=lambda job: None):
+        self.do, self.seconds, self.then = do, seconds, then
+        self.begun, self.coming = -math.inf, {}  # seconds; {what: Future that has not begun}
+        self.lock = threading.Lock()  # guards `coming`
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __call__(self, *what):
+        """Ask for it; returns its Future."""
+        with self.lock:
+            if not (job := self.coming.get(what)):
+                job = self.coming[what] = self.thread.submit(self.work, what)
+                job.add_done_callback(self.then)
+            return job
+
+    def work(self, what):
+        """Do it; who asks from now on gets the next one."""
+        time.sleep(max(0.0, self.begun + self.seconds - now()))
+        self.begun = now()
+        with self.lock:
+            del self.coming[what]
+        return self.do(*what)
+
+
 class Clerk:
     """The small files of a run, the members' names and rounds.jsonl, which a thread of its own writes:
-    a disk that hangs stops no round. The server's lock guards all of it."""
+    a disk that hangs stops no round."""
 
     def __init__(self, server):
         self.server, self.store, self.lock = server, server.store, server.lock
-        self.asked = self.done = 0  # requests to write the names: made, and answered
         self.named = None  # names of the members as they are on disk
         self.lines = deque(maxlen=MAX_UNWRITTEN)  # of rounds.jsonl, to be written
+        self.write = Errand(self.work, then=self.say_done)
 
     def keep_names(self):
-        """Have the names written. Returns a function, which needs the lock: whether they are on disk, or
-        are known not to be."""
-        with self.lock:
-            request = self.asked = self.asked + 1
-            self.lock.notify_all()
-        return lambda: self.done >= request
+        """Have the names written. Returns a function: whether they are on disk, or are known not to be."""
+        return self.write().done
 
     def settle(self, seconds):
         """Have all written, and wait for that for at most so many seconds."""
-        is_done = self.keep_names()
-        with self.lock:
-            self.lock.wait_for(is_done, seconds)
+        concurrent.futures.wait([self.write()], seconds)
 
     def append(self, line):
         """Have a line about a round, a dict, written."""
         with self.lock:
             self.lines.append(line)
-            self.lock.notify_all()
+        self.write()
 
     def work(self):
-        """Write what is asked for, for as long as the process lives."""
-        while True:
-            with self.lock:
-                self.lock.wait_for(lambda: self.done < self.asked or self.lines)
-                names, request = self.server.run.names(), self.asked
-                lines = [*self.lines]
-                self.lines.clear()
-            with self.server.faults.survive(log, "writing the members' names and rounds"):
-                if lines:
-                    self.store.append_rounds(lines)
-                if names != self.named:
-                    left = names["members"] or names["stopping"]
-                    self.store.save_names(names if left else None)
-                    self.named = names
-            with self.lock:
-                self.done = request
-                self.lock.notify_all()
+        """Write what is there to be written."""
+        with self.lock:
+            names, lines = self.server.run.names(), [*self.lines]
+            self.lines.clear()
+        with self.server.faults.survive(log, "writing the members' names and rounds"):
+            if lines:
+                self.store.append_rounds(lines)
+            if names != self.named:
+                left = names["members"] or names["stopping"]
+                self.store.save_names(names if left else None)
+                self.named = names
+
+    def say_done(self, job):
+        """Wake those who wait for what was written."""
+        with self.lock:
+            self.lock.notify_all()
 
 
 class Ids:
@@ -3004,9 +3015,9 @@ class Ids:
         return fields
 
 
-def received(conn, size, dtype):
-    """The next `size` elements of an upload."""
-    values = torch.empty(size, dtype=dtype)
+def received(conn, spec):
+    """The next tensor of an upload."""
+    values = torch.empty(spec.shape, dtype=spec.dtype)
     conn.read(values)
     return values
 
@@ -3058,7 +3069,6 @@ class Transfers:
         self.server, self.run, self.lock = server, server.run, server.lock
         self.newest = {}  # (worker id, kind) -> Connection that has asked last
         self.moving = {}  # (worker id, kind) -> Connection that is served
-        self.uploads = set()  # (worker id, session) of workers that wait, and bring something
 
     @contextlib.contextmanager
     def only(self, conn, kind):
@@ -3109,22 +3119,11 @@ class Transfers:
                     self.server.gate.give_up(member, why)
         self.server.rounds.turn()
 
-    @contextlib.contextmanager
-    def upload(self, conn):
-        """A block in which a worker that waits to join shows that it is alive by sending."""
-        with self.lock:
-            self.uploads.add(conn.worker)
-        try:
-            with self.patient(conn, "upload"):
-                yield
-        finally:
-            with self.lock:
-                self.uploads.discard(conn.worker)
-
     def hear(self):
-        """Note that who uploads is alive. Needs the lock."""
-        for id, session in self.uploads:
-            self.run.here(id, session, now())
+        """Note that who waits, and brings something meanwhile, is alive. Needs the lock."""
+        for member in self.run.waiting.values():
+            if member.facts.conn.unread:
+                self.run.here(member.id, member.session, now())
 
 
 class Watch:
@@ -3227,37 +3226,6 @@ def outlook(server):
     }
 
 
-class Shared:
-    """Replies that are made once for all who ask for the same within a short while, each of a moment
-    after all of them have asked. make(*what) gives the bytes of one."""
-
-    def __init__(self, make):
-        self.make = make
-        self.ready, self.is_making = threading.Condition(), False  # guards the next line
-        self.begun, self.made = -STATUS_SECONDS, {}  # seconds; {what: (seconds, bytes)}
-
-    def __call__(self, *what):
-        """The reply. Under a mere lock, who asks again would go before those who wait."""
-        asked, none = now(), (-math.inf, b"")
-        with self.ready:
-            while self.made.get(what, none)[0] < asked and self.is_making:
-                self.ready.wait()
-            if (found := self.made.get(what, none))[0] >= asked:
-                return found[1]
-            self.is_making = True
-        try:
-            time.sleep(max(0.0, self.begun + STATUS_SECONDS - now()))
-            self.begun = now()
-            frame = self.make(*what)
-            latest = {k: m for k, m in self.made.items() if self.begun - m[0] <= 4 * STATUS_SECONDS}
-            self.made = latest | {what: (self.begun, frame)}
-            return frame
-        finally:
-            with self.ready:
-                self.is_making = False
-                self.ready.notify_all()
-
-
 def without_names(point):
     """A point of a history as it is told, but without what it says by worker."""
     return {n: type(v)() if isinstance(v, dict | list) else v for n, v in point.items()}
@@ -3268,7 +3236,8 @@ class Handouts:
 
     def __init__(self, server):
         self.server, self.lock = server, threading.Lock()
-        self.status, self.history = Shared(self.make_status), Shared(self.make_history)
+        self.status = Errand(self.make_status, STATUS_SECONDS)
+        self.history = Errand(self.make_history, STATUS_SECONDS)
         self.source, self.packed = None, {}  # files as the store has them, and as tensors
 
     def make_status(self):
@@ -3305,12 +3274,12 @@ class Handouts:
 
     def on_status(self, conn, message):
         """Answer with everything that status.py shows."""
-        conn.send_raw(self.status())
+        conn.send_raw(self.status().result())
 
     def on_history(self, conn, message):
         """Answer with what the run has been like: see History.later."""
         after, span = message.field("after", int, 0), message.field("span", int, 0)
-        conn.send_raw(self.history(after, span))
+        conn.send_raw(self.history(after, span).result())
 
 
 class Layouts:
@@ -3630,7 +3599,7 @@ class Gate:
 
     def on_bring(self, conn, message):
         """Take the slices and files that a joining worker was asked for, then admit the worker."""
-        with self.server.transfers.upload(conn):
+        with self.server.transfers.patient(conn, "upload"):
             member = self.take_upload(conn, message)
         with self.server.transfers.patient(conn, "join"):
             self.admit(conn, member)
@@ -3658,9 +3627,9 @@ class Gate:
         conn.taken_in()
         size, what = protocol.payload_bytes(message.specs), f"{shown(id)} uploads the model"
         with protocol.Progress(log, what, size, conn.moved_since()):
-            values = {k: received(conn, model.sizes[k], torch.float32) for k in slices}
-        raw = {name: received(conn, size, torch.uint8) for name, size in sizes.items()}
-        texts = {name: bytes(protocol.memory(tensor)) for name, tensor in raw.items()}
+            values = {k: received(conn, spec) for k, spec in zip(slices, specs, strict=True)}
+        raw = [received(conn, spec) for spec in files]
+        texts = dict(zip(sizes, map(bytes, map(protocol.memory, raw)), strict=True))
         with self.lock:
             is_asked = self.run.waiting.get(id) is member and self.server.model is model
             if slices and not is_asked:
@@ -4006,15 +3975,12 @@ class Rounds:
         held = protocol.version_of(message.field("version", list))
         seq, slice = message.field("seq", int), self.run.slices[k]
 
-        def is_open():
-            return (member.id, seq) in slice.pushes
-
         def awaited():
             names = ", ".join(map(shown, sorted(self.run.missing(k))))
             more = self.args.min_workers - len(self.run.members.keys() | slice.pushers)
             return names if more <= 0 else f"{names or 'nobody'}, and {more} more (--min-workers)"
 
-        self.server.wait(conn, lambda: not is_open(), awaited)
+        self.server.wait(conn, lambda: (member.id, seq) not in slice.pushes, awaited)
         with self.lock:
             fate = slice.folded.get(member.id)
             is_listed = seq == 0 or (fate is not None and fate.seq >= seq)
@@ -4108,15 +4074,11 @@ class Crowd:
         return oldest
 
     def remove(self, one, group):
-        """Remove a connection. Returns whether it was there."""
-        members = self.groups.get(group, {})
-        if one not in members:
-            return False
-        del members[one]
+        """Remove a connection."""
+        del self.groups[group][one]
         self.count -= 1
-        if not members:
+        if not self.groups[group]:
             del self.groups[group]
-        return True
 
     def __iter__(self):
         return (one for members in self.groups.values() for one in members)
@@ -4183,10 +4145,6 @@ class Door:
         self.members = Crowd(max(MAX_CONNECTIONS, 16 * server.args.n))
         self.hellos, self.questions = Pace(*HELLOS), Pace(*QUESTIONS)
         self.selector = selectors.DefaultSelector()
-        self.bell, self.ringer = socket.socketpair()  # wakes the door's thread when a place is free
-        self.ringer.setblocking(False)
-        self.said = -COMPLAINT_SECONDS  # time when a failure was logged last
-        self.unsaid = 0  # failures since then
 
     @property
     def strangers(self):
@@ -4226,34 +4184,23 @@ class Door:
     def stand(self, listener):
         """Let visitors in until the process ends, whatever happens."""
         listener.setblocking(False)
-        self.bell.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ)
-        self.selector.register(self.bell, selectors.EVENT_READ)
         while not self.ended.is_set():
             try:
-                pause = self.hellos.left() if self.ready.count else 0.0
-                for key, _ in self.selector.select(timeout=pause or 1.0):
+                # Whoever is ready waits for a place, or for the pace.
+                pause = PLACE_SECONDS if self.ready.count else 1.0
+                for key, _ in self.selector.select(timeout=pause):
                     if key.fileobj is listener:
                         self.accept(listener)
-                    elif key.fileobj is self.bell:
-                        self.bell.recv(4096)
                     else:
                         self.note_ready(key.data)
                 self.end_silent()
                 self.admit()
             except Exception as error:
-                self.fail(error)
-
-    def fail(self, error):
-        """Say now and then what keeps visitors out, and make a pause: most such things pass."""
-        self.unsaid += 1
-        if now() - self.said > COMPLAINT_SECONDS:
-            log(
-                f"WARNING: a connection cannot be accepted ({self.unsaid} times): {error!r}; is the "
-                "limit of open files or threads too low?"
-            )
-            self.said, self.unsaid = now(), 0
-        self.ended.wait(0.1)
+                text = f"a connection cannot be accepted: {error!r}"
+                if self.server.faults.note(text):
+                    log(f"WARNING: {text}; is the limit of open files or threads too low?")
+                self.ended.wait(0.1)  # most such things pass
 
     def accept(self, listener):
         """Take visitors in, unread. Where the files are used up, each costs a stranger its place."""
@@ -4299,10 +4246,8 @@ class Door:
 
     def end_silent(self):
         """Send those away who have said nothing for long."""
-        for members in [*self.silent.groups.values()]:
-            for visitor in [*members]:
-                if now() - visitor.since < protocol.HELLO_SECONDS:
-                    break  # the others of its group came later
+        for visitor in [*self.silent]:
+            if now() - visitor.since >= protocol.HELLO_SECONDS:
                 self.forget(visitor)
 
     def forget(self, visitor):
@@ -4396,7 +4341,6 @@ class Door:
             if conn:
                 conn.close()
             visitor.sock.close()
-            self.ring()
 
     def converse(self, visitor, conn):
         """Read the hello, then answer requests. Raises OSError at the end of the connection."""
@@ -4404,7 +4348,6 @@ class Door:
         try:
             protocol.greet(conn, {"session": server.session}, self.guard, visitor.seconds)
             patience = self.settle(visitor, asks=False)
-            self.ring()
             while True:
                 if patience and not conn.worker[0]:  # whoever only looks has small requests
                     conn.deadline = now() + patience
@@ -4429,11 +4372,6 @@ class Door:
                 log.seldom("refusals", f"{who} is refused: {error}")
             conn.refuse(error)
 
-    def ring(self):
-        """Tell the door's thread that a place may be free."""
-        with contextlib.suppress(OSError):  # full of rings that it has not heard yet
-            self.ringer.send(b"!")
-
 
 class Server:
     """The shell around the rules of one run and its global model: threads, connections, the lock.
@@ -4448,7 +4386,6 @@ class Server:
         self.closed = False  # whether the process ends: no round closes any more
         self.save_wanted = set()  # of "checkpoint", "final"
         self.tried = None  # versions that were tried to be saved last; None while that goes on
-        self.started = now()
         self.door = Door(self, guard_of(args))
         self.faults = protocol.Faults()  # what went wrong and was survived
         self.seen_faults = 0  # of these, as many as the history has counted
@@ -4512,7 +4449,6 @@ class Server:
         signal.signal(signal.SIGTERM, on_signal)
         threading.Thread(target=self.door.stand, args=[listener], daemon=True).start()
         threading.Thread(target=self.tick, daemon=True).start()
-        threading.Thread(target=self.clerk.work, daemon=True).start()
         saver = threading.Thread(target=self.save_when_wanted, daemon=True)
         saver.start()
         who = f"{self.args.n} worker(s)"
@@ -4678,7 +4614,7 @@ class Server:
             "min_workers": args.min_workers,
             "round": self.round,
             "step": run.step,
-            "uptime_seconds": round(now() - self.started, 1),
+            "uptime_seconds": round(now() - run.began, 1),
             "parameters": model.total if model else 0,
             "workers_wanted": args.n,
             "expected": sorted(run.expected.keys() - run.waiting.keys()),

@@ -503,7 +503,7 @@ def test_names_that_are_far_too_long_leave_a_reply_that_can_be_sent():
         losses = {"\U00020000" * 250 + str(i): 1.0 for i in range(MOST_NAMES)}
         history.add(row(n, losses=losses, left=[[id, "gone"] for id in losses]))
     shell = types.SimpleNamespace(lock=threading.Lock(), history=history, session="5e55")
-    frame = Handouts(shell).history(0, 0)
+    frame = Handouts(shell).history(0, 0).result()
     fields = protocol.parse_json(protocol.parse_json(frame[8:], "")["__metadata__"]["diloco"], "")
     assert len(fields["points"]) == 130 and fields["recent"][-1]["n"] == 130
     assert fields["points"][0]["loss"] == 1.0 and fields["points"][0]["losses"] == {}

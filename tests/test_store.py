@@ -154,8 +154,8 @@ def test_what_was_there_stays_until_the_new_one_is_in_place(tmp_path, monkeypatc
 def test_after_a_crash_between_two_renames_the_old_one_is_found(tmp_path):
     _, path = save(tmp_path / "m", OLD)
     path.rename(tmp_path / "m" / ".checkpoint-7.old")
-    [(number, found)] = protocol.checkpoints(str(tmp_path / "m"))
-    assert number == 7 and server.load_checkpoint(found, *INT8)
+    [(age, found)] = protocol.checkpoints(str(tmp_path / "m"))
+    assert age == (OLD.life, 7) and server.load_checkpoint(found, *INT8)
     save(tmp_path / "m", OLD)
     assert [path for _, path in protocol.checkpoints(str(tmp_path / "m"))] == [str(path)]
 
@@ -268,7 +268,7 @@ def test_the_order_is_life_then_round_and_the_new_one_stays(tmp_path, capsys):
     (folder / "checkpoint-99").mkdir()
     (folder / "checkpoint-99" / "outer.safetensors").write_bytes(b"")
     save(folder, NEW)
-    assert protocol.checkpoints(str(folder))[0][0] == 3
+    assert protocol.checkpoints(str(folder))[0][0] == (NEW.life, 3)
     store, _ = save(folder, Version(NEW.life, 6), limit=1)
     assert not store.save_error and names(folder) == ["checkpoint-6"]
 
@@ -322,7 +322,6 @@ def test_a_disk_that_hangs_stops_no_tick_and_a_join_waits_for_the_names(tmp_path
         assert free.wait(DEADLINE)
 
     running.store.save_names = save_names
-    threading.Thread(target=running.clerk.work, daemon=True).start()
     with running.lock:
         running.run.stopping = {"ada"}
     is_done = running.clerk.keep_names()
@@ -355,6 +354,7 @@ def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tm
 
 def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkeypatch):
     running, started = server.Server(args(tmp_path / "m")), []
+    running.clerk.settle(DEADLINE)  # whose thread is there
 
     class Thread:
         fails = True
