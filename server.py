@@ -448,12 +448,6 @@ class Member:
     arrived: float = 0.0  # seconds in which its pushes have come in
     delay: float = 0.0  # seconds of training from its last push to its adoption
 
-    def keeps_id(self, session, rules, now):
-        """Whether a process does not get the worker's id, as this one has it, whatever has become of its
-        connection."""
-        is_other = session != self.session and not self.has_ended
-        return is_other and now - self.heard <= rules.worker_timeout
-
     @property
     def was_in(self):
         """Whether it says that it has been a member before."""
@@ -573,9 +567,11 @@ class Run:
         return bool(self.slices) and min(self.versions) > NONE
 
     def holder(self, id, session, now):
-        """The other process that holds a worker id, or None."""
-        others = filter(None, (self.members.get(id), self.waiting.get(id)))
-        return next((each for each in others if each.keeps_id(session, self.rules, now)), None)
+        """The other process that holds a worker id, whatever has become of its connection, or None."""
+        for other in filter(None, (self.members.get(id), self.waiting.get(id))):
+            is_silent = now - other.heard > self.rules.worker_timeout
+            if other.session != session and not (other.has_ended or is_silent):
+                return other
 
     def ask(self, member, now):
         """A worker asks to take part. Raises Refused where it cannot."""
@@ -2844,9 +2840,8 @@ def note_evaluation(server, member, message):
 
 
 def doing(member, run, moving):
-    """(what a member does, the ids that it waits for). moving: {(id, kind)} of the transfers."""
-    of_mine = [kind.split() for id, kind in moving if id == member.id]
-    moves = {(what, int(k)) for what, _, _, k in (words for words in of_mine if len(words) == 4)}
+    """(what a member does, the ids that it waits for). moving: as Transfers.moving."""
+    moves = {(kind, k) for id, kind, k in moving if id == member.id}
     pushes = {
         (k, p) for k, s in enumerate(run.slices) for p in s.pushes.values() if p.worker == member.id
     }
@@ -2856,11 +2851,11 @@ def doing(member, run, moving):
     )
     if now() - member.heard > 3 * run.rules.heartbeat_seconds:
         return "away", []
-    if any(what == "push" for what, _ in moves):
+    if any(kind == "push" for kind, _ in moves):
         return "pushing", []
     if waits:
         return "waiting", sorted({id for k in waits for id in run.missing(k)})
-    is_pulling = any(what == "pull" and k not in mine for what, k in moves)
+    is_pulling = any(kind == "pull" and k not in mine for kind, k in moves)
     return "pulling" if is_pulling else "training", []
 
 
@@ -2905,6 +2900,7 @@ class Errand:
         self.begun, self.coming = -math.inf, {}  # seconds; {what: Future that has not begun}
         self.lock = threading.Lock()  # guards `coming`
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.thread.submit(int)  # starts the thread: later the system may have none left
 
     def __call__(self, *what):
         """Ask for it; returns its Future."""
@@ -2931,11 +2927,7 @@ class Clerk:
         self.server, self.store, self.lock = server, server.store, server.lock
         self.named = None  # names of the members as they are on disk
         self.lines = deque(maxlen=MAX_UNWRITTEN)  # of rounds.jsonl, to be written
-        self.write = Errand(self.work, then=self.say_done)
-
-    def keep_names(self):
-        """Have the names written. Returns a function: whether they are on disk, or are known not to be."""
-        return self.write().done
+        self.write = Errand(self.work, then=server.wake)
 
     def settle(self, seconds):
         """Have all written, and wait for that for at most so many seconds."""
@@ -2959,11 +2951,6 @@ class Clerk:
                 left = names["members"] or names["stopping"]
                 self.store.save_names(names if left else None)
                 self.named = names
-
-    def say_done(self, job):
-        """Wake those who wait for what was written."""
-        with self.lock:
-            self.lock.notify_all()
 
 
 class Ids:
@@ -3067,31 +3054,31 @@ class Transfers:
 
     def __init__(self, server):
         self.server, self.run, self.lock = server, server.run, server.lock
-        self.newest = {}  # (worker id, kind) -> Connection that has asked last
-        self.moving = {}  # (worker id, kind) -> Connection that is served
+        self.newest = {}  # (worker id, kind, slice or None) -> Connection that has asked last
+        self.moving = {}  # the same -> Connection that is served
 
     @contextlib.contextmanager
-    def only(self, conn, kind):
+    def only(self, conn, kind, k=None):
         """A block that serves a connection, once the one that was served before for the same has
         been ended and has given its memory back. Raises ConnectionError where a newer one comes."""
-        name = conn.worker[0], kind
+        name, what = (conn.worker[0], kind, k), kind if k is None else f"{kind} of slice {k}"
         with self.lock:
             self.newest[name] = conn
             while name in self.moving and self.newest.get(name) is conn:
                 self.moving[name].hang_up()
                 self.lock.wait(0.5)
             if self.newest.get(name) is not conn:
-                raise ConnectionError(f"a newer {kind} of {conn.worker[0]} has taken its place")
+                raise ConnectionError(f"a newer {what} of {conn.worker[0]} has taken its place")
             self.moving[name] = conn
         try:
-            with self.patient(conn, kind, lambda: self.newest.get(name) is conn):
+            with self.patient(conn, what, lambda: self.newest.get(name) is conn):
                 yield
         finally:
-            self.release(conn, kind)
+            self.release(conn, kind, k)
 
-    def release(self, conn, kind):
+    def release(self, conn, kind, k):
         """A connection's transfer is over, or all but its last bytes: a newer one does not end it."""
-        name = conn.worker[0], kind
+        name = conn.worker[0], kind, k
         with self.lock:
             for found in (self.newest, self.moving):
                 if found.get(name) is conn:
@@ -3118,12 +3105,6 @@ class Transfers:
                 if member and (counts() if counts else member.facts.conn is conn):
                     self.server.gate.give_up(member, why)
         self.server.rounds.turn()
-
-    def hear(self):
-        """Note that who waits, and brings something meanwhile, is alive. Needs the lock."""
-        for member in self.run.waiting.values():
-            if member.facts.conn.unread:
-                self.run.here(member.id, member.session, now())
 
 
 class Watch:
@@ -3489,8 +3470,8 @@ class Gate:
             conn.stall = min(conn.stall, self.args.worker_timeout)
             return conn.send("bring", fields)
         conn.stall = protocol.STALL_SECONDS
-        is_kept = self.server.clerk.keep_names()
-        self.server.wait(conn, is_kept, lambda: "the server's disk")  # a crash forgets nobody
+        written = self.server.clerk.write()
+        self.server.wait(conn, written.done, lambda: "the server's disk")  # a crash forgets nobody
         conn.send("join", fields)
         for k in range(self.server.model.count):
             self.server.model.warm(k, len(self.run.members))
@@ -3552,7 +3533,7 @@ class Gate:
             protocol.audit("open", life=run.life, labels=run.versions, members=entered)
             self.server.model.past = None
             if self.args.save_every and (past or not self.store.saved):
-                self.server.save_wanted.add("checkpoint")  # a crash in round 0 costs nothing
+                self.server.want_save()  # a crash in round 0 costs nothing
         self.lock.notify_all()
 
     def place(self, member):
@@ -3647,7 +3628,7 @@ class Gate:
             self.server.run_id = self.server.run_id or member.facts.run
             self.store.take_files(texts)
             if newest > WEIGHTS:  # work that is on no disk
-                self.server.save_wanted.add("checkpoint")
+                self.server.want_save()
             self.lock.notify_all()
         return member
 
@@ -3704,8 +3685,8 @@ class Gate:
         self.run.remove(id, ends, drops)
         self.server.note_left(id, why)
         if not self.run.members:
-            self.server.save_wanted.add("final")
-        self.server.clerk.keep_names()
+            self.server.want_save(final=True)
+        self.server.clerk.write()
 
     def give_up(self, member, why):
         """Wait no longer for a worker that takes part, or has asked to. Needs the lock."""
@@ -3740,7 +3721,7 @@ class Rounds:
         with self.lock:
             self.run.hear(*conn.worker, now())
             k = self.slice_of(message)
-        with self.server.transfers.only(conn, f"push of slice {k}"):
+        with self.server.transfers.only(conn, "push", k):
             is_taken = self.take_push(conn, message)
         self.turn()
         conn.send("push", {"taken": is_taken})
@@ -3870,7 +3851,7 @@ class Rounds:
                 self.run.publish(closed.k)
                 self.last, every = line, self.args.save_every
                 if every and self.server.round // every > before // every:
-                    self.server.save_wanted.add("checkpoint")
+                    self.server.want_save()
                 self.lock.notify_all()
             entry.finish()
             for push in closed.pushes:
@@ -3967,7 +3948,7 @@ class Rounds:
         back far enough, send the slice in full."""
         with self.lock:
             member, k = self.run.hear(*conn.worker, now()), self.slice_of(message)
-        with self.server.transfers.only(conn, f"pull of slice {k}"):
+        with self.server.transfers.only(conn, "pull", k):
             self.send_log(conn, message, member, k)
 
     def send_log(self, conn, message, member, k):
@@ -4032,7 +4013,7 @@ class Rounds:
         worker may pull again, on another connection."""
         for piece in pieces:
             if piece.nbytes == protocol.Checksum.SPEC.nbytes:
-                self.server.transfers.release(conn, f"pull of slice {k}")
+                self.server.transfers.release(conn, "pull", k)
             yield piece
 
     def send_slice(self, conn, k):
@@ -4113,13 +4094,6 @@ class Visitor:
         self.network = str(found if found.version == 4 else int(found) >> 64)
         self.seconds = protocol.HELLO_SECONDS  # time that is left for its hello, without queuing
         self.conn = self.crowd = self.group = None
-
-    def hang_up(self):
-        """End the conversation; the thread that serves it meets a ConnectionError."""
-        if self.conn:
-            self.conn.hang_up()
-        else:
-            self.sock.close()
 
 
 # A visitor goes through stages, and each has a limit of its own, so that no stage is filled by those
@@ -4226,7 +4200,7 @@ class Door:
         with self.lock:
             oldest = next(iter(self.idle), None)
         if oldest is not None:
-            oldest.hang_up()
+            oldest.conn.hang_up()
 
     def note_ready(self, visitor):
         """A visitor has sent something, or has gone."""
@@ -4317,7 +4291,7 @@ class Door:
             if gone is not None and is_of(gone, run.members):  # its join has gone through
                 gone = self.place(gone, self.members, gone.conn.worker[0])
         if gone is not None:
-            gone.hang_up()
+            gone.conn.hang_up()
         return None if is_member or is_waiting else STRANGER_SECONDS
 
     def serve(self, visitor):
@@ -4384,8 +4358,10 @@ class Server:
         self.lock = threading.Condition()
         self.ended = threading.Event()  # set when the process is to end
         self.closed = False  # whether the process ends: no round closes any more
-        self.save_wanted = set()  # of "checkpoint", "final"
-        self.tried = None  # versions that were tried to be saved last; None while that goes on
+        self.saver = Errand(self.try_save, then=self.wake)
+        # Futures of the newest saving, and of the newest one with the final model
+        self.saving = self.ending = None
+        self.tried = None  # versions that `has_saved` has asked to have saved
         self.door = Door(self, guard_of(args))
         self.faults = protocol.Faults()  # what went wrong and was survived
         self.seen_faults = 0  # of these, as many as the history has counted
@@ -4449,8 +4425,6 @@ class Server:
         signal.signal(signal.SIGTERM, on_signal)
         threading.Thread(target=self.door.stand, args=[listener], daemon=True).start()
         threading.Thread(target=self.tick, daemon=True).start()
-        saver = threading.Thread(target=self.save_when_wanted, daemon=True)
-        saver.start()
         who = f"{self.args.n} worker(s)"
         if self.run.expected:
             who = ", ".join(map(shown, sorted(self.run.expected)))
@@ -4465,8 +4439,7 @@ class Server:
             self.lock.notify_all()
         if signals:
             log("stopping: saving, and telling the workers; once more leaves at once")
-        saver.join()
-        self.save(final=not self.run.members)
+        self.saver(not self.run.members).result()
         self.clerk.settle(FAREWELL_SECONDS)
         with self.lock:
             left = [member.facts for member in self.run.members.values()]
@@ -4510,14 +4483,23 @@ class Server:
         """Do what the time demands, once."""
         limit = self.args.worker_timeout
         with self.lock:
-            self.transfers.hear()
+            for member in self.run.waiting.values():
+                if member.facts.conn.unread:  # it brings something, and so is alive
+                    self.run.here(member.id, member.session, now())
             self.watch.look()
             self.run.anew.give_up_absent(now())
             for workers in (self.run.members, self.run.waiting):
                 for member in self.run.silent(workers, now()):
                     self.gate.give_up(member, f"not heard of for {limit:g} s")
-        self.clerk.keep_names()
+            if self.is_over and self.args.until_done and not self.args.spawn:
+                self.ended.set()  # else with the last of the workers, which have yet to save
+        self.clerk.write()
         self.rounds.turn()
+
+    def wake(self, job=None):
+        """Wake all who wait for something, such as a job that is done."""
+        with self.lock:
+            self.lock.notify_all()
 
     def wait(self, conn, condition, awaited):
         """Wait for `condition()`, called with the lock held, and return what it gave. The peer gets a
@@ -4560,8 +4542,7 @@ class Server:
     def on_save(self, conn, message):
         """Write a checkpoint soon."""
         with self.lock:
-            self.save_wanted.add("checkpoint")
-            self.lock.notify_all()
+            self.want_save()
         conn.send("save")
 
     def on_stop(self, conn, message):
@@ -4653,33 +4634,29 @@ class Server:
 
     # --- Saving ---
 
-    def save_when_wanted(self):
-        """Write what is wanted, until the process ends."""
-        is_last = False  # whether the final model was wanted last
-        while not self.ended.is_set():
-            with self.lock:
-                self.lock.wait_for(lambda: self.save_wanted or self.ended.is_set(), timeout=1.0)
-                wanted, self.save_wanted = self.save_wanted, set()
-                versions, self.tried = self.run.versions, None if wanted else self.tried
-            with self.faults.survive(log, "saving"):
-                if wanted:
-                    self.save("final" in wanted)
-            is_last = (is_last or "final" in wanted) and not self.run.is_open
-            with self.lock:
-                self.tried = versions if wanted else self.tried
-                self.lock.notify_all()
-                is_over = is_last and not self.run.anew.awaits_any(now())
-            if is_over and self.args.until_done and not self.args.spawn:
-                self.ended.set()  # else with the last of the workers, which have yet to save
+    def want_save(self, final=False):
+        """Have a checkpoint written soon, and if `final` the final model too. Needs the lock."""
+        self.saving = self.saver(final)
+        self.ending = self.saving if final else self.ending
+
+    def try_save(self, final):
+        """What the saver's thread does."""
+        with self.faults.survive(log, "saving"):
+            self.save(final)
 
     def has_saved(self):
         """Whether the disk has the model, or has just failed to take it, before it gets other tensors:
         until the run opens with these there is nothing to save. Asks for it. Needs the lock."""
-        is_tried = self.run.anew.before is not None or self.tried == self.run.versions
-        if not (is_tried or self.save_wanted):
-            self.save_wanted.add("checkpoint")
-            self.lock.notify_all()
-        return is_tried and not self.save_wanted
+        if self.run.anew.before is None and self.tried != self.run.versions:
+            self.tried = self.run.versions
+            self.want_save()
+        return self.saving is None or self.saving.done()
+
+    @property
+    def is_over(self):
+        """Whether all have left, the final model is written, and nobody is expected back."""
+        is_left = self.ending is not None and self.ending.done() and not self.run.is_open
+        return is_left and not self.run.anew.awaits_any(now())
 
     def save(self, final):
         """Write a checkpoint where there is something new, and if `final` the final model too."""

@@ -324,14 +324,14 @@ def test_a_disk_that_hangs_stops_no_tick_and_a_join_waits_for_the_names(tmp_path
     running.store.save_names = save_names
     with running.lock:
         running.run.stopping = {"ada"}
-    is_done = running.clerk.keep_names()
-    assert hangs.wait(DEADLINE) and not is_done()
+    job = running.clerk.write()
+    assert hangs.wait(DEADLINE) and not job.done()
     for _ in range(3):
         running.look_after()
     running.clerk.settle(0.01)
     free.set()
     with running.lock:
-        assert running.lock.wait_for(is_done, DEADLINE)
+        assert running.lock.wait_for(job.done, DEADLINE)
 
 
 def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tmp_path):
@@ -354,7 +354,6 @@ def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tm
 
 def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkeypatch):
     running, started = server.Server(args(tmp_path / "m")), []
-    running.clerk.settle(DEADLINE)  # whose thread is there
 
     class Thread:
         fails = True
