@@ -2934,9 +2934,8 @@ class Clerk:
         concurrent.futures.wait([self.write()], seconds)
 
     def append(self, line):
-        """Have a line about a round, a dict, written."""
-        with self.lock:
-            self.lines.append(line)
+        """Have a line about a round, a dict, written. Needs the lock."""
+        self.lines.append(line)
         self.write()
 
     def work(self):
@@ -3849,6 +3848,7 @@ class Rounds:
                 self.server.history.close(line, closed.closed)
                 self.audit_fold(closed, counted, entry)
                 self.run.publish(closed.k)
+                self.server.clerk.append(line)  # before the next round can be closed
                 self.last, every = line, self.args.save_every
                 if every and self.server.round // every > before // every:
                     self.server.want_save()
@@ -3858,7 +3858,7 @@ class Rounds:
                 if push.payload:
                     model.give_back(closed.k, push.payload)
             self.turn()
-            self.write_line(line)
+            self.say(line)
         except BaseException:  # half of the slice is of one version, half of another
             die("an outer step failed")
 
@@ -3928,8 +3928,8 @@ class Rounds:
             "seconds_folding": round(now() - closed.closed, 4),
         }
 
-    def write_line(self, line):
-        """Log a closed round, and append it to rounds.jsonl."""
+    def say(self, line):
+        """Log a closed round."""
         losses = [loss for loss in line["losses"].values() if loss is not None]
         mean = f"loss {sum(losses) / len(losses):.4f} | " if losses else ""
         place = f", fragment {line['fragment']}" if len(self.run.slices) > 1 else ""
@@ -3940,7 +3940,6 @@ class Rounds:
             f"folded {line['seconds_folding']:.2f} s | up {line['bytes_up'] / 1e6:.2f} MB, "
             f"down {line['bytes_down'] / 1e6:.2f} MB"
         )
-        self.server.clerk.append(line)
 
     def on_pull(self, conn, message):
         """Send the entries of a slice's log that a worker lacks: up to the entry that lists the

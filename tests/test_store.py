@@ -352,6 +352,19 @@ def test_a_line_about_a_round_is_whole_and_comes_later_where_the_disk_is_full(tm
     assert not store.save_error and not store.journal.unwritten
 
 
+def test_the_line_about_a_round_is_there_before_the_next_round_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "die", pytest.fail)
+    running, seen = server.Server(args(tmp_path / "m")), []
+    running.model, running.run.slices = trained(), [server.Slice(Version(OLD.life, 0))]
+    running.clerk.write = lambda: None  # so that its lines stay
+    push = server.Push(worker="ada", session="x", k=0, seq=1, base=Version(OLD.life, 0), steps=1)
+    running.run.slices[0].pushes["ada", 1] = push
+    closed = running.run.take(0, 1.0)
+    running.rounds.turn = lambda: seen.extend(line["round"] for line in running.clerk.lines)
+    running.rounds.fold(closed, running.model.announce(closed, 1))
+    assert seen == [1] and running.run.slices[0].version.number == 1
+
+
 def test_a_round_whose_thread_cannot_be_started_is_folded_later(tmp_path, monkeypatch):
     running, started = server.Server(args(tmp_path / "m")), []
 
