@@ -2481,9 +2481,8 @@ class Largest(Codec):
         # place, so that the largest integer tells both.
         work = scratch("bits", rows.view(torch.int32), size).view(rows.shape)
         torch.bitwise_and(rows.view(torch.int32), 0x7FFFFFFF & -self.every, out=work)
-        work.bitwise_or_(
-            torch.arange(self.every, dtype=torch.int32, device=work.device).unsqueeze(1)
-        )
+        places = torch.arange(self.every, dtype=torch.int32, device=work.device)
+        work.bitwise_or_(places.unsqueeze(1))
         best = work.amax(0)
         places = torch.bitwise_and(best, self.every - 1)
         sizes = best.bitwise_and_(-self.every).view(torch.float32).view(-1, BLOCK)
