@@ -3029,21 +3029,20 @@ class Leader:
         if self.link.lost.is_set():
             self.rejoin()
         self.heed_replica()
-        for k in range(self.schedule.count):
-            if self.is_due(k):
-                self.adopt(k)
+        for k in filter(self.is_due, range(self.schedule.count)):
+            self.adopt(k)
         due = self.schedule.tick()
         delay = -(-worker.delay * self.schedule.every // worker.sync_every)  # in this cycle's steps
         for k in due:
-            with self.replica.changed:
-                push = self.replica.outbox.make(k, worker.local_step, worker.tokens, delay)
-            if push:  # else the one before is still out, and these steps go with the next
+            steps = worker.local_step, worker.tokens, delay
+            with self.replica.changed:  # an entry may have come since the look above
+                push = self.replica.outbox.make(k, *steps) if k not in self.replica.listed else None
+            if push:  # else the one before is under way, and these steps go with the next
                 facts = self.facts()  # and in how many seconds it adopts, as far as it can tell
                 facts["adopts_in"] = delay * facts["trained"] / facts["made"]
                 self.replica.push(push, goes_on=delay > 0, facts=facts)
-        for k in due if delay == 0 else ():
-            if self.is_due(k):
-                self.adopt(k)
+        for k in filter(self.is_due, due if delay == 0 else ()):
+            self.adopt(k)
         watch.jumps.end()
 
     def facts(self):
@@ -3214,8 +3213,9 @@ class Leader:
             for k in list(self.replica.listed):
                 self.adopt(k)
             worker.watch.heed_moved()
-            with self.replica.changed:
-                made = outbox.close(self.schedule.order(), worker.local_step, worker.tokens)
+            given = self.schedule.order(), worker.local_step, worker.tokens
+            with self.replica.changed:  # an entry that has come meanwhile is adopted first
+                made = [] if self.replica.listed else outbox.close(*given)
             for push in made:
                 self.replica.push(push, goes_on=False, facts=self.facts())
             if self.replica.listed or outbox.is_closed:

@@ -167,6 +167,46 @@ def test_a_push_of_one_fragment_that_fails_twice_counts_once(serve, delay):
     assert ends == [spread(end)] * 2
 
 
+@pytest.mark.parametrize("step", [5, 8], ids=["closing", "next-push"])
+def test_an_entry_that_comes_just_before_the_next_push_is_adopted_first(serve, capsys, step):
+    """The push of step 4 is on its way, and what is on top of it is not: whoever sends the slice again
+    before it has moved on top of the entry sends wrong numbers."""
+    server = serve("-n", 1, *PLAIN, "--outer-lr", 1, "--outer-momentum", 0)
+    model = Numbers(1, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = dict(num_fragments=1, fragment_sync_delay=4, fragment_update="rebase")
+    with DiLoCoWorker(model, optimizer, server.address, 4, "w", **options) as worker:
+        owner, name = {5: (worker.watch, "heed_moved"), 8: (worker.schedule, "tick")}[step]
+        replica, lock, call = worker.replica, worker.slices[0].lock, getattr(owner, name)
+        adopt = worker.leader.adopt
+
+        def adopt_behind_it(k):
+            until(lambda: replica.outbox.upload() is None, "all that is to be sent has arrived")
+            adopt(k)
+
+        worker.leader.adopt = adopt_behind_it
+
+        def listed_first(*args):
+            setattr(owner, name, call)
+            lock.release()
+            until(lambda: replica.listed, "an entry lists the push")
+            return call(*args)
+
+        for number in range(1, step + 1):
+            if number == 4:
+                lock.acquire()  # the push is not sent
+            if number == step == 8:  # training has gone on without an answer
+                replica.outbox.places[0].pending.late = True
+                setattr(owner, name, listed_first)
+            model.step(optimizer)
+        if step == 5:
+            setattr(owner, name, listed_first)
+        worker.flush()
+        anchor = worker.slices[0].anchor
+    assert model.weight.tolist() == anchor.tolist() == [step] * 8
+    assert "have moved" not in capsys.readouterr().err
+
+
 def test_settings_that_differ_are_refused_with_both_values(serve, toy):
     server = serve("-n", 2)
     first = toy(server, "a", num_fragments=4, sync_every=8)
