@@ -385,7 +385,7 @@ def test_a_status_is_made_once_for_all_who_ask_meanwhile_and_never_before_it_was
     def ask():
         for _ in range(20):
             asked.append(time.monotonic())
-            frames.append((asked[-1], board.status()))
+            frames.append((asked[-1], board.status().result()))
 
     for each in [background(ask) for _ in range(8)]:
         each.result(DEADLINE)

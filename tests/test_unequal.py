@@ -514,7 +514,7 @@ def test_a_worker_learns_the_velocity_of_parts_and_predicts_the_next(nesterov):
     own = numbers(9)[:6].clone()
     slice.mark, slice.outer = -own, (0.7, 0.9**0.5, nesterov, 0.5)
     outer.step(own, velocity, 3.0, 0.5)
-    torch.testing.assert_close(slice._predicted(0, 6), own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slice._predict(0, torch.empty(6)), own, rtol=1e-5, atol=1e-6)
 
 
 def test_whose_units_differ_or_who_boasts_leaves_the_others_their_share():
