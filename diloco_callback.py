@@ -950,6 +950,8 @@ class Link:
         """Have a daemon thread call `task()`: those of concurrent.futures keep a process from ending.
         A thread that rests does it, as training would wait for a new one to begin."""
         with self.rested:
+            if self.closed.is_set():  # the threads have been told to end
+                return
             if self.busy == len(self.threads):
                 self.threads.add(self.start(self._work))
             self.busy += 1
@@ -2470,8 +2472,8 @@ class Jumps:
         """Note where the slices are, which may be moved now."""
         worker, count = self.worker, self.worker.num_fragments
         rounds, boundary, self.turns = *divmod(self.turns, count), self.turns + 1
-        is_time = rounds < self.ROUNDS or rounds % self.ROUNDS == 0
-        is_time = is_time and boundary == rounds % count
+        look = rounds if rounds < self.ROUNDS else rounds / self.ROUNDS  # later mostly a fraction
+        is_time = boundary == look % count
         can_tell = is_time and worker.sync_every > 1 and not worker.ranks.is_sharded
         for optimizer in worker.trained.optimizers:  # this one may well find back within one step
             can_tell = can_tell and not isinstance(optimizer, torch.optim.LBFGS)
@@ -2942,6 +2944,7 @@ class Anew:
         with replica.changed:
             outbox = replica.outbox.renewed(worker.schedule.count, replica.step, worker.tokens)
             replica.slices, replica.outbox = [], outbox
+            replica.listed.clear()  # where `part` has ended the wait for the closing pushes
         self.count += 1
         self.leader.join(worker.reconnect_timeout)
         worker.watch.copies.move()
@@ -3013,9 +3016,8 @@ class Leader:
 
     def is_due(self, k):
         """Whether slice k is to be adopted now; a late push is when an entry lists it."""
-        if k in self.replica.listed:
-            push, *_ = self.replica.listed[k]
-            return push.late or self.replica.step >= push.adopt_at
+        if listed := self.replica.listed.get(k):
+            return listed[0].late or self.replica.step >= listed[0].adopt_at
         return self.replica.outbox.is_due(k, self.replica.step)
 
     def work(self):
@@ -3117,8 +3119,7 @@ class Leader:
     def wait(self, condition):
         """Wait until `condition()`, and join again meanwhile if that is needed. False where an outage
         lasts longer than `reconnect_timeout`, or where a worker that leaves need not wait."""
-        worker = self.worker
-        replica, outbox = self.replica, self.replica.outbox
+        worker, replica, outbox = self.worker, self.replica, self.replica.outbox
         while not condition():
             self.heed_replica()
             if self.link.lost.is_set() and not self.rejoin():
@@ -3206,8 +3207,7 @@ class Leader:
 
     def close_slices(self):
         """Adopt what is under way, and send the rest as closing pushes; see DiLoCoWorker.flush."""
-        worker = self.worker
-        outbox, self.link.outage = self.replica.outbox, None
+        worker, outbox, self.link.outage = self.worker, self.replica.outbox, None
         worker.watch.jumps.judge()
         while self.replica.slices and (not outbox.is_closed or self.replica.listed):
             for k in list(self.replica.listed):

@@ -189,6 +189,8 @@ def test_a_task_is_done_by_a_thread_that_rests_and_one_alone_stays():
     assert [thread for thread in {*seen} if thread in link.threads] == [seen[3]]
     link.close("done", was_member=False)
     assert not any(thread.is_alive() for thread in seen)
+    link.submit(task)
+    assert not link.busy  # a task that nobody does is not waited for
 
 
 def test_the_heart_survives_any_exception(capsys):

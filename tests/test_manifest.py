@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -624,6 +625,25 @@ def test_who_is_told_to_leave_while_it_waits_for_the_others_has_sent_its_steps(s
     b.flush()
     assert server.wait() == 0, server.output
     assert sum(line["steps"] for line in rounds(tmp_path / "model")) == 4 + 6
+
+
+def test_an_entry_that_comes_behind_the_last_wait_is_of_the_tensors_before(serve):
+    """`part` ends the wait for closing pushes that have arrived; their entries come all the same, and are
+    of no slice that the worker has after the change."""
+    (ada,) = begun(serve("-n", 1), "ada")
+    ada.steps(3)
+    worker, close = ada.worker, ada.worker.leader.close_slices
+
+    def close_slices():
+        close()
+        worker.replica.listed[0] = SimpleNamespace(late=False, adopt_at=0), "", 0
+
+    worker.leader.close_slices = close_slices
+    ada.unfreeze()
+    ada.steps(1)
+    worker.leader.close_slices = close
+    assert worker.joins == 2 and not worker.replica.listed
+    ada.flush()
 
 
 def test_a_worker_that_is_slower_is_waited_for(serve, tmp_path):
