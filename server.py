@@ -67,6 +67,7 @@ MAX_PER_ADDRESS = 32  # hellos that are read at once from one address
 HELLOS = 300, 200  # most that are read in a second, and at once after a quiet time
 QUESTIONS = 100, 50  # as many requests of peers that are no members are answered
 STRANGER_SECONDS = 60.0  # time that a peer which is no member has for its next request
+COMPLAINT_SECONDS = 10.0  # how often the door says at most that it cannot let anybody in
 PLACE_SECONDS = 0.02  # how often the door looks for a place for those that wait for one
 LEAVE_SECONDS = 15.0  # time that spawned workers get to end by themselves
 FAREWELL_SECONDS = 3.0  # time that a server which ends waits to tell its workers so
@@ -3579,7 +3580,7 @@ class Gate:
 
     def on_bring(self, conn, message):
         """Take the slices and files that a joining worker was asked for, then admit the worker."""
-        with self.server.transfers.patient(conn, "upload"):
+        with self.server.transfers.only(conn, "upload"):
             member = self.take_upload(conn, message)
         with self.server.transfers.patient(conn, "join"):
             self.admit(conn, member)
@@ -3628,6 +3629,7 @@ class Gate:
             self.store.take_files(texts)
             if newest > WEIGHTS:  # work that is on no disk
                 self.server.want_save()
+            self.run.here(id, session, now())
             self.lock.notify_all()
         return member
 
@@ -4118,6 +4120,7 @@ class Door:
         self.members = Crowd(max(MAX_CONNECTIONS, 16 * server.args.n))
         self.hellos, self.questions = Pace(*HELLOS), Pace(*QUESTIONS)
         self.selector = selectors.DefaultSelector()
+        self.said = -COMPLAINT_SECONDS  # seconds when the door last said that it can let nobody in
 
     @property
     def strangers(self):
@@ -4170,8 +4173,8 @@ class Door:
                 self.end_silent()
                 self.admit()
             except Exception as error:
-                text = f"a connection cannot be accepted: {error!r}"
-                if self.server.faults.note(text):
+                if now() - self.said > COMPLAINT_SECONDS:
+                    self.said, text = now(), f"a connection cannot be accepted: {error!r}"
                     log(f"WARNING: {text}; is the limit of open files or threads too low?")
                 self.ended.wait(0.1)  # most such things pass
 
@@ -4444,6 +4447,8 @@ class Server:
             left = [member.facts for member in self.run.members.values()]
             self.lock.wait_for(lambda: all(facts.is_told for facts in left), FAREWELL_SECONDS)
         listener.close()
+        if self.ending:  # the last worker may have left meanwhile
+            self.ending.result()
         for _, newest in protocol.checkpoints(self.store.output)[:1]:
             log(f"ends; the newest checkpoint is {os.path.abspath(newest)}")
         return 128 + signals[0] if signals and self.args.spawn else code
@@ -4483,7 +4488,7 @@ class Server:
         limit = self.args.worker_timeout
         with self.lock:
             for member in self.run.waiting.values():
-                if member.facts.conn.unread:  # it brings something, and so is alive
+                if (member.id, "upload", None) in self.transfers.moving:  # so it is alive
                     self.run.here(member.id, member.session, now())
             self.watch.look()
             self.run.anew.give_up_absent(now())

@@ -5,6 +5,7 @@ python -m pytest tests/test_guard.py
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -95,7 +96,6 @@ def door(monkeypatch, guard=OPEN, **rooms):
     said, ended = [], threading.Event()
     shell = SimpleNamespace(
         ended=ended, args=SimpleNamespace(n=1, tls_cert=None), lock=threading.Condition(), session="x",
-        faults=protocol.Faults(),
         run=SimpleNamespace(members={}, waiting={}), gate=None, rounds=None, handouts=None, hang_up=lambda conn: None,
         on_echo=lambda conn, message: conn.send("echo"), **rooms,
     )  # fmt: skip
@@ -668,11 +668,11 @@ def test_strangers_that_idle_make_room_for_others_and_never_for_a_member(monkeyp
 
 
 def test_the_door_survives_what_goes_wrong(monkeypatch):
-    real, broken = threading.Thread.start, threading.Event()
+    real, broken, tries = threading.Thread.start, threading.Event(), itertools.count()
 
     def start(thread):
         if broken.is_set() and thread._target.__name__ == "serve":
-            raise RuntimeError("can't start new thread")
+            raise RuntimeError(f"can't start new thread, {next(tries)}")  # another text each time
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -511,3 +512,60 @@ def test_a_restarted_worker_has_its_id_back_at_once(serve):
         child.kill()
         child.wait()
     running.wait_for("the old process of ada has ended")
+
+
+# --- A disk, or a processor, that takes its time --------------------------------------------------
+
+SLOW = """
+import os, sys, time
+import server
+
+def slowly(place, seconds):
+    owner, name = place.split(".")
+    owner = getattr(server, owner)
+    real = getattr(owner, name)
+    def slow(*given, **named):
+        print(f"{name} begins", flush=True)
+        time.sleep(seconds)
+        return real(*given, **named)
+    setattr(owner, name, slow)
+
+for each in sys.argv.pop(1).split():
+    place, _, seconds = each.partition("=")
+    slowly(place, float(seconds))
+os._exit(server.Server(server.parse_args()).serve())
+"""
+
+
+@pytest.fixture
+def slow(start, tmp_path):
+    """slow("Store.save=2", *args): a server of which some methods begin so many seconds later."""
+
+    def run(methods, *args):
+        options = ["-m", tmp_path / "model", "--port", 0, "--host", "127.0.0.1", "-n", 1, *args]
+        made = start("-c", SLOW, methods, *options, cwd=ROOT)
+        made.address = f"127.0.0.1:{made.wait_for(r'listening on port (.+);')[1]}"
+        return made
+
+    return run
+
+
+def test_the_last_worker_may_leave_while_a_server_that_ends_is_saving(slow, tmp_path):
+    host = slow("Store.save=2", "--save-every", 0)
+    ada = Peer(host, "ada", torch.zeros(4), [["w", "F32", [4]]]).join()
+    ada.push(torch.ones(4), closing=True)
+    ask(host, "save")
+    host.wait_for("save begins")
+    host.signal(signal.SIGTERM)
+    host.wait_for("stopping")
+    ada.leave()
+    assert host.wait() == 0, host.output
+    assert (tmp_path / "model" / "model.safetensors").exists(), host.output
+
+
+def test_who_has_uploaded_is_not_silent_while_the_server_takes_that_in(slow):
+    host = slow("GlobalModel.take=3 Gate.admit=2.5", "--worker-timeout", 4)
+    ada = Peer(host, "ada", torch.ones(4), [["w", "F32", [4]]]).join()
+    assert ada.version.number == 0
+    ada.leave()
+    assert "waits to join no more" not in host.output
