@@ -593,8 +593,8 @@ class Slice:
             elif has_update:
                 tensors, at, device, host = self._at(self.down, self.update, start, stop - start)
                 device.copy_(host)
-                update, square = self.down.checked(tensors, at, anchor)
-                if square == math.inf:
+                update = self.down.decoded(tensors, at, anchor)
+                if self.down.square(update, tensors, at) == math.inf:
                     raise ProtocolError("an update is not finite")
                 anchor.add_(update)
                 if learns and self.velocity is not None:
@@ -2472,8 +2472,8 @@ class Jumps:
         """Note where the slices are, which may be moved now."""
         worker, count = self.worker, self.worker.num_fragments
         rounds, boundary, self.turns = *divmod(self.turns, count), self.turns + 1
-        look = rounds if rounds < self.ROUNDS else rounds / self.ROUNDS  # later mostly a fraction
-        is_time = boundary == look % count
+        look = rounds if rounds < self.ROUNDS else rounds / self.ROUNDS
+        is_time = boundary == look % count  # a fraction, as of most later rounds, equals none
         can_tell = is_time and worker.sync_every > 1 and not worker.ranks.is_sharded
         for optimizer in worker.trained.optimizers:  # this one may well find back within one step
             can_tell = can_tell and not isinstance(optimizer, torch.optim.LBFGS)

@@ -2307,19 +2307,13 @@ class Codec:
 
     feedback, size = True, CHUNK
 
-    def square(self, tensors, start, stop):
-        """The sum of the squares of an encoded chunk's numbers; infinite where not all of them are
-        finite and at most MAX_ABS in size."""
-        like = torch.empty(stop - start, dtype=torch.float32, device="cpu")
-        return self.checked(tensors, start, like)[1]
-
-    def checked(self, tensors, start, like):
-        """(as `decoded`, as `square`) of the elements from `start` on, as many as `like` has."""
-        numbers = self.decoded(tensors, start, like)
+    def square(self, numbers, tensors, start):
+        """The sum of the squares of `numbers`, to which the elements from `start` on decode; infinite
+        where not all of them are finite and at most MAX_ABS in size."""
         total = numbers.dot(numbers).item()
         # A finite sum has no number over 2e19. Another one may have, which is no fault yet.
-        is_fine = math.isfinite(total) or self.finite(tensors, start, start + like.numel())
-        return numbers, square_of(numbers, total) if is_fine else math.inf
+        is_fine = math.isfinite(total) or self.finite(tensors, start, start + numbers.numel())
+        return square_of(numbers, total) if is_fine else math.inf
 
     def decoded(self, tensors, start, like):
         """The decoded elements from `start` on, as many as `like` has. They may stand in scratch

@@ -1942,9 +1942,7 @@ class GlobalModel:
             delta.add_(residual)
         update = entry.payload.tensors
         numbers = self.down.sent(delta, update, start)
-        # A finite sum has no number that a worker would refuse. Another one may have.
-        is_safe = math.isfinite(numbers.dot(numbers).item())
-        if not is_safe and not self.down.finite(update, start, stop):  # a huge --outer-lr, for one
+        if self.down.square(numbers, update, start) == math.inf:  # a huge --outer-lr, for one
             for vector in (delta, *others):
                 vector.zero_()
             numbers = self.down.sent(delta, update, start)
@@ -3799,8 +3797,9 @@ class Rounds:
         codec, size, squares = self.model.codec(push.k)[0], self.model.sizes[push.k], 0.0
         for start, stop, first, last in protocol.chunk_bytes(codec, size):
             conn.read(push.payload.raw[first:last])
-            for tile in protocol.chunks(stop, codec.size, start) if squares < math.inf else ():
-                squares += codec.square(push.payload.tensors, *tile)
+            for a, b in protocol.chunks(stop, codec.size, start) if squares < math.inf else ():
+                numbers = codec.decoded(push.payload.tensors, a, torch.empty(b - a))
+                squares += codec.square(numbers, push.payload.tensors, a)
         if squares == math.inf:
             push.refused = "the pseudo-gradient is not finite"
         elif push.k < self.model.num_fragments:

@@ -15,7 +15,7 @@ LINES = 1400  # that a product file may have at most
 # the file: as many lines as it takes to say them plainly, until a room can be made simpler. The third
 # is what both sides share, which projects that copy the callback need as well: the wire, who may
 # speak (tokens, TLS), files and checkpoints, logs.
-LONGER = {"server.py": 4957, "diloco_callback.py": 4053, "protocol.py": 2551}
+LONGER = {"server.py": 4956, "diloco_callback.py": 4053, "protocol.py": 2545}
 CHANGING = {"add", "discard", "remove", "clear", "update", "pop", "setdefault", "append", "extend"}
 
 
